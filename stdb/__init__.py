@@ -1,0 +1,41 @@
+"""Low-latency spiking networks by hybrid conversion and STDB (Rathi et al., ICLR 2020).
+
+    ann = stdb.build("vgg16", in_channels=3, image_size=32, num_classes=10)
+    snn = stdb.convert(ann, encoder=stdb.PoissonEncoder(seed=0), surrogate=stdb.STDB(0.3, 0.01))
+    stdb.balance_thresholds(snn, images, timesteps=1000)
+    snn.scale_thresholds(0.7)
+    logits = snn(images, timesteps=100)  # U_T, (B, classes), differentiable
+"""
+
+from .architectures import ARCHITECTURES, ResidualBlock, build
+from .balancing import balance_thresholds
+from .conversion import ConversionError, convert
+from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain
+from .network import Presentation, SpikingNetwork
+from .neuron import SpikingNeuron
+from .statistics import SpikeStatistics, fan_out, record_spikes
+from .surrogate import STDB, SURROGATES, Exponential, Linear, Surrogate
+
+__all__ = [
+    "ARCHITECTURES",
+    "ENCODERS",
+    "STDB",
+    "SURROGATES",
+    "ConversionError",
+    "DirectEncoder",
+    "Exponential",
+    "Linear",
+    "PoissonEncoder",
+    "Presentation",
+    "ResidualBlock",
+    "SpikeStatistics",
+    "SpikeTrain",
+    "SpikingNetwork",
+    "SpikingNeuron",
+    "Surrogate",
+    "balance_thresholds",
+    "build",
+    "convert",
+    "fan_out",
+    "record_spikes",
+]

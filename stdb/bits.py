@@ -1,0 +1,38 @@
+"""Spike trains kept as bits: eight spikes to a byte.
+
+Exact backpropagation through time with the STDB surrogate needs nothing of the past but the spikes,
+so they are what is stored, at 1/8 byte each. Packing works on eight bytes at a time: multiplying a
+64-bit word of eight 0/1 bytes by a constant gathers their lowest bits in the word's top byte.
+"""
+
+import torch
+from torch import Tensor
+
+# Bit k of the product's top byte is the lowest bit of byte k (little endian): 2^(56 - 7k) for k < 8.
+_GATHER = sum(1 << (56 - 7 * k) for k in range(8))
+
+
+def pack(spikes: Tensor) -> Tensor:
+    """Pack a contiguous tensor of n zeros and ones into ⌈n/8⌉ bytes (uint8), in memory order."""
+    flat = spikes.reshape(-1)
+    count = flat.numel()
+    padded = torch.empty(-(-count // 8) * 8, dtype=torch.uint8, device=flat.device)
+    padded[:count] = flat
+    padded[count:] = 0
+    words = padded.view(torch.int64)
+    return words.mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Undo :func:`pack`: a contiguous tensor of zeros and ones with the given shape and dtype."""
+    count = 1
+    for size in shape:
+        count *= size
+    return _byte_table(packed.device)[packed.int()].view(torch.uint8)[:count].view(shape).to(dtype)
+
+
+def _byte_table(device: torch.device) -> Tensor:
+    """(256,) int64: the eight bits of each byte spread over the eight bytes of a word."""
+    byte = torch.arange(256, device=device)
+    bits = byte[:, None] >> torch.arange(8, device=device) & 1  # (256, 8)
+    return bits.to(torch.uint8).view(torch.int64).reshape(256)

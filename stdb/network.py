@@ -1,0 +1,582 @@
+"""The spiking network: presents images for T steps, a chunk of steps at a time, layer by layer.
+
+Within a step a network is feed-forward; only membrane potentials and spikes cross time. So a chunk
+of steps runs at once: one convolution over (chunk·B) images, then one scan over the chunk, layer
+after layer (Algorithm 3). All that crosses time is in a :class:`Presentation`, nothing is left on
+the modules. The backward pass (§2.2) walks over the chunks in reverse order and keeps of the past
+no more than output spikes as bits; pooled and masked inputs, input spikes and, where the surrogate
+asks for them, membrane potentials are computed again.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import bits
+from .encoding import check_images, derive, sample_keys, uniform
+from .neuron import SpikingNeuron, backpropagate, fire, membranes
+from .surrogate import STDB
+from .synapse import DROPOUT, INPUT, NEURON, OPERATORS, SUM, Graph
+
+Encoder = Callable[[Tensor, int, int, Tensor], Tensor]
+Observer = Callable[["Presentation", str, Tensor], None]
+
+IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at
+DROPOUT_STREAM = 0x0D0
+
+
+class SpikingNetwork(nn.Module):
+    """An ANN's module tree with spiking neurons in the place of its ReLUs; see ``stdb.convert``.
+
+    Attributes:
+        net: the module tree; weights have the names that they had in the ANN.
+        graph: the nodes in the order of a step.
+        encoder: gives the input of each step.
+        chunk: time steps that are computed at once; None chooses by batch size. It changes memory
+            and time, not results.
+        dropout_seed: chooses the dropout masks of training.
+        observers: called with (presentation, layer, spikes (T, B, …)) for every chunk; see
+            ``record_spikes``.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        graph: Graph,
+        encoder: Encoder,
+        chunk: int | None = None,
+        dropout_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is {chunk}; allowed: 1 or more time steps, or None")
+        self.net = net
+        self.graph = graph
+        self.encoder = encoder
+        self.chunk = chunk
+        self.dropout_seed = dropout_seed
+        self.observers: list[Observer] = []
+
+    # -- presenting ----------------------------------------------------------------------------
+
+    def present(
+        self,
+        images: Tensor,
+        *,
+        sample_ids: Tensor | None = None,
+        epoch: int = 0,
+        masks: Sequence[Tensor] | None = None,
+    ) -> "Presentation":
+        """Start a presentation at t = 0, every membrane at 0.
+
+        Args:
+            images: (B, C, H, W), pixels in [−1, 1].
+            sample_ids: (B,) int64, which random stream each image draws from; 0 … B−1 by default.
+            epoch: another epoch draws other spikes and masks.
+            masks: one (B, …) mask for each dropout, in order, already scaled, in the place of
+                drawn ones.
+
+        Raises:
+            ValueError: pixels out of range, a threshold that is not a positive number.
+        """
+        check_images(images)
+        if sample_ids is None:
+            sample_ids = torch.arange(len(images), device=images.device)
+        return Presentation(self, images, sample_keys(sample_ids, epoch), masks)
+
+    def forward(
+        self,
+        images: "Tensor | Presentation",
+        timesteps: int,
+        *,
+        sample_ids: Tensor | None = None,
+        epoch: int = 0,
+    ) -> Tensor:
+        """Present images, or go on with a presentation, for ``timesteps`` steps.
+
+        Returns:
+            U_T of the output layer (Eq. 4), (B, classes), differentiable with respect to the
+            weights over these steps. The steps of earlier calls are constants, so that
+            ``for n in windows: loss(snn(presentation, n)).backward()`` is the truncated BPTT of
+            §2.2.
+        """
+        if timesteps < 1:
+            raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
+        if isinstance(images, Presentation):
+            presentation = images
+        else:
+            presentation = self.present(images, sample_ids=sample_ids, epoch=epoch)
+        parameters = [p for p in self._body_parameters() if p.requires_grad]
+        if torch.is_grad_enabled() and parameters:
+            counts = _Steps.apply(presentation, timesteps, parameters, *parameters)
+        else:
+            counts = presentation.advance(timesteps)
+        return presentation.integrate(counts)
+
+    @torch.no_grad()
+    def logits_over_time(self, images: "Tensor | Presentation", timesteps: int, **options) -> Tensor:
+        """U_t of the output layer after every step at once: (T, B, classes).
+
+        The output only accumulates, so one presentation gives the accuracy at every t.
+        """
+        presentation = (
+            images if isinstance(images, Presentation) else self.present(images, **options)
+        )
+        logits: list[Tensor] = []
+        while len(logits) < timesteps:
+            steps = min(self._chunk_size(presentation), timesteps - len(logits))
+            trains: list[list[Tensor]] = [[] for _ in self.graph.entries]
+            presentation.advance(steps, trains=trains)
+            for t in range(steps):
+                inputs = [train[0][t % len(train[0])] for train in trains]
+                logits.append(presentation.integrate(inputs))
+        return torch.stack(logits)
+
+    def _chunk_size(self, presentation: "Presentation") -> int:
+        return self.chunk or max(8, IMAGES_PER_CHUNK // max(1, len(presentation.images)))
+
+    def _body_parameters(self) -> Iterator[nn.Parameter]:
+        for i in self.graph.body:
+            node = self.graph.nodes[i]
+            if node.kind == NEURON or (node.kind in OPERATORS and OPERATORS[node.kind].learns):
+                yield from self.net.get_submodule(node.name).parameters()
+
+    # -- neurons -------------------------------------------------------------------------------
+
+    @property
+    def neurons(self) -> dict[str, SpikingNeuron]:
+        """The spiking layers, in order, by the name of the weights that drive them."""
+        neurons = {}
+        for i, label in self.graph.labels.items():
+            neuron = self.net.get_submodule(self.graph.nodes[i].name)
+            assert isinstance(neuron, SpikingNeuron)
+            neurons[label] = neuron
+        return neurons
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """V of every spiking layer."""
+        return {name: neuron.threshold.item() for name, neuron in self.neurons.items()}
+
+    def set_thresholds(
+        self, thresholds: dict[str, float], balanced: Iterable[str] | None = None
+    ) -> None:
+        """Set V of every spiking layer.
+
+        Args:
+            thresholds: layer name → V, for exactly the layers of this network.
+            balanced: the layers whose V came out of Algorithm 1, which scaling refers to; all by
+                default.
+
+        Raises:
+            ValueError: the names are another network's, or a V is not a positive number.
+        """
+        neurons = self.neurons
+        if set(thresholds) != set(neurons):
+            missing, unknown = set(neurons) - set(thresholds), set(thresholds) - set(neurons)
+            raise ValueError(
+                "these thresholds belong to another network: "
+                f"missing {sorted(missing) or 'none'}, unknown {sorted(unknown) or 'none'}; "
+                f"this network's layers are {', '.join(neurons)}"
+            )
+        for name, value in thresholds.items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"the threshold of {name} is {value}; allowed: a positive number")
+        chosen = set(neurons) if balanced is None else set(balanced)
+        with torch.no_grad():
+            for name, neuron in neurons.items():
+                neuron.threshold.fill_(thresholds[name])
+                neuron.balanced_threshold.fill_(
+                    thresholds[name] if name in chosen else float("nan")
+                )
+
+    @torch.no_grad()
+    def scale_thresholds(self, factor: float) -> None:
+        """V ← factor · V_balanced, for fewer time steps. Never cumulative.
+
+        Layers that were not balanced, as in a ResNet's basic blocks, keep their V.
+        """
+        if not 0 < factor < float("inf"):
+            raise ValueError(f"the threshold scale is {factor}; allowed: a positive number")
+        for neuron in self.neurons.values():
+            if not neuron.balanced_threshold.isnan():
+                neuron.threshold.copy_(neuron.balanced_threshold * factor)
+
+
+@dataclass
+class _Chunk:
+    """What the backward pass keeps of a chunk: spikes as bits, and the state that it started in."""
+
+    start: int
+    steps: int
+    bits: dict[int, Tensor] = field(default_factory=dict)
+    last_spike: dict[int, Tensor] = field(default_factory=dict)
+    membrane: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Presentation:
+    """The state of a network that is being shown a batch of images.
+
+    Attributes:
+        t: the number of steps so far.
+        logits: U_t of the output layer (B, classes), None before the first step.
+    """
+
+    def __init__(
+        self,
+        network: SpikingNetwork,
+        images: Tensor,
+        keys: Tensor,
+        masks: Sequence[Tensor] | None = None,
+        leak: float | None = None,
+    ) -> None:
+        graph = network.graph
+        self.network, self.images, self.keys = network, images, keys
+        self.t = 0
+        self.logits: Tensor | None = None
+        self.modules = [
+            network.net.get_submodule(node.name) if node.kind not in (INPUT, SUM) else None
+            for node in graph.nodes
+        ]
+        self.membrane: dict[int, Tensor] = {}
+        self.last_spike: dict[int, Tensor] = {}
+        self.shapes: dict[int, torch.Size] = {}  # (B, …) of a neuron's layer
+        neurons = [self.modules[i] for i in graph.neurons]
+        scalars = torch.stack([torch.stack([n.threshold, n.leak]) for n in neurons]).tolist()
+        self.threshold = {i: v for i, (v, _) in zip(graph.neurons, scalars, strict=True)}
+        self.leak = {
+            i: own if leak is None else leak
+            for i, (_, own) in zip(graph.neurons, scalars, strict=True)
+        }
+        labels = graph.labels
+        for i in graph.neurons:
+            if not 0 < self.threshold[i] < float("inf"):
+                raise ValueError(
+                    f"the threshold of {labels[i]} is {self.threshold[i]}; "
+                    "allowed: a positive number"
+                )
+            if not 0 < self.leak[i] <= 1:
+                raise ValueError(f"the leak of {labels[i]} is {self.leak[i]}; allowed: in (0, 1]")
+        self.labels = {0: INPUT, **labels}
+        # one mask per sample and layer, drawn once and kept for all t; None: no dropout
+        self.masks: dict[int, Tensor | None] = {}
+        if masks is not None:
+            if len(masks) != len(graph.dropouts):
+                raise ValueError(f"{len(masks)} masks for {len(graph.dropouts)} dropout layers")
+            self.masks = dict(zip(graph.dropouts, masks, strict=True))
+
+    # -- evaluating nodes ----------------------------------------------------------------------
+
+    def mask(self, i: int, shape: torch.Size) -> Tensor | None:
+        """(B, …): the inverted dropout mask of a node, drawn at its first use; None in evaluation."""
+        if i not in self.masks:
+            rate = self.modules[i].p  # type: ignore[union-attr]
+            if not self.network.training or rate == 0:
+                self.masks[i] = None
+            else:
+                index = self.network.graph.dropouts.index(i)
+                keys = derive(
+                    derive(self.keys, self.network.dropout_seed), DROPOUT_STREAM + index
+                )
+                keep = uniform(keys, shape[1:].numel()) >= rate
+                drawn = keep.to(self.images.dtype).div_(1 - rate).view(shape)
+                if drawn.dim() == 4:
+                    drawn = drawn.contiguous(memory_format=torch.channels_last)
+                self.masks[i] = drawn
+        return self.masks[i]
+
+    def apply(self, i: int, inputs: list[Tensor]) -> Tensor:
+        """The value of a linear operator's node."""
+        kind = self.network.graph.nodes[i].kind
+        if kind == SUM:
+            return sum(inputs[1:], inputs[0])
+        if kind == DROPOUT:
+            mask = self.mask(i, inputs[0].shape[1:])
+            return inputs[0] if mask is None else inputs[0] * mask
+        return OPERATORS[kind].forward(self.modules[i], inputs[0])
+
+    def integrate(self, counts: Sequence[Tensor]) -> Tensor:
+        """The output layer's Eq. 4, given its inputs summed over the latest steps.
+
+        Returns:
+            U_t (B, classes), differentiable with respect to these steps only.
+        """
+        graph = self.network.graph
+        values = {i: count[None] for i, count in zip(graph.entries, counts, strict=True)}
+        for i in graph.tail:
+            values[i] = self.apply(i, [values[j] for j in graph.nodes[i].inputs])
+        logits = values[graph.tail[-1]][0]
+        if self.logits is not None:
+            logits = self.logits + logits
+        self.logits = logits.detach()
+        return logits
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def advance(
+        self,
+        steps: int,
+        tape: list[_Chunk] | None = None,
+        trains: list[list[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """Run ``steps`` further steps; returns the summed values of the output layer's inputs.
+
+        Args:
+            steps: how many.
+            tape: is given a record of each chunk for the backward pass.
+            trains: one list per entry, each given the entry's values (T, B, …) of every chunk.
+        """
+        counts: list[Tensor | None] = [None] * len(self.network.graph.entries)
+        stop = self.t + steps
+        size = self.network._chunk_size(self)
+        while self.t < stop:
+            chunk = _Chunk(self.t, min(size, stop - self.t))
+            values = self._forward_chunk(chunk, keep=tape is not None)
+            for k, i in enumerate(self.network.graph.entries):
+                total = values[i].sum(0)
+                if len(values[i]) == 1:
+                    total = total * chunk.steps
+                counts[k] = total if counts[k] is None else counts[k] + total
+                if trains is not None:
+                    trains[k].append(values[i])
+            if tape is not None:
+                tape.append(chunk)
+            self.t += chunk.steps
+        return counts  # type: ignore[return-value]
+
+    def _forward_chunk(self, chunk: _Chunk, keep: bool) -> dict[int, Tensor]:
+        graph = self.network.graph
+        values: dict[int, Tensor] = {}
+        for i in graph.body:
+            node = graph.nodes[i]
+            if node.kind == INPUT:
+                values[i] = self._encode(chunk)
+            elif node.kind == NEURON:
+                source = node.inputs[0]
+                values[i] = self._fire(
+                    i, values[source], chunk, keep, shared=graph.consumers[source] > 1
+                )
+            else:
+                values[i] = self.apply(i, [values[j] for j in node.inputs])
+            if self.network.observers and node.kind in (INPUT, NEURON):
+                spikes = values[i].expand(chunk.steps, *values[i].shape[1:])
+                for observer in self.network.observers:
+                    observer(self, self.labels[i], spikes)
+            for j in node.inputs:
+                if graph.last_use[j] == i and j not in graph.entries:
+                    values.pop(j, None)
+        return values
+
+    def _encode(self, chunk: _Chunk) -> Tensor:
+        images = self.network.encoder(
+            self.images, chunk.start, chunk.start + chunk.steps, self.keys
+        )
+        return images[:1] if images.stride(0) == 0 else images
+
+    def _fire(self, i: int, current: Tensor, chunk: _Chunk, keep: bool, shared: bool) -> Tensor:
+        """Spikes (T, B, …) of a layer, from its current; state and record are updated."""
+        shape = (chunk.steps, *current.shape[1:])
+        matrix = to_matrix(current.expand(shape), copy=shared or len(current) == 1)
+        if i not in self.membrane:
+            self.membrane[i] = torch.zeros_like(matrix[0])
+            self.last_spike[i] = torch.zeros_like(matrix[0], dtype=torch.int16)
+            self.shapes[i] = current.shape[1:]
+        neuron = self.modules[i]
+        if keep and neuron.needs_membrane:
+            chunk.membrane[i] = self.membrane[i].clone()
+        fire(matrix, self.membrane[i], self.threshold[i], self.leak[i])
+        if keep:
+            chunk.bits[i] = bits.pack(matrix)
+            if isinstance(neuron.surrogate, STDB):
+                chunk.last_spike[i] = self.last_spike[i]
+                self.last_spike[i] = latest(matrix, self.last_spike[i], chunk.start)
+        return from_matrix(matrix, shape)
+
+    # -- backward ------------------------------------------------------------------------------
+
+    def backward(
+        self, tape: list[_Chunk], grad_counts: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+    ) -> list[Tensor]:
+        """Gradients of ``parameters``, given those of the summed values of the entries.
+
+        The output only accumulates: its gradient is the same at every t. Consumes ``tape``.
+        """
+        gradients = {id(p): torch.zeros_like(p) for p in parameters}
+        carry: dict[int, Tensor] = {}
+        while tape:
+            self._backward_chunk(tape.pop(), grad_counts, carry, gradients)
+        return [gradients[id(p)] for p in parameters]
+
+    def _backward_chunk(
+        self,
+        chunk: _Chunk,
+        grad_counts: Sequence[Tensor],
+        carry: dict[int, Tensor],
+        gradients: dict[int, Tensor],
+    ) -> None:
+        graph = self.network.graph
+        values: dict[int, Tensor] = {}
+
+        def value(i: int) -> Tensor:
+            """The value of a node in this chunk, computed again from the spikes below it."""
+            if i not in values:
+                node = graph.nodes[i]
+                if node.kind == INPUT:
+                    values[i] = self._encode(chunk)
+                elif node.kind == NEURON:
+                    shape = (chunk.steps, self.membrane[i].numel())
+                    matrix = bits.unpack(chunk.bits[i], shape, self.membrane[i].dtype)
+                    values[i] = from_matrix(matrix, (chunk.steps, *self.shapes[i]))
+                else:
+                    values[i] = self.apply(i, [value(j) for j in node.inputs])
+            return values[i]
+
+        grads: dict[int, Tensor] = {}
+
+        def pass_on(i: int, grad: Tensor) -> None:
+            """Add to the gradient of a node's value; ``grad`` may be changed in place later."""
+            grads[i] = grad if i not in grads else grads[i].add_(grad)
+
+        for i, grad in zip(graph.entries, grad_counts, strict=True):
+            if graph.reaches_weights[i]:
+                pass_on(i, to_layout(grad.expand(chunk.steps, *grad.shape)))
+        for i in reversed(graph.body):
+            if i not in grads:
+                values.pop(i, None)
+                continue
+            node, grad = graph.nodes[i], grads.pop(i)
+            if node.kind == NEURON:
+                values_i = value(i)
+                current = None
+                if self.modules[i].needs_membrane:
+                    source = value(node.inputs[0])
+                    current = to_matrix(
+                        source.expand(values_i.shape),
+                        copy=len(source) == 1 or graph.consumers[node.inputs[0]] > 1,
+                    )
+                    values.pop(node.inputs[0], None)
+                matrix = self._backward_neuron(
+                    i, to_matrix(grad), to_matrix(values_i), current, chunk, carry, gradients
+                )
+                pass_on(node.inputs[0], from_matrix(matrix, values_i.shape))
+            elif node.kind == SUM:
+                for k, j in enumerate(node.inputs):
+                    if graph.reaches_weights[j]:
+                        pass_on(j, grad if k == 0 else grad.clone())
+            elif node.kind == DROPOUT:
+                mask = self.masks[i]
+                pass_on(node.inputs[0], grad if mask is None else grad.mul_(mask))
+            else:
+                x, module, operator = value(node.inputs[0]), self.modules[i], OPERATORS[node.kind]
+                if len(x) == 1:  # constant input: the weights see the summed gradient
+                    grad = grad.sum(0, keepdim=True)
+                weight = module.weight if operator.learns else None
+                needs = (
+                    graph.reaches_weights[node.inputs[0]],
+                    weight is not None and id(weight) in gradients,
+                )
+                if any(needs):
+                    grad_x, grad_weight = operator.backward(module, grad, x, needs)
+                    if needs[1]:
+                        gradients[id(weight)] += grad_weight
+                    if needs[0]:
+                        pass_on(node.inputs[0], grad_x)
+            values.pop(i, None)
+
+    def _backward_neuron(
+        self,
+        i: int,
+        grad: Tensor,
+        spikes: Tensor,
+        current: Tensor | None,
+        chunk: _Chunk,
+        carry: dict[int, Tensor],
+        gradients: dict[int, Tensor],
+    ) -> Tensor:
+        """∂L/∂I (T, M) of a layer from ∂L/∂O, in place of ``grad``; gradients of V and λ too.
+
+        ∂U_t/∂V = −O_{t−1}, ∂U_t/∂λ = U_{t−1}; ∂O/∂V = −s over U and −s·U/V² over U/V.
+        """
+        neuron, v, leak = self.modules[i], self.threshold[i], self.leak[i]
+        surrogate = neuron.surrogate
+        membrane = before = None
+        if current is not None:
+            before = chunk.membrane[i]
+            membrane = membranes(current, spikes, before, v, leak)
+        if isinstance(surrogate, STDB):
+            slope = surrogate.of_spikes(spikes, chunk.last_spike[i], chunk.start)
+        else:
+            slope = surrogate.of_membrane(membrane, v)
+        if surrogate.over_threshold:
+            slope /= v
+        grad = grad.mul_(slope)  # ∂L/∂O · ∂O/∂U
+        learn_v, learn_leak = id(neuron.threshold) in gradients, id(neuron.leak) in gradients
+        if learn_v:
+            through = grad if not surrogate.over_threshold else grad * membrane / v
+            gradients[id(neuron.threshold)] -= through.sum()
+        grad = backpropagate(grad, carry.get(i), leak, neuron.temporal_gradient)
+        carry[i] = grad[0].clone()
+        if learn_v:
+            gradients[id(neuron.threshold)] -= (grad[1:] * spikes[:-1]).sum()
+            if chunk.start > 0:
+                previous = self._previous_spikes(i, chunk)
+                gradients[id(neuron.threshold)] -= (grad[0] * previous).sum()
+        if learn_leak:
+            gradients[id(neuron.leak)] += (grad[1:] * membrane[:-1]).sum()
+            gradients[id(neuron.leak)] += (grad[0] * before).sum()
+        return grad
+
+    def _previous_spikes(self, i: int, chunk: _Chunk) -> Tensor:
+        """(M,) whether each neuron spiked in the step before the chunk."""
+        if i in chunk.membrane:
+            return chunk.membrane[i] > self.threshold[i]
+        return chunk.last_spike[i] == chunk.start
+
+
+class _Steps(torch.autograd.Function):
+    """The steps of a presentation as one differentiable function of the weights."""
+
+    @staticmethod
+    def forward(ctx, presentation, steps, parameters, *tensors):
+        ctx.save_for_backward(*tensors)  # so that autograd notices weights changed in place
+        ctx.presentation, ctx.parameters, ctx.tape = presentation, parameters, []
+        return tuple(presentation.advance(steps, ctx.tape))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_counts):
+        _ = ctx.saved_tensors
+        gradients = ctx.presentation.backward(ctx.tape, grad_counts, ctx.parameters)
+        return (None, None, None, *gradients)
+
+
+def latest(spikes: Tensor, last_spike: Tensor, start: int) -> Tensor:
+    """(M,) each neuron's latest spike time after a chunk (T, M); times count from 1, 0: never."""
+    last_spike = last_spike.clone()
+    for t in range(spikes.shape[0]):
+        last_spike.masked_fill_(spikes[t].bool(), start + t + 1)
+    return last_spike
+
+
+def to_layout(x: Tensor) -> Tensor:
+    """A (T, B, …) tensor of its own, images in channels-last order."""
+    return from_matrix(to_matrix(x, copy=True), x.shape)
+
+
+def to_matrix(x: Tensor, copy: bool = False) -> Tensor:
+    """(T, B, …) → (T, M) in memory order: channels last for images."""
+    if x.dim() == 5:
+        x = x.permute(0, 1, 3, 4, 2)
+    matrix = x.reshape(x.shape[0], -1)
+    return matrix.clone(memory_format=torch.contiguous_format) if copy else matrix.contiguous()
+
+
+def from_matrix(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undo :func:`to_matrix`, as a view."""
+    if len(shape) == 5:
+        t, b, c, h, w = shape
+        return matrix.view(t, b, h, w, c).permute(0, 1, 4, 2, 3)
+    return matrix.view(*shape)

@@ -1,0 +1,107 @@
+r"""The spiking neuron: Eq. 2 as a scan over a chunk of time steps, forward and backward.
+
+.. math:: U_t = \lambda U_{t-1} + I_t - V\,O_{t-1}, \qquad O_t = [U_t > V]
+
+λ = 1 is the IF neuron, λ < 1 the LIF neuron; the reset is soft: it subtracts V, after the leak.
+A chunk is a matrix (T, M) in memory order: T steps of M = batch × neurons of one layer. State goes
+in and comes out explicitly; O_{t−1} is not stored, it is U_{t−1} > V.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .surrogate import STDB, Surrogate
+
+
+class SpikingNeuron(nn.Module):
+    """One layer of IF/LIF neurons, in the place of the ANN's ReLU. V and λ are one per layer.
+
+    Args:
+        threshold: V > 0.
+        leak: λ in (0, 1].
+        surrogate: stands in for ∂O/∂U.
+        temporal_gradient: keep the leak path ∂U_t/∂U_{t−1} = λ in the backward pass (Eq. 10 read
+            literally has none).
+
+    ``balanced_threshold`` is V as Algorithm 1 found it, NaN where none was; scaling is relative to
+    it. Set ``requires_grad`` of ``threshold`` or ``leak`` to learn them.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 1.0,
+        leak: float = 1.0,
+        surrogate: Surrogate = STDB(),  # noqa: B008 (frozen)
+        temporal_gradient: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 < leak <= 1:
+            raise ValueError(f"leak is {leak}; allowed: above 0, at most 1 (1 is the IF neuron)")
+        self.threshold = nn.Parameter(torch.tensor(threshold), requires_grad=False)
+        self.leak = nn.Parameter(torch.tensor(leak), requires_grad=False)
+        self.register_buffer("balanced_threshold", torch.tensor(float("nan")))
+        self.surrogate = surrogate
+        self.temporal_gradient = temporal_gradient
+
+    @property
+    def needs_membrane(self) -> bool:
+        """Whether the backward pass has to recompute membrane potentials."""
+        learned_over = self.threshold.requires_grad and self.surrogate.over_threshold
+        return self.surrogate.needs_membrane or self.leak.requires_grad or learned_over
+
+    def forward(self, current: Tensor) -> Tensor:
+        """Not used: a spiking layer needs time, which the SpikingNetwork gives it."""
+        raise RuntimeError("a spiking neuron has no meaning outside SpikingNetwork.forward")
+
+    def extra_repr(self) -> str:
+        """Show V, λ and the surrogate in the module's repr."""
+        return f"V={self.threshold.item():.4g}, leak={self.leak.item():.4g}, {self.surrogate}"
+
+
+def fire(current: Tensor, membrane: Tensor, threshold: float, leak: float) -> Tensor:
+    """Eq. 2 over a chunk, in place: ``current`` (T, M) becomes the spikes, ``membrane`` (M,) U_T.
+
+    Returns:
+        ``current``, now zeros and ones.
+    """
+    fired = (membrane > threshold).to(membrane.dtype)
+    for t in range(current.shape[0]):
+        if leak != 1.0:
+            membrane.mul_(leak)
+        membrane.add_(fired, alpha=-threshold).add_(current[t])
+        fired = torch.gt(membrane, threshold, out=current[t])
+    return current
+
+
+def membranes(
+    current: Tensor, spikes: Tensor, before: Tensor, threshold: float, leak: float
+) -> Tensor:
+    """Recompute U_t for a chunk, in place: ``current`` (T, M) becomes U, given its spikes.
+
+    Args:
+        current: (T, M) weighted input.
+        spikes: (T, M) the output spikes that :func:`fire` gave for it.
+        before: (M,) membrane potential of the step before the chunk.
+    """
+    fired = (before > threshold).to(before.dtype)
+    for t in range(current.shape[0]):
+        current[t].add_(before, alpha=leak).add_(fired, alpha=-threshold)
+        before, fired = current[t], spikes[t]
+    return current
+
+
+def backpropagate(grad: Tensor, carry: Tensor | None, leak: float, temporal: bool) -> Tensor:
+    """Gradient of the membrane potentials, in place: ∂L/∂U_t = s_t·∂L/∂O_t + λ·∂L/∂U_{t+1}.
+
+    Args:
+        grad: (T, M) s_t·∂L/∂O_t; becomes ∂L/∂U_t, which is ∂L/∂I_t as well. The reset carries none.
+        carry: (M,) ∂L/∂U of the step after the chunk, None at the end of the presentation.
+        leak: λ.
+        temporal: False drops the leak path.
+    """
+    if temporal:
+        for t in reversed(range(grad.shape[0])):
+            if carry is not None:
+                grad[t].add_(carry, alpha=leak)
+            carry = grad[t]
+    return grad

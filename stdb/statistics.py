@@ -1,0 +1,137 @@
+"""Spike statistics (paper §7): spikes per neuron, synaptic operations, energy, energy-delay.
+
+Energies are those of 45 nm CMOS (Horowitz, ISSCC 2014): an accumulate 0.9 pJ, a multiply-accumulate
+4.6 pJ. A spike causes one accumulate at every neuron that it reaches: the real fan-out, so borders,
+pooling and shortcuts count. An analogue input causes multiply-accumulates instead.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .network import Presentation, SpikingNetwork
+from .synapse import INPUT, NEURON, OPERATORS
+
+ACCUMULATE_PJ = 0.9
+MULTIPLY_ACCUMULATE_PJ = 4.6
+
+
+@dataclass
+class SpikeStatistics:
+    """What was recorded while a network ran.
+
+    Attributes:
+        network: the network that was presented.
+        maps: layer (``input`` first) → spikes of every neuron, summed over time and images,
+            (C, H, W) or (n,), float64. A signed input spike counts as one; so does a nonzero pixel
+            of an analogue input, at every step.
+        images: number of images presented.
+        timesteps: steps of a presentation.
+        analogue_input: the input was no spike train.
+        trains: layer → spikes (T, B, …) uint8, if they were asked for.
+    """
+
+    network: SpikingNetwork
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    images: int = 0
+    timesteps: int = 0
+    analogue_input: bool = False
+    trains: dict[str, list[Tensor]] | None = None
+
+    def observe(self, presentation: Presentation, name: str, spikes: Tensor) -> None:
+        """Take in a chunk of one layer's spikes, (T, B, …)."""
+        if name == INPUT:
+            if presentation.t == 0:
+                self.images += spikes.shape[1]
+            self.timesteps = max(self.timesteps, presentation.t + spikes.shape[0])
+            self.analogue_input |= bool((spikes.frac() != 0).any())
+        total = (spikes != 0).sum((0, 1), dtype=torch.float64).cpu()
+        self.maps[name] = self.maps[name] + total if name in self.maps else total
+        if self.trains is not None:
+            self.trains.setdefault(name, []).append(spikes.clone())
+
+    def spikes_per_neuron(self) -> dict[str, float]:
+        """Spikes of a layer summed over T ÷ neurons of the layer, averaged over images (Fig. 3)."""
+        return {
+            name: float(spikes.sum()) / spikes.numel() / self.images
+            for name, spikes in self.maps.items()
+            if name != INPUT
+        }
+
+    def synaptic_operations(self) -> dict[str, float]:
+        """Operations per image that each layer's spikes cause: Σ spikes × fan-out, by source."""
+        c, h, w = self.maps[INPUT].shape
+        reach = fan_out(self.network, (c, h, w))
+        return {n: float((m * reach[n]).sum()) / self.images for n, m in self.maps.items()}
+
+    def energy(self) -> float:
+        """Picojoules per image."""
+        operations = self.synaptic_operations()
+        analogue = operations.pop(INPUT) if self.analogue_input else 0.0
+        return MULTIPLY_ACCUMULATE_PJ * analogue + ACCUMULATE_PJ * sum(operations.values())
+
+    def energy_delay(self) -> float:
+        """Energy–delay product per image: picojoules × time steps."""
+        return self.energy() * self.timesteps
+
+    def train(self, name: str) -> Tensor:
+        """The whole spike train of a layer (T, B, …), if trains were asked for."""
+        if self.trains is None:
+            raise ValueError("spike trains were not recorded; use record_spikes(snn, trains=True)")
+        return torch.cat(self.trains[name])
+
+
+@contextmanager
+def record_spikes(snn: SpikingNetwork, trains: bool = False) -> Iterator[SpikeStatistics]:
+    """Record the spikes of all presentations inside the ``with`` block.
+
+    Args:
+        snn: the network.
+        trains: keep the whole spike trains of a presentation too, not only their sums.
+
+    The presentations in a block should have the same number of steps.
+    """
+    statistics = SpikeStatistics(snn, trains={} if trains else None)
+    snn.observers.append(statistics.observe)
+    try:
+        yield statistics
+    finally:
+        snn.observers.remove(statistics.observe)
+
+
+@torch.no_grad()
+def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    """How many synapses each neuron drives: layer (``input`` first) → float64 (C, H, W) or (n,).
+
+    Counted by walking back from what every layer drives; the dropout and pooling in between
+    belong to the synapse.
+    """
+    graph = snn.graph
+    modules = dict(snn.net.named_modules())
+    values = {0: torch.zeros(1, 1, *image_shape)}
+    for i in range(1, len(graph.nodes)):
+        node = graph.nodes[i]
+        x = values[node.inputs[0]]
+        if node.kind in OPERATORS:
+            x = OPERATORS[node.kind].forward(modules.get(node.name), x.to(_dtype(snn)))
+        values[i] = x
+    shapes = {i: value.shape[2:] for i, value in values.items()}
+    driven = {i: torch.zeros(shape, dtype=torch.float64) for i, shape in shapes.items()}
+    for i in reversed(range(1, len(graph.nodes))):
+        node = graph.nodes[i]
+        for j in node.inputs:
+            if node.kind == NEURON:
+                driven[j] += 1
+            elif node.kind in OPERATORS:
+                operator = OPERATORS[node.kind]
+                driven[j] += operator.fan_out(modules.get(node.name), driven[i], shapes[j])
+            else:
+                driven[j] += driven[i]
+    return {name: driven[i] for i, name in {0: INPUT, **graph.labels}.items()}
+
+
+def _dtype(snn: SpikingNetwork) -> torch.dtype:
+    return next(snn.parameters()).dtype

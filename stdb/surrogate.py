@@ -1,0 +1,98 @@
+r"""Surrogate gradients: what stands in for :math:`\partial O_t/\partial U_t` in the backward pass.
+
+The spike :math:`O_t = [U_t > V]` has no useful derivative. Three stand-ins (paper §2.2):
+
+=============  ==========================================  ========
+class          ∂O/∂U                                       equation
+=============  ==========================================  ========
+`STDB`         :math:`\alpha\, e^{-\beta\,\Delta t}`        11
+`Linear`       :math:`\alpha\,\max(0, 1-|U-V|)`             13
+`Exponential`  :math:`\alpha\, e^{-\beta\,|U-V|}`           14
+=============  ==========================================  ========
+
+:math:`\Delta t = t - S` is the age of the neuron's latest spike, zero at a spike; a neuron that has
+not fired yet in this presentation gets no gradient. With ``over_threshold=True`` the spike is taken
+as a function of U/V: ∂O/∂U = s/V, ∂O/∂V = −s·U/V², and Eq. 13 and 14 use U/V − 1 in place of U − V.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """The parameters that all surrogates share.
+
+    Args:
+        alpha: α > 0, the gradient at a spike (dimensionless).
+        beta: β ≥ 0, how fast it falls: per time step (STDB) or per unit of membrane (Exponential).
+        over_threshold: differentiate with respect to U/V instead of U.
+    """
+
+    alpha: float = 0.3
+    beta: float = 0.01
+    over_threshold: bool = False
+
+    #: whether the backward pass has to recompute membrane potentials to evaluate it
+    needs_membrane = True
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"alpha is {self.alpha}; allowed: a number above 0")
+        if not self.beta >= 0:
+            raise ValueError(f"beta is {self.beta}; allowed: 0 or a positive number")
+
+    def distance(self, membrane: Tensor, threshold: float) -> Tensor:
+        """|U − V|, or |U/V − 1| over the threshold; a new tensor."""
+        if self.over_threshold:
+            return (membrane / threshold).sub_(1.0).abs_()
+        return (membrane - threshold).abs_()
+
+
+class STDB(Surrogate):
+    """Spike timing dependent backpropagation, Eq. 11: α·exp(−β·Δt)."""
+
+    needs_membrane = False
+
+    def of_spikes(self, spikes: Tensor, last_spike: Tensor, start: int) -> Tensor:
+        """Evaluate Eq. 11 for the steps after ``start``; times count from 1, 0 means never.
+
+        Args:
+            spikes: (T, M) zeros and ones, the output spikes of steps start+1 … start+T.
+            last_spike: (M,) int, each neuron's latest spike time ≤ start, 0 if there is none.
+            start: the number of steps that came before.
+
+        Returns:
+            (T, M): α at a spike, else the value before times e^−β. Each call starts from the exact
+            age, so rounding never builds up over more than one chunk.
+        """
+        age = (start - last_spike).to(spikes.dtype)
+        before = age.mul_(-self.beta).exp_().mul_(self.alpha).mul_(last_spike > 0)
+        decay = float(torch.exp(torch.tensor(-self.beta, dtype=torch.float64)))
+        slope = torch.empty_like(spikes)
+        fired = spikes.bool()
+        for t in range(spikes.shape[0]):
+            torch.mul(before, decay, out=slope[t])
+            before = slope[t].masked_fill_(fired[t], self.alpha)
+        return slope
+
+
+class Linear(Surrogate):
+    """Eq. 13: α·max(0, 1 − |U − V|). β is not used."""
+
+    def of_membrane(self, membrane: Tensor, threshold: float) -> Tensor:
+        """Evaluate Eq. 13 elementwise."""
+        return self.distance(membrane, threshold).neg_().add_(1.0).clamp_(min=0).mul_(self.alpha)
+
+
+class Exponential(Surrogate):
+    """Eq. 14: α·exp(−β·|U − V|)."""
+
+    def of_membrane(self, membrane: Tensor, threshold: float) -> Tensor:
+        """Evaluate Eq. 14 elementwise."""
+        return self.distance(membrane, threshold).mul_(-self.beta).exp_().mul_(self.alpha)
+
+
+SURROGATES: dict[str, type[Surrogate]] = {"stdb": STDB, "linear": Linear, "exponential": Exponential}

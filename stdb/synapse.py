@@ -1,0 +1,243 @@
+"""Synapses: the linear operators that turn a layer's spikes into the next layer's current.
+
+A network is a graph of nodes: the input, spiking neurons, and linear operators between them, which
+are the same at every time step. A node's value has a leading time dimension: (T, B, C, H, W) or
+(T, B, n), kept in channels-last order; T = 1 stands for a value that is constant over the chunk.
+Each operator knows three things: its product, the gradient of it, and its fan-out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INPUT, NEURON, DROPOUT, SUM = "input", "neuron", "dropout", "sum"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: its place in the module tree (or a name of its own), its kind, its sources."""
+
+    name: str
+    kind: str
+    inputs: tuple[int, ...] = ()
+
+
+def per_image(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply an operator of (N, …) to (T, B, …); images come out channels-last."""
+    y = operator(x.flatten(0, 1))
+    if y.dim() == 4:
+        y = y.contiguous(memory_format=torch.channels_last)
+    return y.unflatten(0, x.shape[:2])
+
+
+class Convolution:
+    """I = W ∗ O."""
+
+    learns = True
+
+    @staticmethod
+    def forward(module: nn.Conv2d, x: Tensor) -> Tensor:
+        """(T, B, C, H, W) → (T, B, C', H', W')."""
+        return per_image(
+            lambda n: F.conv2d(
+                n.contiguous(memory_format=torch.channels_last),
+                module.weight,
+                None,
+                module.stride,
+                module.padding,
+                module.dilation,
+                module.groups,
+            ),
+            x,
+        )
+
+    @staticmethod
+    def backward(
+        module: nn.Conv2d, grad: Tensor, x: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """∂L/∂O (if needs[0]) and ∂L/∂W summed over time and batch (if needs[1])."""
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad.flatten(0, 1),
+            x.flatten(0, 1).contiguous(memory_format=torch.channels_last),
+            module.weight,
+            None,
+            module.stride,
+            module.padding,
+            module.dilation,
+            False,
+            [0, 0],
+            module.groups,
+            [*needs, False],
+        )
+        return grad_x.unflatten(0, x.shape[:2]) if needs[0] else None, grad_weight
+
+    @staticmethod
+    def fan_out(module: nn.Conv2d, targets: Tensor, shape: torch.Size) -> Tensor:
+        """How many outputs each input drives: borders and strides make them differ."""
+        ones = torch.ones_like(module.weight, dtype=torch.float64)
+        return torch.nn.grad.conv2d_input(
+            (1, *shape),
+            ones,
+            torch.ones_like(targets)[None],
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+        )[0]
+
+
+class Dense:
+    """I = W·O."""
+
+    learns = True
+
+    @staticmethod
+    def forward(module: nn.Linear, x: Tensor) -> Tensor:
+        """(T, B, n) → (T, B, m)."""
+        return F.linear(x, module.weight)
+
+    @staticmethod
+    def backward(
+        module: nn.Linear, grad: Tensor, x: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """∂L/∂O (if needs[0]) and ∂L/∂W summed over time and batch (if needs[1])."""
+        grad_x = grad @ module.weight if needs[0] else None
+        grad_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1) if needs[1] else None
+        return grad_x, grad_weight
+
+    @staticmethod
+    def fan_out(module: nn.Linear, targets: Tensor, shape: torch.Size) -> Tensor:
+        """Every input drives every output."""
+        return torch.full(shape, float(module.out_features), dtype=torch.float64)
+
+
+class AveragePool:
+    """Average pooling: a spike arrives as 1/k² of one."""
+
+    learns = False
+
+    @staticmethod
+    def forward(module: nn.AvgPool2d, x: Tensor) -> Tensor:
+        """(T, B, C, H, W) → (T, B, C, H/k, W/k)."""
+        return per_image(module, x)
+
+    @staticmethod
+    def backward(
+        module: nn.AvgPool2d, grad: Tensor, x: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, None]:
+        """Spread the gradient evenly over the window."""
+        grad_x = torch.ops.aten.avg_pool2d_backward(
+            grad.flatten(0, 1).contiguous(memory_format=torch.channels_last),
+            x.flatten(0, 1),
+            _pair(module.kernel_size),
+            _pair(module.stride),
+            _pair(module.padding),
+            module.ceil_mode,
+            module.count_include_pad,
+            module.divisor_override,
+        )
+        return grad_x.unflatten(0, x.shape[:2]), None
+
+    @staticmethod
+    def fan_out(module: nn.AvgPool2d, targets: Tensor, shape: torch.Size) -> Tensor:
+        """A pixel drives what its window drives; one outside all windows drives nothing."""
+        kernel = torch.ones(shape[0], 1, *_pair(module.kernel_size), dtype=targets.dtype)
+        return torch.nn.grad.conv2d_input(
+            (1, *shape),
+            kernel,
+            targets[None],
+            _pair(module.stride),
+            _pair(module.padding),
+            groups=shape[0],
+        )[0]
+
+
+class Flatten:
+    """(T, B, C, H, W) ↔ (T, B, C·H·W)."""
+
+    learns = False
+
+    @staticmethod
+    def forward(module: nn.Module | None, x: Tensor) -> Tensor:
+        """Flatten all but time and batch, channels first as torch does."""
+        return x.flatten(2)
+
+    @staticmethod
+    def backward(
+        module: nn.Module | None, grad: Tensor, x: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, None]:
+        """Restore the shape."""
+        return grad.reshape(*grad.shape[:2], *x.shape[2:]), None
+
+    @staticmethod
+    def fan_out(module: nn.Module | None, targets: Tensor, shape: torch.Size) -> Tensor:
+        """The same connections, in the shape before."""
+        return targets.reshape(shape)
+
+
+OPERATORS = {"convolution": Convolution, "linear": Dense, "pool": AveragePool, "flatten": Flatten}
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+class Graph:
+    """The nodes in the order of a step, and what follows from it.
+
+    The *body* reaches up to the last neurons; the *tail* is the output layer: operators that no
+    neuron follows. They are linear and the output only accumulates (Eq. 4), so the tail is applied
+    once, to the summed values of its ``entries``.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = list(nodes)
+        count = len(self.nodes)
+        self.neurons = [i for i, node in enumerate(self.nodes) if node.kind == NEURON]
+        self.dropouts = [i for i, node in enumerate(self.nodes) if node.kind == DROPOUT]
+        before_neuron = [False] * count
+        for i in reversed(range(count)):
+            if self.nodes[i].kind == NEURON or before_neuron[i]:
+                before_neuron[i] = True
+                for j in self.nodes[i].inputs:
+                    before_neuron[j] = True
+        self.body = [i for i in range(count) if before_neuron[i]]
+        self.tail = [i for i in range(count) if not before_neuron[i]]
+        in_body = set(self.body)
+        self.entries = sorted({j for i in self.tail for j in self.nodes[i].inputs} & in_body)
+        self.consumers = [0] * count  # within the body, an entry counting as one more
+        self.last_use = list(range(count))
+        for i in self.body:
+            for j in self.nodes[i].inputs:
+                self.consumers[j] += 1
+                self.last_use[j] = i
+        for i in self.entries:
+            self.consumers[i] += 1
+        # whether anything learns at or below the node, so that a gradient has to reach it
+        self.reaches_weights = [False] * count
+        for i, node in enumerate(self.nodes):
+            operator = OPERATORS.get(node.kind)
+            learns = node.kind == NEURON or (operator is not None and operator.learns)
+            self.reaches_weights[i] = learns or any(self.reaches_weights[j] for j in node.inputs)
+
+    def label(self, neuron: int) -> str:
+        """A spiking layer goes by the name of the weights that drive it, such as ``conv1``."""
+        node = self.nodes[neuron]
+        while node.inputs:
+            node = self.nodes[node.inputs[0]]
+            if node.kind in ("convolution", "linear"):
+                return node.name
+            if node.kind == NEURON:
+                break
+        return self.nodes[neuron].name
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """The label of every neuron node, in order."""
+        labels = {i: self.label(i) for i in self.neurons}
+        return labels if len(set(labels.values())) == len(labels) else {
+            i: self.nodes[i].name for i in self.neurons
+        }
