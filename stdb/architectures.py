@@ -123,9 +123,9 @@ def initialise(network: nn.Module) -> None:
             nn.init.normal_(module.weight, 0, max(0.01, math.sqrt(1 / module.in_features)))
 
 
-def _halve(name: str, size: int) -> int:
+def _halve(size: int) -> int:
     if size < 2:
-        raise ValueError(f"image_size is too small for {name}: nothing is left before a pooling")
+        raise ValueError("image_size is too small: nothing is left for one of the poolings")
     return size // 2
 
 
@@ -143,7 +143,7 @@ def _vgg_features(
         if entry == A:
             layers.pop(f"conv{index}_drop", None)
             layers[f"conv{index}_pool"] = nn.AvgPool2d(2)
-            size = _halve("this VGG", size)
+            size = _halve(size)
         else:
             index += 1
             planes = max(1, round(int(entry) * width))

@@ -61,11 +61,12 @@ def balance_thresholds(
             if labels[i] in keep_at_one:
                 value = 1.0
             else:
-                largest = max(
+                maxima = [
                     to_matrix(batch.current(i, start, stop)).max()
                     for batch in batches
                     for start, stop in batch.chunks(timesteps)
-                )
+                ]
+                largest = torch.stack(maxima).max()  # NaN if any is
                 if reduce_max is not None:
                     largest = reduce_max(largest)
                 value = float(largest)

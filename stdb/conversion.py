@@ -57,6 +57,9 @@ _FUNCTIONAL_MODULE = {
     F.avg_pool2d: "make it an nn.AvgPool2d module",
     F.dropout: "make it an nn.Dropout module",
     F.adaptive_avg_pool2d: "make it an nn.AvgPool2d module",
+    "view": "write torch.flatten(x, 1)",
+    "reshape": "write torch.flatten(x, 1)",
+    torch.reshape: "write torch.flatten(x, 1)",
 }
 
 
@@ -96,7 +99,7 @@ def convert(
         neuron.threshold.requires_grad_(learn_thresholds)
         neuron.leak.requires_grad_(learn_leaks)
         net.set_submodule(graph.nodes[i].name, neuron)
-    parameter = next(net.parameters())
+    parameter = next(ann.parameters())  # not of net: a neuron's V may come first there
     net.to(device=parameter.device, dtype=parameter.dtype)
     snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed)
     snn.train(ann.training)
@@ -158,18 +161,26 @@ def _trace(net: nn.Module) -> list[Node]:
     return nodes
 
 
-def _is_shape(node: fx.Node) -> bool:
+def _is_shape(node: object) -> bool:
     """x.size(0), x.shape and x.shape[0], which people write to flatten a batch."""
-    if node.op == "call_method" and node.target == "size":
-        return True
-    if node.op == "call_function" and node.target in (getattr, operator.getitem):
-        return node.args[1] in ("shape", 0)
-    return False
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_method":
+        return node.target == "size"
+    if node.target is getattr:
+        return bool(node.args[1] == "shape")
+    return node.target is operator.getitem and _is_shape(node.args[0])
+
+
+def _is_batch_size(node: object) -> bool:
+    """x.size(0), x.size()[0] and x.shape[0]."""
+    return _is_shape(node) and node.args[1:] == (0,)  # type: ignore[attr-defined]
 
 
 def _node(node: fx.Node, modules: dict[str, nn.Module], index: dict[fx.Node, int]) -> Node | int:
     """One traced operation as a Node, or the index of its input if it does nothing."""
-    sources = tuple(index[a] for a in node.args if isinstance(a, fx.Node) and a in index)
+    arguments = [*node.args, *node.kwargs.values()]
+    sources = tuple(index[a] for a in arguments if isinstance(a, fx.Node) and a in index)
     where = f"{node.target}" if node.op == "call_module" else f"{node.name} (in forward)"
     if node.op == "call_module":
         module = modules[str(node.target)]
@@ -188,16 +199,25 @@ def _node(node: fx.Node, modules: dict[str, nn.Module], index: dict[fx.Node, int
             f"layer {where} is a parameter used outside a layer; allowed: {_ALLOWED}"
         )
     if node.target in (operator.add, operator.iadd, torch.add, "add", "add_"):
+        if node.kwargs.get("alpha", 1) != 1:
+            raise ConversionError(f"{where} adds with alpha; allowed: a plain sum of branches")
         if len(sources) == 2:
             return Node(node.name, SUM, sources)
         raise ConversionError(f"{where} adds a constant, which is a bias; train without it")
     if node.target in (torch.flatten, "flatten"):
         start = node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0)
-        if start == 1:
+        end = node.kwargs.get("end_dim", node.args[2] if len(node.args) > 2 else -1)
+        if (start, end) == (1, -1):
             return Node(node.name, "flatten", sources)
-        raise ConversionError(f"{where} flattens from dimension {start}; allowed: start_dim=1")
-    if node.target in ("view", "reshape") and len(node.args) == 3 and node.args[2] == -1:
-        return Node(node.name, "flatten", sources[:1])
+        raise ConversionError(
+            f"{where} flattens dimensions {start} to {end}; allowed: torch.flatten(x, 1)"
+        )
+    if (
+        node.target in ("view", "reshape")
+        and node.args[2:] == (-1,)
+        and _is_batch_size(node.args[1])
+    ):
+        return Node(node.name, "flatten", sources)
     if node.target in _FUNCTIONAL_RELU:
         raise ConversionError(
             f"{where} is a functional relu, which cannot carry a spiking neuron's state; "

@@ -19,13 +19,13 @@ from . import bits
 from .encoding import check_images, derive, sample_keys, uniform
 from .neuron import SpikingNeuron, backpropagate, fire, membranes
 from .surrogate import STDB
-from .synapse import DROPOUT, INPUT, NEURON, OPERATORS, SUM, Graph
+from .synapse import DROPOUT, FLATTEN, INPUT, NEURON, OPERATORS, SUM, Graph
 
 Encoder = Callable[[Tensor, int, int, Tensor], Tensor]
 Observer = Callable[["Presentation", str, Tensor], None]
 
 IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at
-DROPOUT_STREAM = 0x0D0
+DROPOUT_STREAM = 1 << 40  # no step t of an encoder with the same seed comes here
 
 
 class SpikingNetwork(nn.Module):
@@ -85,6 +85,11 @@ class SpikingNetwork(nn.Module):
         check_images(images)
         if sample_ids is None:
             sample_ids = torch.arange(len(images), device=images.device)
+        if sample_ids.shape != images.shape[:1]:
+            raise ValueError(
+                f"sample_ids are {tuple(sample_ids.shape)} for {len(images)} images; "
+                "allowed: one for each"
+            )
         return Presentation(self, images, sample_keys(sample_ids, epoch), masks)
 
     def forward(
@@ -109,7 +114,8 @@ class SpikingNetwork(nn.Module):
             presentation = images
         else:
             presentation = self.present(images, sample_ids=sample_ids, epoch=epoch)
-        parameters = [p for p in self._body_parameters() if p.requires_grad]
+        # each once, also where layers share their weights
+        parameters = list(dict.fromkeys(p for p in self._body_parameters() if p.requires_grad))
         if torch.is_grad_enabled() and parameters:
             counts = _Steps.apply(presentation, timesteps, parameters, *parameters)
         else:
@@ -122,6 +128,8 @@ class SpikingNetwork(nn.Module):
 
         The output only accumulates, so one presentation gives the accuracy at every t.
         """
+        if timesteps < 1:
+            raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
         presentation = (
             images if isinstance(images, Presentation) else self.present(images, **options)
         )
@@ -238,11 +246,12 @@ class Presentation:
         self.t = 0
         self.logits: Tensor | None = None
         self.modules = [
-            network.net.get_submodule(node.name) if node.kind not in (INPUT, SUM) else None
+            network.net.get_submodule(node.name) if node.kind not in (INPUT, SUM, FLATTEN) else None
             for node in graph.nodes
         ]
         self.membrane: dict[int, Tensor] = {}
         self.last_spike: dict[int, Tensor] = {}
+        self.ages_known = True  # steps without gradient don't note spike times
         self.shapes: dict[int, torch.Size] = {}  # (B, …) of a neuron's layer
         neurons = [self.modules[i] for i in graph.neurons]
         scalars = torch.stack([torch.stack([n.threshold, n.leak]) for n in neurons]).tolist()
@@ -282,7 +291,7 @@ class Presentation:
                     derive(self.keys, self.network.dropout_seed), DROPOUT_STREAM + index
                 )
                 keep = uniform(keys, shape[1:].numel()) >= rate
-                drawn = keep.to(self.images.dtype).div_(1 - rate).view(shape)
+                drawn = keep.to(self.images.dtype).div_(1 - rate or 1).view(shape)
                 if drawn.dim() == 4:
                     drawn = drawn.contiguous(memory_format=torch.channels_last)
                 self.masks[i] = drawn
@@ -329,6 +338,15 @@ class Presentation:
             tape: is given a record of each chunk for the backward pass.
             trains: one list per entry, each given the entry's values (T, B, …) of every chunk.
         """
+        if tape is None:
+            self.ages_known = False
+        elif not self.ages_known and any(
+            isinstance(self.modules[i].surrogate, STDB) for i in self.network.graph.neurons
+        ):
+            raise RuntimeError(
+                f"the first {self.t} steps of this presentation ran without gradient, so the ages "
+                "that STDB needs are unknown; run them with gradient and drop the result"
+            )
         counts: list[Tensor | None] = [None] * len(self.network.graph.entries)
         stop = self.t + steps
         size = self.network._chunk_size(self)
@@ -356,9 +374,7 @@ class Presentation:
                 values[i] = self._encode(chunk)
             elif node.kind == NEURON:
                 source = node.inputs[0]
-                values[i] = self._fire(
-                    i, values[source], chunk, keep, shared=graph.consumers[source] > 1
-                )
+                values[i] = self._fire(i, values[source], chunk, keep, graph.shared(source))
             else:
                 values[i] = self.apply(i, [values[j] for j in node.inputs])
             if self.network.observers and node.kind in (INPUT, NEURON):
@@ -438,7 +454,12 @@ class Presentation:
 
         def pass_on(i: int, grad: Tensor) -> None:
             """Add to the gradient of a node's value; ``grad`` may be changed in place later."""
-            grads[i] = grad if i not in grads else grads[i].add_(grad)
+            if i not in grads:
+                grads[i] = grad
+            elif len(grad) == len(grads[i]):
+                grads[i].add_(grad)
+            else:  # a constant value: what is summed over time meets what is not
+                grads[i] = grads[i].sum(0, keepdim=True) + grad.sum(0, keepdim=True)
 
         for i, grad in zip(graph.entries, grad_counts, strict=True):
             if graph.reaches_weights[i]:
@@ -455,7 +476,7 @@ class Presentation:
                     source = value(node.inputs[0])
                     current = to_matrix(
                         source.expand(values_i.shape),
-                        copy=len(source) == 1 or graph.consumers[node.inputs[0]] > 1,
+                        copy=len(source) == 1 or graph.shared(node.inputs[0]),
                     )
                     values.pop(node.inputs[0], None)
                 matrix = self._backward_neuron(
@@ -549,6 +570,8 @@ class _Steps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grad_counts):
         _ = ctx.saved_tensors
+        if not ctx.tape:
+            raise RuntimeError("the steps were already gone back through; add up losses first")
         gradients = ctx.presentation.backward(ctx.tape, grad_counts, ctx.parameters)
         return (None, None, None, *gradients)
 

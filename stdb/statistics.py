@@ -111,15 +111,17 @@ def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str,
     """
     graph = snn.graph
     modules = dict(snn.net.named_modules())
-    values = {0: torch.zeros(1, 1, *image_shape)}
+    like = next(snn.parameters())
+    values = {0: like.new_zeros(1, 1, *image_shape)}
     for i in range(1, len(graph.nodes)):
         node = graph.nodes[i]
         x = values[node.inputs[0]]
         if node.kind in OPERATORS:
-            x = OPERATORS[node.kind].forward(modules.get(node.name), x.to(_dtype(snn)))
+            x = OPERATORS[node.kind].forward(modules.get(node.name), x)
         values[i] = x
     shapes = {i: value.shape[2:] for i, value in values.items()}
-    driven = {i: torch.zeros(shape, dtype=torch.float64) for i, shape in shapes.items()}
+    driven = {i: like.new_zeros(shape, dtype=torch.float64) for i, shape in shapes.items()}
+    driven[len(graph.nodes) - 1] += 1  # what is added to the output drives it
     for i in reversed(range(1, len(graph.nodes))):
         node = graph.nodes[i]
         for j in node.inputs:
@@ -130,8 +132,4 @@ def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str,
                 driven[j] += operator.fan_out(modules.get(node.name), driven[i], shapes[j])
             else:
                 driven[j] += driven[i]
-    return {name: driven[i] for i, name in {0: INPUT, **graph.labels}.items()}
-
-
-def _dtype(snn: SpikingNetwork) -> torch.dtype:
-    return next(snn.parameters()).dtype
+    return {name: driven[i].cpu() for i, name in {0: INPUT, **graph.labels}.items()}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INPUT, NEURON, DROPOUT, SUM = "input", "neuron", "dropout", "sum"
+INPUT, NEURON, DROPOUT, SUM, FLATTEN = "input", "neuron", "dropout", "sum", "flatten"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Dense:
     @staticmethod
     def fan_out(module: nn.Linear, targets: Tensor, shape: torch.Size) -> Tensor:
         """Every input drives every output."""
-        return torch.full(shape, float(module.out_features), dtype=torch.float64)
+        return targets.new_full(shape, float(module.out_features))
 
 
 class AveragePool:
@@ -144,14 +144,15 @@ class AveragePool:
     @staticmethod
     def fan_out(module: nn.AvgPool2d, targets: Tensor, shape: torch.Size) -> Tensor:
         """A pixel drives what its window drives; one outside all windows drives nothing."""
-        kernel = torch.ones(shape[0], 1, *_pair(module.kernel_size), dtype=targets.dtype)
-        return torch.nn.grad.conv2d_input(
-            (1, *shape),
-            kernel,
+        return torch.ops.aten.avg_pool2d_backward(
             targets[None],
+            targets.new_zeros(1, *shape),
+            _pair(module.kernel_size),
             _pair(module.stride),
             _pair(module.padding),
-            groups=shape[0],
+            module.ceil_mode,
+            True,
+            1,  # the divisor: sum over the windows, undivided
         )[0]
 
 
@@ -178,7 +179,7 @@ class Flatten:
         return targets.reshape(shape)
 
 
-OPERATORS = {"convolution": Convolution, "linear": Dense, "pool": AveragePool, "flatten": Flatten}
+OPERATORS = {"convolution": Convolution, "linear": Dense, "pool": AveragePool, FLATTEN: Flatten}
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -223,6 +224,11 @@ class Graph:
             learns = node.kind == NEURON or (operator is not None and operator.learns)
             self.reaches_weights[i] = learns or any(self.reaches_weights[j] for j in node.inputs)
 
+    def shared(self, i: int) -> bool:
+        """Whether someone else reads the memory of a node's value, so that none may write to it."""
+        owned = self.nodes[i].kind in (SUM, "convolution", "linear", "pool")
+        return not owned or self.consumers[i] > 1
+
     def label(self, neuron: int) -> str:
         """A spiking layer goes by the name of the weights that drive it, such as ``conv1``."""
         node = self.nodes[neuron]
@@ -238,6 +244,5 @@ class Graph:
     def labels(self) -> dict[int, str]:
         """The label of every neuron node, in order."""
         labels = {i: self.label(i) for i in self.neurons}
-        return labels if len(set(labels.values())) == len(labels) else {
-            i: self.nodes[i].name for i in self.neurons
-        }
+        unique = len({INPUT, *labels.values()}) == 1 + len(labels)
+        return labels if unique else {i: self.nodes[i].name for i in self.neurons}

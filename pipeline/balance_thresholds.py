@@ -1,0 +1,101 @@
+"""Stage balance_thresholds: Algorithm 1 over calibration images, shared among the workers.
+
+    python -m pipeline.balance_thresholds
+
+Out: models/thresholds.json, layer by layer the largest weighted input, unscaled.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stdb
+from pipeline.data import load_split, normalise
+from pipeline.distributed import forget_job, report, run_job, setup, total
+from pipeline.network import build_ann, build_snn, load_weights
+from pipeline.params import BalanceThresholdsParams, NetworkParams, StdbParams
+from pipeline.stage import Stage, read_json, run_stage, write_csv, write_json
+from stdb.conversion import residual_layers
+
+DATA = Path("data/prepared")
+WEIGHTS = Path("models/ann.safetensors")
+THRESHOLDS = Path("models/thresholds.json")
+
+
+def main(stage: Stage) -> None:
+    """Run the job, write the thresholds."""
+    params = stage.params
+    train = load_split(DATA / "train.safetensors")
+    ann = build_ann(params.network, train)
+    load_weights(ann, WEIGHTS)
+    images = min(params.balance_thresholds.images, len(train))
+    stage.say(f"T = {params.balance_thresholds.timesteps}, {images} calibration images")
+    state = run_job(
+        stage,
+        balance_loop,
+        {
+            "data": str(DATA.resolve()),
+            "weights": str(WEIGHTS.resolve()),
+            "network": params.network.model_dump(),
+            "balance_thresholds": params.balance_thresholds.model_dump(),
+            "stdb": params.stdb.model_dump(),
+        },
+    )
+    layers = [
+        {"layer": name, "threshold": value, "balanced": name not in state["kept"]}
+        for name, value in state["thresholds"].items()
+    ]
+    write_json(
+        THRESHOLDS, {"architecture": params.network.architecture, "layers": layers}
+    )
+    write_csv(Path("plots/thresholds.csv"), layers)
+    stage.log({f"thresholds/{row['layer']}": row["threshold"] for row in layers})
+    forget_job(stage)
+
+
+def balance_loop(config: dict[str, Any]) -> None:
+    """What each worker does: its share of the images, the maximum over all workers per layer."""
+    rank, world, device = setup(config)
+    params = BalanceThresholdsParams(**config["balance_thresholds"])
+    train = load_split(Path(config["data"]) / "train.safetensors")
+    ann = build_ann(NetworkParams(**config["network"]), train)
+    load_weights(ann, Path(config["weights"]))
+    snn = build_snn(ann, StdbParams(**config["stdb"]), params.seed).to(device)
+    generator = torch.Generator().manual_seed(params.seed)
+    chosen = torch.randperm(len(train), generator=generator)[: params.images]
+    if len(chosen) < world:
+        raise ValueError(
+            f"{len(chosen)} calibration images for {world} workers; allowed: one for each or more"
+        )
+    share = train.take(chosen).share(rank, world).to(device)
+
+    def progress(layer: str, threshold: float) -> None:
+        if rank == 0:
+            print(f"[balance_thresholds] {layer:24} V = {threshold:.4f}", flush=True)
+
+    found = stdb.balance_thresholds(
+        snn,
+        normalise(share.images),
+        params.timesteps,
+        batch_size=params.batch_size,
+        residual_blocks=params.residual_blocks,
+        sample_ids=share.ids,
+        reduce_max=lambda value: total(value, "max"),
+        progress=progress,
+    )
+    kept = [] if params.residual_blocks else sorted(residual_layers(snn))
+    report({"epoch": 0}, {"thresholds": found, "kept": kept})
+
+
+def load_thresholds(snn: stdb.SpikingNetwork, path: Path = THRESHOLDS) -> None:
+    """Set a network's thresholds to the balanced ones; an error if they are another network's."""
+    layers = read_json(path)["layers"]
+    snn.set_thresholds(
+        {row["layer"]: row["threshold"] for row in layers},
+        balanced=[row["layer"] for row in layers if row["balanced"]],
+    )
+
+
+if __name__ == "__main__":
+    run_stage("balance_thresholds", main)

@@ -1,0 +1,146 @@
+"""Stage evaluate_converted: the converted network before any fine-tuning (Table 1, columns 3, 4).
+
+    python -m pipeline.evaluate_converted
+
+At the long T with balanced thresholds, and at the reduced T of ``stdb.timesteps`` with the
+threshold scale that is best on the validation split. The output layer only accumulates, so one
+presentation gives the accuracy at every t.
+Out: models/conversion.json (the scale), metrics/evaluate_converted.json, plots/converted_*.csv.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.balance_thresholds import load_thresholds
+from pipeline.data import load_split
+from pipeline.distributed import forget_job, report, run_job, setup
+from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
+from pipeline.network import build_ann, build_snn, load_weights
+from pipeline.params import EvaluateConvertedParams, NetworkParams, StdbParams
+from pipeline.stage import Stage, read_json, run_stage, write_csv, write_json
+
+DATA = Path("data/prepared")
+WEIGHTS = Path("models/ann.safetensors")
+THRESHOLDS = Path("models/thresholds.json")
+CONVERSION = Path("models/conversion.json")
+
+
+def main(stage: Stage) -> None:
+    """Check the inputs, run the job, write scale, metrics and curves."""
+    params = stage.params
+    train = load_split(DATA / "train.safetensors")
+    ann = build_ann(params.network, train)
+    load_weights(ann, WEIGHTS)
+    load_thresholds(build_snn(ann, params.stdb, params.stdb.seed))
+    ann_accuracy = read_json(Path("metrics/train_ann.json"))["accuracy"]["test"]
+    state = run_job(
+        stage,
+        evaluate_loop,
+        {
+            "data": str(DATA.resolve()),
+            "weights": str(WEIGHTS.resolve()),
+            "thresholds": str(THRESHOLDS.resolve()),
+            "network": params.network.model_dump(),
+            "evaluate_converted": params.evaluate_converted.model_dump(),
+            "stdb": params.stdb.model_dump(),
+        },
+    )
+    long, reduced = Evaluation(**state["long"]), Evaluation(**state["reduced"])
+    write_json(CONVERSION, {"timesteps": params.stdb.timesteps, "scale": state["scale"]})
+    metrics = {
+        "long": _summary(long),
+        "reduced": _summary(reduced) | {"threshold_scale": state["scale"]},
+        "loss_to_ann": {
+            "long": ann_accuracy - long.accuracy[-1],
+            "reduced": ann_accuracy - reduced.accuracy[-1],
+        },
+    }
+    write_json(Path("metrics/evaluate_converted.json"), metrics)
+    write_csv(
+        Path("plots/converted_accuracy.csv"),
+        [
+            {"timesteps": t, "threshold_scale": scale, "accuracy": accuracy}
+            for scale, curve in state["curves"].items()
+            for t, accuracy in enumerate(curve, start=1)
+        ],
+    )
+    write_csv(
+        Path("plots/converted_spikes.csv"),
+        [{"layer": name, "spikes": value} for name, value in reduced.spikes.items()],
+    )
+    for step, accuracy in enumerate(long.accuracy, start=1):
+        if step == len(long.accuracy) or step & (step - 1) == 0:  # powers of two suffice there
+            stage.log({"accuracy/at_timestep": accuracy}, step)
+    stage.log(
+        {
+            "accuracy/long": long.accuracy[-1],
+            "accuracy/reduced": reduced.accuracy[-1],
+            "threshold_scale": state["scale"],
+            "energy/reduced_pj": reduced.energy,
+            **spike_metrics(reduced.spikes),
+        }
+    )
+    stage.say(
+        f"test: {long.accuracy[-1]:.2%} at T = {len(long.accuracy)}, "
+        f"{reduced.accuracy[-1]:.2%} at T = {len(reduced.accuracy)} (scale {state['scale']}); "
+        f"ANN {ann_accuracy:.2%}"
+    )
+    forget_job(stage)
+
+
+def _summary(result: Evaluation) -> dict[str, Any]:
+    return {
+        "timesteps": len(result.accuracy),
+        "accuracy": result.accuracy[-1],
+        "spikes_per_neuron": result.spikes,
+        "synaptic_operations": result.operations,
+        "energy_pj": result.energy,
+        "energy_delay": result.energy * len(result.accuracy),
+    }
+
+
+def evaluate_loop(config: dict[str, Any]) -> None:
+    """What each worker does: its share of every split."""
+    rank, world, device = setup(config)
+    params = EvaluateConvertedParams(**config["evaluate_converted"])
+    stdb_params = StdbParams(**config["stdb"])
+    validation, test = (
+        load_split(Path(config["data"]) / f"{name}.safetensors").to(device)
+        for name in ("validation", "test")
+    )
+    ann = build_ann(NetworkParams(**config["network"]), test)
+    load_weights(ann, Path(config["weights"]))
+    snn = build_snn(ann, stdb_params, stdb_params.seed).to(device)
+    load_thresholds(snn, Path(config["thresholds"]))
+    curves: dict[float, list[float]] = {}
+    for scale in params.scales:
+        snn.scale_thresholds(scale)
+        found = evaluate_snn(
+            snn, validation, stdb_params.timesteps, params.batch_size, rank, world
+        )
+        curves[scale] = found.accuracy
+        if rank == 0:
+            print(
+                f"[evaluate_converted] scale {scale:<5} T = {stdb_params.timesteps}: "
+                f"validation {found.accuracy[-1]:.1%}",
+                flush=True,
+            )
+    best = max(curves, key=lambda scale: curves[scale][-1])
+    snn.scale_thresholds(best)
+    reduced = evaluate_snn(snn, test, stdb_params.timesteps, params.batch_size, rank, world)
+    at_best = evaluate_snn(snn, test, params.timesteps, params.batch_size, rank, world)
+    snn.scale_thresholds(1.0)
+    long = evaluate_snn(snn, test, params.timesteps, params.batch_size, rank, world)
+    report(
+        {"epoch": 0},
+        {
+            "scale": best,
+            "long": vars(long),
+            "reduced": vars(reduced),
+            "curves": {1.0: long.accuracy, best: at_best.accuracy},
+        },
+    )
+
+
+if __name__ == "__main__":
+    run_stage("evaluate_converted", main)

@@ -1,0 +1,143 @@
+"""Stage finetune_stdb: spike timing dependent backpropagation from the converted network.
+
+    python -m pipeline.finetune_stdb
+
+Algorithms 2 and 3: the balanced thresholds, scaled for the reduced T, and Adam with amsgrad. The
+best epoch is chosen on the validation split; the test split is read once, at the end.
+Out: models/snn.safetensors, metrics/finetune_stdb.json, plots/finetune_stdb.csv,
+plots/finetuned_spikes.csv, plots/finetuned_accuracy.csv.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.balance_thresholds import load_thresholds
+from pipeline.data import load_split
+from pipeline.distributed import forget_job, report, run_job, setup
+from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
+from pipeline.network import build_ann, build_snn, load_weights, save_weights
+from pipeline.params import NetworkParams, StdbParams
+from pipeline.stage import Stage, read_json, run_stage, write_csv, write_json
+from pipeline.training import fit
+
+DATA = Path("data/prepared")
+ANN_WEIGHTS = Path("models/ann.safetensors")
+THRESHOLDS = Path("models/thresholds.json")
+CONVERSION = Path("models/conversion.json")
+WEIGHTS = Path("models/snn.safetensors")
+
+
+def main(stage: Stage) -> None:
+    """Check the inputs, run the job, write weights, metrics and curves."""
+    params = stage.params
+    train = load_split(DATA / "train.safetensors")
+    ann = build_ann(params.network, train)
+    load_weights(ann, ANN_WEIGHTS)
+    load_thresholds(build_snn(ann, params.stdb, params.stdb.seed))
+    scale = params.stdb.threshold_scale or read_json(CONVERSION)["scale"]
+    stage.say(f"T = {params.stdb.timesteps}, threshold scale {scale}, {len(train)} images")
+    state = run_job(
+        stage,
+        train_loop,
+        {
+            "data": str(DATA.resolve()),
+            "weights": str(ANN_WEIGHTS.resolve()),
+            "thresholds": str(THRESHOLDS.resolve()),
+            "scale": scale,
+            "network": params.network.model_dump(),
+            "stdb": params.stdb.model_dump(),
+        },
+    )
+    test = Evaluation(**state["test"])
+    save_weights(
+        state["best_network"],
+        WEIGHTS,
+        network=params.network.model_dump(),
+        stdb=params.stdb.model_dump(),
+    )
+    write_json(
+        Path("metrics/finetune_stdb.json"),
+        {
+            "accuracy": {"validation": state["best"], "test": test.accuracy[-1]},
+            "timesteps": params.stdb.timesteps,
+            "epoch": state["best_epoch"],
+            "spikes_per_neuron": test.spikes,
+            "synaptic_operations": test.operations,
+            "energy_pj": test.energy,
+            "energy_delay": test.energy * params.stdb.timesteps,
+        },
+    )
+    write_csv(Path("plots/finetune_stdb.csv"), state["history"])
+    write_csv(
+        Path("plots/finetuned_spikes.csv"),
+        [{"layer": name, "spikes": value} for name, value in test.spikes.items()],
+    )
+    write_csv(
+        Path("plots/finetuned_accuracy.csv"),
+        [{"timesteps": t, "accuracy": a} for t, a in enumerate(state["curve"], start=1)],
+    )
+    stage.log({"accuracy/test": test.accuracy[-1], "accuracy/best_validation": state["best"]})
+    stage.say(f"STDB: validation {state['best']:.2%}, test {test.accuracy[-1]:.2%}")
+    forget_job(stage)
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """What each worker does."""
+    from ray.train.torch import prepare_model
+
+    rank, world, device = setup(config)
+    params = StdbParams(**config["stdb"])
+    train, validation, test = (
+        load_split(Path(config["data"]) / f"{name}.safetensors").to(device)
+        for name in ("train", "validation", "test")
+    )
+    ann = build_ann(NetworkParams(**config["network"]), train)
+    load_weights(ann, Path(config["weights"]))
+    if params.dropout is not None:
+        for module in ann.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = params.dropout
+    snn = build_snn(ann, params, params.seed).to(device)
+    load_thresholds(snn, Path(config["thresholds"]))
+    snn.scale_thresholds(config["scale"])
+    model = prepare_model(snn)
+
+    def windows(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
+        presentation = snn.present(images, sample_ids=ids, epoch=epoch)
+        size = params.truncate or params.timesteps
+        for start in range(0, params.timesteps, size):
+            steps = min(size, params.timesteps - start)
+            yield lambda steps=steps: model(presentation, steps)
+
+    def validate(epoch: int) -> dict[str, float]:
+        found = evaluate_snn(snn, validation, params.timesteps, 128, rank, world)
+        return {"accuracy/validation": found.accuracy[-1], **spike_metrics(found.spikes)}
+
+    optimizer = torch.optim.Adam(
+        [p for p in snn.parameters() if p.requires_grad],
+        lr=params.learning_rate,
+        weight_decay=params.weight_decay,
+        amsgrad=True,
+    )
+    state = fit(
+        "finetune_stdb", snn.net, model, windows, optimizer, train, params, validate, rank, world,
+        params.clip,
+    )  # fmt: skip
+    snn.net.load_state_dict(state["best_network"])
+    found = evaluate_snn(snn, test, params.timesteps, 128, rank, world)
+    longer = evaluate_snn(snn, test, longest(params.timesteps), 128, rank, world)
+    state |= {"test": vars(found), "curve": longer.accuracy}
+    report({"epoch": state["best_epoch"], "accuracy/test": found.accuracy[-1]}, state)
+
+
+def longest(timesteps: int) -> int:
+    """How far the accuracy of the fine-tuned network is shown: also beyond the T it learned at."""
+    return max(16, 4 * timesteps)
+
+
+if __name__ == "__main__":
+    run_stage("finetune_stdb", main)

@@ -1,0 +1,111 @@
+"""The network of params.yaml: built, loaded from and saved to safetensors, made spiking."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import stdb
+from pipeline.data import Split
+from pipeline.params import NetworkParams, StdbParams
+from pipeline.stage import StageError, writing
+
+
+def build_ann(params: NetworkParams, data: Split) -> nn.Module:
+    """The ANN for a data set's images and classes, weights drawn from torch's generator."""
+    channels, _, size = data.shape
+    classes = len(data.classes)
+    if ":" in params.architecture:
+        return _own(params.architecture, channels, size, classes)
+    return stdb.build(
+        params.architecture,
+        channels,
+        size,
+        classes,
+        width=params.width,
+        hidden=params.hidden,
+        dropout=params.dropout,
+        classifier_dropout=params.classifier_dropout,
+    )
+
+
+def _own(name: str, channels: int, size: int, classes: int) -> nn.Module:
+    module, _, function = name.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise StageError(f"network.architecture is {name!r}: {error}") from error
+    return build(in_channels=channels, image_size=size, num_classes=classes)
+
+
+def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetwork:
+    """The ANN converted as ``stdb`` says: encoder, surrogate, leak."""
+    encoder: stdb.PoissonEncoder | stdb.DirectEncoder = (
+        stdb.PoissonEncoder(seed) if params.encoder == "poisson" else stdb.DirectEncoder()
+    )
+    surrogate = stdb.SURROGATES[params.surrogate](
+        params.alpha, params.beta, params.over_threshold
+    )
+    return stdb.convert(
+        ann,
+        encoder,
+        surrogate,
+        params.leak,
+        temporal_gradient=params.temporal_gradient,
+        chunk=params.chunk,
+        dropout_seed=seed,
+    )
+
+
+def save_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: object) -> None:
+    """Write a state dict as safetensors; metadata as JSON strings."""
+    with writing(path) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={key: json.dumps(value) for key, value in metadata.items()},
+        )
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a state dict into a network of the same layers.
+
+    Args:
+        network: takes the weights.
+        path: .safetensors, or a file of ``torch.save`` (read with ``weights_only=True``).
+
+    Raises:
+        StageError: the file cannot be read, or belongs to another network; says which layers.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = state.get("state_dict", state)
+    except Exception as error:
+        raise StageError(f"the weights file {path} cannot be read: {error}") from error
+    own = network.state_dict()
+    problems = [
+        *(f"{name} is missing" for name in own if name not in state),
+        *(f"{name} is not known" for name in state if name not in own),
+        *(
+            f"{name} is {tuple(state[name].shape)}, the network's is {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ),
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise StageError(
+            f"the weights in {path} belong to another network than network.* describes: "
+            + "; ".join(problems[:4])
+            + more
+        )
+    network.load_state_dict(state)

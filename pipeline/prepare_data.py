@@ -1,0 +1,97 @@
+"""Stage prepare_data: read the data set, split it, keep each split as one file of uint8 images.
+
+    python -m pipeline.prepare_data
+
+Out: data/prepared/{train,validation,test}.safetensors and metrics/data.json. The splits are
+stratified by class and drawn by ``data.seed``; a source's own test split is kept as it is.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.model_selection import train_test_split
+
+from pipeline.data import DataError, Split, read_source, save_split
+from pipeline.params import DataParams
+from pipeline.stage import Stage, digest, run_stage, write_json, writing
+
+OUT = Path("data/prepared")
+
+
+def main(stage: Stage) -> None:
+    """Read, split, write."""
+    params = stage.params.data
+    train, test, classes = read_source(params)
+    stage.say(f"{params.source}: {len(train[1])} images of {len(classes)} classes")
+    splits = split(params, train, test, classes)
+    summary: dict = {"classes": classes, "shape": list(splits["train"].shape)}
+    for name, part in splits.items():
+        path = OUT / f"{name}.safetensors"
+        with writing(path) as temporary:
+            save_split(part, temporary)
+        summary[name] = {"images": len(part), "sha256": digest(path)}
+        stage.say(f"{name:10} {len(part):6} images of {'×'.join(map(str, part.shape))}")
+    write_json(Path("metrics/data.json"), summary)
+    stage.log({f"images/{name}": len(part) for name, part in splits.items()})
+
+
+def split(
+    params: DataParams,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray] | None,
+    classes: list[str],
+) -> dict[str, Split]:
+    """Train, validation and test; a sample's id is its position in the source."""
+    images, labels = train
+    ids = np.arange(len(labels))
+    parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    try:
+        if test is None:
+            ids, held_out = _draw(ids, labels, params.test_fraction, params.seed)
+            parts["test"] = images[held_out], labels[held_out], held_out
+        else:
+            parts["test"] = *test, np.arange(len(test[1])) + len(labels)
+        if params.train_limit is not None and params.train_limit < len(ids):
+            ids, _ = _draw(ids, labels, len(ids) - params.train_limit, params.seed)
+        ids, validation = _draw(ids, labels, params.validation_fraction, params.seed)
+    except ValueError as error:
+        raise DataError(
+            f"the {len(ids)} training images of {len(classes)} classes cannot be split ({error}); "
+            "every split needs an image of every class"
+        ) from error
+    parts["validation"] = images[validation], labels[validation], validation
+    parts["train"] = images[ids], labels[ids], ids
+    return {
+        name: Split(
+            _resize(torch.from_numpy(parts[name][0]), params.image_size),
+            torch.from_numpy(parts[name][1]).long(),
+            torch.from_numpy(parts[name][2]),
+            classes,
+        )
+        for name in ("train", "validation", "test")
+    }
+
+
+def _draw(
+    ids: np.ndarray, labels: np.ndarray, size: float | int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split ids into the rest and ``size`` of them, equal by class."""
+    rest, drawn = train_test_split(
+        ids, test_size=size, stratify=labels[ids], random_state=seed, shuffle=True
+    )
+    return np.asarray(rest), np.asarray(drawn)
+
+
+def _resize(images: torch.Tensor, size: int | None) -> torch.Tensor:
+    """To ``size`` pixels square, bilinear with antialiasing."""
+    if size is None or images.shape[-1] == size == images.shape[-2]:
+        return images
+    resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+if __name__ == "__main__":
+    run_stage("prepare_data", main)

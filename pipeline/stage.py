@@ -1,0 +1,163 @@
+"""What every stage does around its work: check parameters, open a run, report errors, write outs.
+
+dvc.yaml is the one place that says what a stage reads and writes; its parameters, inputs and outs
+are looked up there, so that what MLflow shows and what resumes a job is what DVC tracks.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.data import DataError
+from pipeline.params import Params, ParamsError, load_params
+from pipeline.tracking import Tracker
+from stdb.conversion import ConversionError
+
+ROOM = 64 * 2**20  # bytes that have to be free where outs are written
+
+
+class StageError(RuntimeError):
+    """A stage cannot go on; the message says why and what to do."""
+
+
+class Stage:
+    """One execution of a stage.
+
+    Attributes:
+        name: as in dvc.yaml.
+        params: all parameters; the stage uses those that it tracks, and ``cluster``.
+        tracked: the tracked parameters, ``section.key`` → value.
+        inputs: path → sha256 of every file that the stage depends on.
+        key: hash of both; names the checkpoints of the stage's job.
+        tracker: its MLflow run.
+    """
+
+    def __init__(self, name: str, params: Params) -> None:
+        self.name, self.params = name, params
+        spec = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name]
+        self.outs = [
+            Path(next(iter(o)) if isinstance(o, dict) else o)
+            for group in ("outs", "metrics", "plots")
+            for o in spec.get(group, [])
+        ]
+        check_outs(self.outs)
+        self.tracked = _flatten(params.model_dump(), spec.get("params", []))
+        self.inputs = {str(f): digest(f) for d in spec["deps"] for f in _files(Path(d))}
+        identity = json.dumps([name, self.tracked, self.inputs], sort_keys=True)
+        self.key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.tracker = Tracker(name, self.tracked, self.inputs)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        print(f"[{self.name}] {text}", flush=True)
+
+    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Metrics of the MLflow run."""
+        self.tracker.log(metrics, step)
+
+
+def run_stage(name: str, main: Callable[[Stage], None]) -> None:
+    """Run a stage as a program: exit 0, or a message on stderr and exit 1."""
+    start = time.monotonic()
+    stage = None
+    status = "FAILED"
+    try:
+        stage = Stage(name, load_params())
+        main(stage)
+        seconds = time.monotonic() - start
+        stage.log({"duration_seconds": seconds})
+        status = "FINISHED"
+        stage.say(f"done in {seconds:.0f} s")
+    except (ParamsError, DataError, ConversionError, StageError, OSError) as error:
+        print(f"\nerror in stage {name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if stage is not None:
+            stage.tracker.end(status)
+
+
+def check_outs(outs: list[Path]) -> None:
+    """Find out before the work, not after it, that an out cannot be written."""
+    for out in outs:
+        probe = out.parent / f".{out.name}.probe"
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StageError(f"{out} cannot be written: {error}") from error
+        state = os.statvfs(out.parent)
+        if state.f_bavail * state.f_frsize < ROOM:
+            raise StageError(
+                f"there is no room for {out}: {state.f_bavail * state.f_frsize >> 20} MiB free, "
+                f"{ROOM >> 20} MiB needed"
+            )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A path to write to that replaces ``path`` when all went well, and leaves it alone else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, atomically, the same bytes for the same value."""
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows with the same keys as CSV, atomically."""
+    lines = [",".join(rows[0])] + [",".join(str(v) for v in row.values()) for row in rows]
+    with writing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read what an earlier stage wrote."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise StageError(f"{path} cannot be read ({error}); run dvc repro") from error
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        yield from sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    else:
+        raise StageError(f"{path} is missing; run dvc repro, which makes it")
+
+
+def _flatten(params: dict[str, Any], tracked: list[str]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for entry in tracked:
+        value: Any = params
+        for part in entry.split("."):
+            value = value[part]
+        if isinstance(value, dict):
+            flat |= {f"{entry}.{key}": v for key, v in value.items()}
+        else:
+            flat[entry] = value
+    return flat

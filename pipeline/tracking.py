@@ -1,0 +1,139 @@
+"""MLflow: one run per execution of a stage. A view only; no stage reads anything back from it.
+
+The tracking server, its credentials and the artefact store are MLflow's own environment variables;
+without them everything is in mlflow.db and mlartifacts/ at the root of the repository. Where MLflow
+cannot be reached, that is said once and the work goes on.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EXPERIMENT = "stdb"
+GENERATED = ("dvc.lock", "metrics", "plots", "report")  # what a run itself changes in git's eyes
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def root() -> Path:
+    """The repository, also from within the temporary copy of a queued DVC experiment."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def tracking_uri() -> str:
+    """Where runs go."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"
+
+
+def provenance() -> dict[str, str]:
+    """Tags that lead from a run to the code and to DVC."""
+
+    def git(*command: str) -> str:
+        result = subprocess.run(["git", *command], capture_output=True, text=True, check=False)
+        return result.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in GENERATED))
+    return {
+        "git.commit": git("rev-parse", "HEAD") or "none",
+        "git.dirty": str(bool(changed)).lower(),
+        "dvc.stage": os.environ.get("DVC_STAGE", "none"),
+        "dvc.experiment": os.environ.get("DVC_EXP_NAME", "workspace"),
+    }
+
+
+class Tracker:
+    """The MLflow run of a stage."""
+
+    def __init__(self, stage: str, params: dict[str, Any], inputs: dict[str, str]) -> None:
+        self.run_id: str | None = None
+        self.warned = False
+        self._client: Any = None
+        self._guard(lambda: self._start(stage, params, inputs))
+
+    def _start(self, stage: str, params: dict[str, Any], inputs: dict[str, str]) -> None:
+        import logging
+
+        import mlflow
+
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self._client = mlflow.MlflowClient(tracking_uri=tracking_uri())
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+        elif tracking_uri().startswith("sqlite"):
+            experiment_id = self._client.create_experiment(
+                EXPERIMENT, artifact_location=(root() / "mlartifacts").as_uri()
+            )
+        else:
+            experiment_id = self._client.create_experiment(EXPERIMENT)
+        tags = provenance() | {f"input.{path}": value for path, value in inputs.items()}
+        run = self._client.create_run(experiment_id, run_name=stage, tags=tags)
+        self.run_id = run.info.run_id
+        entries = [mlflow.entities.Param(key, str(value)) for key, value in params.items()]
+        self._client.log_batch(self.run_id, params=entries)
+
+    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Metrics, in one batch."""
+        log_metrics = _metrics(metrics, step or 0)
+        self._guard(lambda: self._client.log_batch(self.run_id, metrics=log_metrics()))
+
+    def figure(self, path: Path) -> None:
+        """A file as an artefact."""
+        self._guard(lambda: self._client.log_artifact(self.run_id, str(path)))
+
+    def end(self, status: str) -> None:
+        """Close the run: FINISHED or FAILED."""
+        self._guard(lambda: self._client.set_terminated(self.run_id, status))
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """MLflow is a view: its failure is said once and stops nothing."""
+        if self.warned:
+            return
+        try:
+            action()
+        except Exception as error:
+            self.warned = True
+            print(f"warning: MLflow at {tracking_uri()} does not answer, going on without: {error}")
+
+
+def _metrics(metrics: dict[str, float], step: int) -> Callable[[], list]:
+    now = int(time.time() * 1000)
+
+    def entities() -> list:
+        from mlflow.entities import Metric
+
+        return [Metric(key, float(value), now, step) for key, value in metrics.items()]
+
+    return entities
+
+
+class Reporter:
+    """Logs what a job's workers report, epoch by epoch; runs in Ray Train's controller.
+
+    A plain function of a run id, so that it can be sent there; ``pipeline.distributed`` makes it a
+    callback of Ray's.
+    """
+
+    def __init__(self, run_id: str | None) -> None:
+        self.run_id, self.uri = run_id, tracking_uri()
+        self._client: Any = None
+
+    def __call__(self, metrics: dict[str, float]) -> None:
+        """Log the metrics of one report; ``epoch`` is the step."""
+        if self.run_id is None:
+            return
+        try:
+            if self._client is None:
+                import mlflow
+
+                self._client = mlflow.MlflowClient(tracking_uri=self.uri)
+            values = {key: value for key, value in metrics.items() if key != "epoch"}
+            entries = _metrics(values, int(metrics.get("epoch", 0)))()
+            self._client.log_batch(self.run_id, metrics=entries)
+        except Exception as error:
+            print(f"warning: MLflow at {self.uri} did not take a report: {error}")
+            self.run_id = None

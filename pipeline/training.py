@@ -1,0 +1,183 @@
+"""The epochs of a training, the same for ANN and SNN; runs inside a worker of a Ray Train job.
+
+A global batch is drawn by (seed, epoch) and shared among the workers; DDP averages their gradients,
+so the batch size is the parameter and the number of workers is not. After every epoch the
+validation split is evaluated and the state reported; an interrupted job goes on from there.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.data import Split, augment, normalise
+from pipeline.distributed import report, resume, total
+from pipeline.params import Schedule
+
+# images (B, C, H, W), labels, ids, epoch → logits; several windows for truncated BPTT
+Windows = Callable[[Tensor, Tensor, int], Iterator[Callable[[], Tensor]]]
+
+
+class DivergenceError(ValueError):
+    """The loss or a gradient is not a finite number."""
+
+
+def learning_rate(params: Schedule, epoch: int) -> float:
+    """Divided by ``decay`` at each milestone, a fraction of the epochs."""
+    passed = sum(epoch - 1 >= round(m * params.epochs) for m in params.milestones)
+    return params.learning_rate / params.decay**passed
+
+
+def order(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The epoch's global batches of positions. An incomplete last batch waits for another epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    batches = torch.randperm(count, generator=generator).split(min(batch_size, count))
+    return [batch for batch in batches if len(batch) == len(batches[0])]
+
+
+def fit(
+    name: str,
+    network: nn.Module,
+    model: nn.Module,
+    windows: Windows,
+    optimizer: torch.optim.Optimizer,
+    train: Split,
+    params: Schedule,
+    validate: Callable[[int], dict[str, float]],
+    rank: int,
+    world: int,
+    clip: float | None = None,
+) -> dict[str, Any]:
+    """Train, epoch by epoch, and report the state after each.
+
+    Args:
+        name: of the stage, for the progress lines.
+        network: holds the weights.
+        model: the same, wrapped by DDP where there are several workers.
+        windows: presents images; gives one function for each backward pass (several with truncated
+            BPTT), each returning logits.
+        optimizer: of the network's parameters.
+        train: the whole training split.
+        params: epochs, batch size, learning rate.
+        validate: epoch → metrics, with ``accuracy/validation``.
+        rank: of this worker.
+        world: number of workers.
+        clip: largest norm of the gradient.
+
+    Returns:
+        The state: ``history`` (metrics by epoch), ``best`` (validation accuracy), ``best_epoch``,
+        ``best_network`` (state dict), and what a resumed job needs.
+
+    Raises:
+        DivergenceError: loss or gradient is not finite; names epoch and step.
+    """
+    if params.batch_size < world:
+        raise ValueError(
+            f"{name}.batch_size is {params.batch_size}; allowed: at least one image for each of "
+            f"the {world} workers"
+        )
+    device = next(network.parameters()).device
+    state = resume(device) or {"epoch": 0, "best": -1.0, "history": []}
+    if "network" in state:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        if rank == 0 and state["epoch"] < params.epochs:
+            print(f"[{name}] goes on after epoch {state['epoch']}", flush=True)
+    start, first = time.monotonic(), state["epoch"]
+    for epoch in range(first + 1, params.epochs + 1):
+        rate = learning_rate(params, epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed((params.seed * 1_000_003 + epoch) * 4096 + rank)
+        network.train()
+        batches = order(len(train), params.batch_size, params.seed, epoch)
+        said = time.monotonic()
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+        norm = 0.0
+        for step, batch in enumerate(batches, start=1):
+            share = train.take(batch[rank::world].to(train.labels.device))
+            images = share.images.to(device)
+            if params.augment:
+                images = augment(images, share.ids.to(device), params.seed, epoch)
+            loss, correct = _step(
+                model, windows, optimizer, normalise(images), share, epoch, len(batch), world
+            )
+            norm = float(nn.utils.clip_grad_norm_(network.parameters(), clip or float("inf")))
+            if not (torch.isfinite(loss) and norm < float("inf")):
+                raise DivergenceError(
+                    f"loss {float(loss):.4g}, gradient norm {norm:.4g} in epoch {epoch}, "
+                    f"step {step}: the training diverged; a smaller learning_rate, clip, or "
+                    "fewer timesteps may help"
+                )
+            optimizer.step()
+            sums += torch.stack([loss.double() * len(share), correct.double()])
+            if rank == 0 and time.monotonic() - said > 10:
+                said = time.monotonic()
+                print(f"[{name}] epoch {epoch}: step {step}/{len(batches)}", flush=True)
+        sums = total(sums)
+        seen = sum(len(batch) for batch in batches)
+        metrics = {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "loss/train": sums[0].item() / seen,
+            "accuracy/train": sums[1].item() / seen,
+            "gradient_norm/all": norm,
+            **_gradient_norms(network),
+            **validate(epoch),
+        }
+        accuracy = metrics["accuracy/validation"]
+        state |= {"epoch": epoch, "history": [*state["history"], metrics]}
+        if accuracy > state["best"]:
+            state |= {"best": accuracy, "best_epoch": epoch}
+            state["best_network"] = {k: v.clone() for k, v in network.state_dict().items()}
+        state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        if rank == 0:
+            left = (time.monotonic() - start) / (epoch - first) * (params.epochs - epoch)
+            print(
+                f"[{name}] epoch {epoch}/{params.epochs}  loss {metrics['loss/train']:.3f}  "
+                f"train {metrics['accuracy/train']:.1%}  validation {accuracy:.1%}  "
+                f"{left:.0f} s left",
+                flush=True,
+            )
+        report(metrics, state)
+    return state
+
+
+def _step(
+    model: nn.Module,
+    windows: Windows,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    share: Split,
+    epoch: int,
+    batch_size: int,
+    world: int,
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward; the gradient is that of the global batch's mean loss.
+
+    Returns:
+        The last window's mean loss over this worker's share, and the number of correct predictions.
+    """
+    labels = share.labels.to(images.device)
+    optimizer.zero_grad(set_to_none=True)
+    presentations = list(windows(images, share.ids.to(images.device), epoch))
+    for position, present in enumerate(presentations, start=1):
+        if isinstance(model, DistributedDataParallel):  # average once, after the last window
+            model.require_backward_grad_sync = position == len(presentations)
+        logits = present()
+        loss = F.cross_entropy(logits, labels)
+        (loss * (len(share) * world / batch_size)).backward()
+    return loss.detach(), (logits.argmax(1) == labels).sum()
+
+
+def _gradient_norms(network: nn.Module) -> dict[str, float]:
+    """Of every layer's weights at the epoch's last step: they grow with depth and T."""
+    return {
+        f"gradient_norm/{name.removesuffix('.weight')}": parameter.grad.norm().item()
+        for name, parameter in network.named_parameters()
+        if parameter.grad is not None
+    }

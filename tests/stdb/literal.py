@@ -1,0 +1,155 @@
+"""The paper's rules a second time, literally: float64, one step at a time, autograd through it all.
+
+Shares no code with the engine and no idea with it either: it runs the user's own module tree, with
+a stateful neuron in the place of each ReLU and a fixed mask in the place of each dropout, and lets
+autograd find every gradient but the spike's own.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class Spike(torch.autograd.Function):
+    """[U > V] forward; the given ∂O/∂U and ∂O/∂V backward."""
+
+    @staticmethod
+    def forward(ctx, membrane, threshold, slope_membrane, slope_threshold):
+        """Strictly above the threshold."""
+        ctx.save_for_backward(slope_membrane, slope_threshold)
+        return (membrane > threshold).to(membrane.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The surrogate's word."""
+        slope_membrane, slope_threshold = ctx.saved_tensors
+        return grad * slope_membrane, (grad * slope_threshold).sum(), None, None
+
+
+class LiteralNeuron(nn.Module):
+    """Eq. 2 with the surrogate of Eq. 11, 13 or 14; V and λ are parameters."""
+
+    def __init__(self, threshold, leak, kind, alpha, beta, over_threshold, temporal_gradient):
+        """Start with U = 0, no spike, S = −∞."""
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor(threshold, dtype=torch.float64))
+        self.leak = nn.Parameter(torch.tensor(leak, dtype=torch.float64))
+        self.kind, self.alpha, self.beta = kind, alpha, beta
+        self.over_threshold, self.temporal_gradient = over_threshold, temporal_gradient
+        self.t = 0
+        self.membrane = self.spikes = torch.tensor(0.0, dtype=torch.float64)
+        self.latest = torch.tensor(-torch.inf, dtype=torch.float64)
+        self.train_of_spikes: list[Tensor] = []
+
+    def surrogate(self, membrane: Tensor, threshold: Tensor) -> Tensor:
+        """The value s of Eq. 11, 13 or 14."""
+        distance = membrane / threshold - 1 if self.over_threshold else membrane - threshold
+        if self.kind == "stdb":
+            s = self.alpha * torch.exp(-self.beta * (self.t - self.latest))
+            return torch.where(self.latest > -torch.inf, s, 0.0)
+        if self.kind == "linear":
+            return self.alpha * torch.clamp(1 - distance.abs(), min=0)
+        return self.alpha * torch.exp(-self.beta * distance.abs())
+
+    def forward(self, current: Tensor) -> Tensor:
+        """One step."""
+        self.t += 1
+        before = self.membrane if self.temporal_gradient else self.membrane.detach()
+        membrane = self.leak * before + current - self.threshold * self.spikes.detach()
+        u, v = membrane.detach(), self.threshold.detach()
+        now = torch.full_like(u, self.t)
+        self.latest = torch.where(u > v, now, self.latest)
+        s = self.surrogate(u, v)
+        slopes = (s / v, -s * u / v**2) if self.over_threshold else (s, -s)
+        self.membrane = membrane
+        self.spikes = Spike.apply(membrane, self.threshold, *slopes)
+        self.train_of_spikes.append(self.spikes.detach())
+        return self.spikes
+
+    def cut(self) -> None:
+        """Drop the graph, keep the state."""
+        self.membrane, self.spikes = self.membrane.detach(), self.spikes.detach()
+
+
+class Mask(nn.Module):
+    """A dropout that was drawn before."""
+
+    def __init__(self, mask: Tensor):
+        """Keep the mask (B, …)."""
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it."""
+        return x * self.mask
+
+
+def relus(net: nn.Module) -> list[str]:
+    """The places of the ReLUs in the module tree."""
+    return [name for name, module in net.named_modules() if type(module) is nn.ReLU]
+
+
+class Literal:
+    """A module tree run literally.
+
+    Args:
+        ann: float64; copied.
+        thresholds: place of each ReLU → V.
+        leak: λ.
+        masks: place of each dropout → mask; those not named are left out.
+        surrogate: kind, alpha, beta, over_threshold, temporal_gradient.
+    """
+
+    def __init__(self, ann, thresholds, leak=1.0, masks=None, **surrogate):
+        """Swap the modules."""
+        options = {"kind": "stdb", "alpha": 0.3, "beta": 0.01, "over_threshold": False}
+        options |= {"temporal_gradient": True} | surrogate
+        self.net = copy.deepcopy(ann)
+        for name in relus(ann):
+            self.net.set_submodule(name, LiteralNeuron(thresholds[name], leak, **options))
+        for name, module in ann.named_modules():
+            if isinstance(module, nn.Dropout):
+                mask = (masks or {}).get(name)
+                self.net.set_submodule(name, nn.Identity() if mask is None else Mask(mask))
+        self.neurons = {n: m for n, m in self.net.named_modules() if isinstance(m, LiteralNeuron)}
+
+    def run(self, train: Tensor, windows: list[int] | None = None) -> Iterator[Tensor]:
+        """U of the output layer (Eq. 4) at the end of each window; train is (T, B, C, H, W)."""
+        output, start = 0.0, 0
+        for steps in windows or [len(train)]:
+            for x in train[start : start + steps]:
+                output = output + self.net(x)
+            yield output
+            output, start = output.detach(), start + steps
+            for neuron in self.neurons.values():
+                neuron.cut()
+
+    def spikes(self, name: str) -> Tensor:
+        """(T, B, …) of the neuron in a ReLU's place."""
+        return torch.stack(self.neurons[name].train_of_spikes)
+
+
+def balanced(ann: nn.Module, train: Tensor, keep: dict[str, float] | None = None) -> list[float]:
+    """Algorithm 1 literally: the whole network is run anew for every layer, in order.
+
+    Args:
+        ann: its ReLUs in the order of the module tree are those of a step.
+        train: (T, B, C, H, W).
+        keep: places whose V is given.
+    """
+    found = dict(keep or {})
+    for name in relus(ann):
+        if name in found:
+            continue
+        rest = dict.fromkeys(relus(ann), float("inf")) | found
+        network = Literal(ann, rest)
+        largest = []
+        network.neurons[name].register_forward_pre_hook(
+            lambda _, inputs, largest=largest: largest.append(float(inputs[0].max()))
+        )
+        with torch.no_grad():
+            list(network.run(train))
+        found[name] = max(largest)
+    return [found[name] for name in relus(ann)]

@@ -1,0 +1,475 @@
+"""The engine's spikes, logits and gradients against a literal step-by-step network in float64."""
+
+import math
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from literal import Literal, relus
+from torch import nn
+
+import stdb
+
+TOLERANCE = 1e-9
+LEARN = ["", "V", "λ", "Vλ"]
+
+
+def conv(i, o, stride=1, kernel=3, padding=1, groups=1):
+    """No bias."""
+    return nn.Conv2d(i, o, kernel, stride, padding, groups=groups, bias=False)
+
+
+def linear(i, o):
+    """No bias."""
+    return nn.Linear(i, o, bias=False)
+
+
+def prepare(net, seed):
+    """Float64, with weights that make deep layers fire."""
+    generator = torch.Generator().manual_seed(seed)
+    net = net.double().train()
+    with torch.no_grad():
+        for weight in net.parameters():
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight.copy_((drawn + 0.4) / math.sqrt(weight[0].numel()))
+    return net
+
+
+def random_train(shape, seed):
+    """A signed spike train (T, B, C, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return (draw < 0.55).double() - (draw > 0.85).double()
+
+
+def draw_masks(net, images, seed):
+    """A mask of 0 and 1/(1−p) for each dropout: by place, in the order of a step."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+
+    def draw(name, module):
+        def hook(_, inputs):
+            keep = torch.rand(inputs[0].shape, generator=generator) >= module.p
+            masks[name] = keep.double() / (1 - module.p)
+
+        return module.register_forward_pre_hook(hook)
+
+    hooks = [draw(n, m) for n, m in net.named_modules() if isinstance(m, nn.Dropout)]
+    net(images)
+    for hook in hooks:
+        hook.remove()
+    return masks
+
+
+def close(actual, expected, what, tolerance=TOLERANCE):
+    """Deviation relative to the largest value."""
+    expected = torch.zeros_like(actual) if expected is None else expected.to(actual)
+    error = float((actual - expected).abs().max())
+    assert error <= tolerance * max(1e-12, float(expected.abs().max())), f"{what}: off by {error}"
+
+
+def compare(
+    net, train, *, seed=0, direct=False, chunk=None, windows=None, leak=1.0, kind="stdb",
+    alpha=0.3, beta=0.05, over_threshold=False, temporal_gradient=True, learn="Vλ",
+):  # fmt: skip
+    """Present the same to both and compare all; returns the literal first weight's gradient."""
+    timesteps, batch = train.shape[:2]
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.zeros(train.shape[1:], dtype=torch.float64)
+    if direct:
+        images = torch.rand(images.shape, generator=generator, dtype=torch.float64) * 1.5 - 0.5
+        train = images.expand(timesteps, *images.shape)
+    places = relus(net)
+    levels = 0.2 + 0.6 * torch.rand(len(places), generator=generator)
+    thresholds = dict(zip(places, levels.tolist(), strict=True))
+    masks = draw_masks(net, images, seed)
+    windows = windows or [timesteps]
+
+    surrogate = stdb.SURROGATES[kind](alpha, beta, over_threshold)
+    snn = stdb.convert(
+        net, stdb.DirectEncoder() if direct else stdb.SpikeTrain(train), surrogate, leak,
+        temporal_gradient=temporal_gradient, chunk=chunk,
+        learn_thresholds="V" in learn, learn_leaks="λ" in learn,
+    )  # fmt: skip
+    with torch.no_grad():
+        for place, value in thresholds.items():
+            snn.net.get_submodule(place).threshold.fill_(value)
+            snn.net.get_submodule(place).leak.fill_(leak)
+    literal = Literal(
+        net, thresholds, leak, masks, kind=kind, alpha=alpha, beta=beta,
+        over_threshold=over_threshold, temporal_gradient=temporal_gradient,
+    )  # fmt: skip
+
+    labels = torch.arange(batch)
+    with stdb.record_spikes(snn, trains=True) as statistics:
+        presentation = snn.present(images, masks=list(masks.values()))
+        for steps, expected in zip(windows, literal.run(train, windows), strict=True):
+            logits = snn(presentation, steps)
+            close(logits.detach(), expected.detach(), "logits")
+            F.cross_entropy(logits, labels % logits.shape[1]).backward()
+            F.cross_entropy(expected, labels % logits.shape[1]).backward()
+    for i, label in snn.graph.labels.items():
+        place = snn.graph.nodes[i].name
+        assert torch.equal(statistics.train(label), literal.spikes(place)), f"spikes of {place}"
+    expected = dict(literal.net.named_parameters())
+    for name, parameter in snn.net.named_parameters():
+        if parameter.requires_grad:
+            close(parameter.grad, expected[name].grad, f"gradient of {name}")
+    return next(p for n, p in literal.net.named_parameters() if n.endswith("weight")).grad
+
+
+@st.composite
+def networks(draw):
+    """A small network of convolutions, residual blocks, poolings, dropouts and linear layers."""
+    channels, size = draw(st.integers(1, 3)), draw(st.integers(4, 7))
+    layers, c = [], channels
+    shape = (1, channels, size, size)
+    for _ in range(draw(st.integers(1, 3))):
+        planes, stride = draw(st.sampled_from([2, 4])), draw(st.integers(1, 2))
+        if draw(st.booleans()):
+            layers += [stdb.ResidualBlock(c, planes, stride, dropout=0.25)]
+        else:
+            kernel, padding = draw(st.sampled_from([(1, 0), (3, 1), (3, 2), ((3, 1), (1, 0))]))
+            groups = 2 if c % 2 == 0 and draw(st.booleans()) else 1
+            layers += [conv(c, planes, stride, kernel, padding, groups), nn.ReLU()]
+        if draw(st.booleans()):
+            layers += [nn.Dropout(draw(st.sampled_from([0.2, 0.5])))]
+        height = nn.Sequential(*layers)(torch.zeros(shape)).shape[2]
+        if height >= 3 and draw(st.booleans()):
+            layers += [nn.AvgPool2d(2, draw(st.integers(1, 2)))]
+        c = planes
+    layers += [nn.Flatten()]
+    features = nn.Sequential(*layers)(torch.zeros(shape)).shape[1]
+    if draw(st.booleans()):
+        layers += [linear(features, 5), nn.ReLU(), nn.Dropout(0.3)]
+        features = 5
+    return nn.Sequential(*layers, linear(features, 3)), shape[1:]
+
+
+@st.composite
+def windows_of(draw, timesteps):
+    """None, or lengths of windows that add up to T."""
+    if draw(st.booleans()):
+        return None
+    first = draw(st.integers(1, timesteps))
+    return [first] + ([timesteps - first] if first < timesteps else [])
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.data())
+def test_random_networks(data):
+    """Every rule at once, on networks, chunks, windows and options that nobody chose."""
+    net, shape = data.draw(networks())
+    timesteps, seed = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 2**20))
+    gradient = compare(
+        prepare(net, seed),
+        random_train((timesteps, data.draw(st.integers(1, 3)), *shape), seed),
+        seed=seed,
+        direct=data.draw(st.booleans()),
+        chunk=data.draw(st.none() | st.integers(1, timesteps + 1)),
+        windows=data.draw(windows_of(timesteps)),
+        leak=data.draw(st.sampled_from([1.0, 0.9, 0.5])),
+        kind=data.draw(st.sampled_from(sorted(stdb.SURROGATES))),
+        alpha=data.draw(st.sampled_from([0.3, 1.0])),
+        beta=data.draw(st.sampled_from([0.0, 0.05, 2.0])),
+        over_threshold=data.draw(st.booleans()),
+        temporal_gradient=data.draw(st.booleans()),
+        learn=data.draw(st.sampled_from(LEARN)),
+    )
+    assume(float(gradient.abs().max()) > 0)
+
+
+def small():
+    """Two convolutions, a pooling, two linear layers, two dropouts, for 2×4×4 images."""
+    net = nn.Sequential(
+        conv(2, 3), nn.ReLU(), nn.Dropout(0.25), conv(3, 3, stride=2), nn.ReLU(), nn.AvgPool2d(2),
+        nn.Flatten(), linear(3, 6), nn.ReLU(), nn.Dropout(0.25), linear(6, 3),
+    )  # fmt: skip
+    return prepare(net, 1)
+
+
+@pytest.mark.parametrize("learn", LEARN)
+@pytest.mark.parametrize("temporal", [True, False], ids=["temporal", "instant"])
+@pytest.mark.parametrize("over", [True, False], ids=["u_over_v", "u"])
+@pytest.mark.parametrize("kind", sorted(stdb.SURROGATES))
+def test_surrogates(kind, over, temporal, learn):
+    """Each surrogate alone: over U and U/V, with and without leak path, V and λ learning."""
+    gradient = compare(
+        small(), random_train((7, 3, 2, 4, 4), 3), kind=kind, over_threshold=over, leak=0.75,
+        temporal_gradient=temporal, learn=learn, chunk=3, beta=0.4,
+    )  # fmt: skip
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("windows", [[1] * 7, [2, 2, 3], [3, 4], [7]])
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_truncated_windows_and_chunks(windows, chunk):
+    """A chunk that ends inside a window, at its end, or is longer, changes nothing."""
+    compare(small(), random_train((7, 3, 2, 4, 4), 3), windows=windows, chunk=chunk, leak=0.9)
+
+
+class Branches(nn.Module):
+    """A network of a user's own: residual additions, a skip to the output, view."""
+
+    def __init__(self):
+        """Set up the layers."""
+        super().__init__()
+        self.relu = nn.ReLU()  # before any weight, as people write it
+        self.stem, self.branch, self.project = (
+            conv(2, 4),
+            conv(4, 4),
+            conv(2, 4, kernel=1, padding=0),
+        )
+        self.relus = nn.ModuleList(nn.ReLU() for _ in range(2))
+        self.drop, self.pool = nn.Dropout(0.3), nn.AvgPool2d(2)
+        self.hidden, self.out = linear(16, 16), linear(16, 3)
+
+    def forward(self, x):
+        """Images to logits."""
+        a = self.relu(self.stem(x))
+        b = self.relus[0](self.branch(self.drop(a)) + a + self.project(x))
+        c = self.pool(b)
+        c = c.view(c.size(0), -1)
+        d = self.relus[1](self.hidden(c))
+        return self.out(d + c)
+
+
+class SkipToOutput(nn.Module):
+    """A layer's spikes, its current, and the input itself reach neurons and the output layer."""
+
+    def __init__(self):
+        """Set up the layers."""
+        super().__init__()
+        self.first, self.second, self.third = linear(8, 6), linear(6, 6), linear(8, 3)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        self.out1, self.out2, self.out3 = linear(6, 3), linear(6, 3), linear(6, 3)
+
+    def forward(self, x):
+        """Images to logits."""
+        x = torch.flatten(x, 1)
+        current = self.first(x)
+        a = self.relu1(current)
+        b = self.relu2(self.second(a) + a)
+        return self.out1(a) + self.out2(b + a) + self.out3(current) + self.third(x)
+
+
+class SharedWeights(nn.Module):
+    """The same convolution drives two layers of neurons."""
+
+    def __init__(self):
+        """Set up the layers."""
+        super().__init__()
+        self.conv, self.relu1, self.relu2 = conv(2, 2), nn.ReLU(), nn.ReLU()
+        self.out = linear(8, 3)
+
+    def forward(self, x):
+        """Images to logits."""
+        return self.out(torch.flatten(self.relu2(self.conv(self.relu1(self.conv(x)))), 1))
+
+
+class ConstantBranches(nn.Module):
+    """With direct input, one current that is constant over time meets another that is not."""
+
+    def __init__(self):
+        """Set up the layers."""
+        super().__init__()
+        self.stem, self.branch, self.project = conv(2, 2), conv(2, 2), conv(2, 2)
+        self.relu1, self.relu2, self.out = nn.ReLU(), nn.ReLU(), linear(8, 3)
+
+    def forward(self, x):
+        """Images to logits."""
+        current = self.stem(x)
+        summed = self.branch(self.relu1(current)) + self.project(current)
+        return self.out(torch.flatten(self.relu2(summed), 1))
+
+
+class NeuronsInARow(nn.Module):
+    """Nothing but a flatten between input, neurons and neurons; sums of two layers' spikes."""
+
+    def __init__(self):
+        """Set up the layers."""
+        super().__init__()
+        self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.first, self.out = linear(8, 8), linear(8, 3)
+
+    def forward(self, x):
+        """Images to logits."""
+        a = self.relu1(torch.flatten(x, 1))
+        b = self.relu2(torch.flatten(a, 1))
+        return self.out(self.relu3(self.first(a + b)))
+
+
+CUSTOM = [Branches, SkipToOutput, SharedWeights, ConstantBranches, NeuronsInARow]
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["spikes", "direct"])
+@pytest.mark.parametrize("kind", ["stdb", "linear"])
+@pytest.mark.parametrize("chunk", [1, 2, 6])
+@pytest.mark.parametrize("network", CUSTOM, ids=lambda c: c.__name__)
+def test_custom_modules(network, chunk, kind, direct):
+    """A user's own forward: the graph is the one that forward computes."""
+    size = 4 if network is Branches else 2
+    gradient = compare(
+        prepare(network(), 2), random_train((6, 3, 2, size, size), 5), direct=direct, chunk=chunk,
+        kind=kind, leak=0.8, windows=[2, 4],
+    )  # fmt: skip
+    assert gradient.abs().max() > 0
+
+
+def test_input_is_left_alone():
+    """Neurons right behind the input do not write into it, forward or backward."""
+    train = random_train((5, 2, 2, 2, 2), 0)
+    kept = train.clone()
+    snn = stdb.convert(prepare(NeuronsInARow(), 0), stdb.SpikeTrain(train), stdb.Linear())
+    snn(torch.zeros(train.shape[1:], dtype=torch.float64), 5).sum().backward()
+    assert torch.equal(train, kept)
+
+
+@pytest.mark.parametrize("kind", sorted(stdb.SURROGATES))
+def test_float32_agrees(kind):
+    """Single precision gives the same spikes on representable weights, and gradients to 1e-4."""
+    net = small()
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_((weight * 64).round() / 64)
+    train, gradients, trains = random_train((40, 3, 2, 4, 4), 3), [], []
+    for dtype in (torch.float32, torch.float64):
+        snn = stdb.convert(
+            net.to(dtype), stdb.SpikeTrain(train), stdb.SURROGATES[kind](0.3, 0.1), chunk=7
+        ).eval()
+        snn.set_thresholds(dict.fromkeys(snn.thresholds, 0.375))
+        with stdb.record_spikes(snn, trains=True) as statistics:
+            logits = snn(torch.zeros(train.shape[1:], dtype=dtype), 40)
+        F.cross_entropy(logits, torch.arange(3)).backward()
+        gradients.append([p.grad for p in snn.net.parameters() if p.requires_grad])
+        trains.append([statistics.train(name).double() for name in snn.thresholds])
+    for single, double in zip(*trains, strict=True):
+        assert torch.equal(single, double)
+        assert 0 < double.mean() < 1
+    for single, double in zip(*gradients, strict=True):
+        assert single.dtype == torch.float32
+        close(single.double(), double, "gradient", 1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("chunk", [1, 100, 4096])
+def test_ages_over_thousands_of_steps(dtype, tolerance, chunk):
+    """∂O/∂U is α·exp(−β·Δt) up to Δt = 4095: ages neither saturate, wrap nor underflow.
+
+    One neuron fires at t = 1 only. Its other inputs have weight 0 and one spike each, so without
+    the leak path the gradient of each weight is the surrogate's value at that spike's step.
+    """
+    ages = [0, 1, 7, 8, 103, 104, 127, 128, 255, 256, 1000, 2048, 4095]
+    train = torch.zeros(4096, 1, 1 + len(ages), 1, 1, dtype=dtype)
+    train[0, 0, 0] = 1
+    for k, age in enumerate(ages, start=1):
+        train[age, 0, k] = 1
+    net = nn.Sequential(nn.Flatten(), linear(1 + len(ages), 1), nn.ReLU(), linear(1, 1)).to(dtype)
+    snn = stdb.convert(
+        net, stdb.SpikeTrain(train), stdb.STDB(0.3, 0.002), temporal_gradient=False, chunk=chunk
+    )
+    first, second = (p for p in snn.net.parameters() if p.requires_grad)
+    with torch.no_grad():
+        first.zero_()[0, 0] = 1.5
+        second.fill_(0.5)
+    snn(torch.zeros(train.shape[1:], dtype=dtype), 4096).sum().backward()
+    assert float(second.grad) == 1  # one spike
+    expected = torch.tensor([0.5 * 0.3 * math.exp(-0.002 * age) for age in ages])
+    actual = first.grad[0, 1:].double()
+    torch.testing.assert_close(actual, expected.double(), rtol=max(tolerance, 1e-7), atol=0)
+
+
+def test_age_sum_over_thousands_of_steps():
+    """With the leak path a weight sees the geometric series of all 4,096 ages, in any chunk."""
+    train = torch.zeros(4096, 1, 1, 1, 1, dtype=torch.float64)
+    train[0] = 1
+    beta = 0.001
+    expected = 0.3 * (1 - math.exp(-beta * 4096)) / (1 - math.exp(-beta))
+    for chunk in (13, 512, 4096):
+        net = nn.Sequential(nn.Flatten(), linear(1, 1), nn.ReLU(), linear(1, 1)).double()
+        with torch.no_grad():
+            net[1].weight.fill_(1.5)
+            net[3].weight.fill_(1.0)
+        snn = stdb.convert(net, stdb.SpikeTrain(train), stdb.STDB(0.3, beta), chunk=chunk)
+        snn(torch.zeros(1, 1, 1, 1, dtype=torch.float64), 4096).sum().backward()
+        assert float(snn.net[1].weight.grad) == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_no_gradient_before_the_first_spike():
+    """A neuron that stays below threshold gets none, under STDB, however close it comes."""
+    net = nn.Sequential(OrderedDict(f=nn.Flatten(), a=linear(1, 1), r=nn.ReLU(), o=linear(1, 1)))
+    with torch.no_grad():
+        net.a.weight.fill_(0.25)
+        net.o.weight.fill_(1.0)
+    for steps, expected in ((4, 0.0), (5, 0.3 * 5)):  # U = 0.25·t crosses V = 1 at t = 5, not at 4
+        snn = stdb.convert(net, stdb.DirectEncoder(), stdb.STDB(0.3, 0.0))
+        snn(torch.ones(1, 1, 1, 1), steps).sum().backward()
+        assert float(snn.net.a.weight.grad) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["stdb", "linear"])
+def test_steps_without_gradient_first(kind):
+    """After steps under no_grad STDB refuses, since it noted no ages; others have all they need."""
+    snn = stdb.convert(small(), stdb.DirectEncoder(), stdb.SURROGATES[kind]())
+    presentation = snn.present(torch.ones(1, 2, 4, 4, dtype=torch.float64))
+    with torch.no_grad():
+        snn(presentation, 3)
+    if kind == "stdb":
+        with pytest.raises(RuntimeError, match=r"first 3 steps .* without gradient"):
+            snn(presentation, 3)
+    else:
+        assert snn(presentation, 3).requires_grad
+
+
+def test_backward_twice_is_an_error():
+    """The record of the steps is used up by the backward pass: a second one must not give zeros."""
+    snn = stdb.convert(small(), stdb.DirectEncoder())
+    logits = snn(torch.ones(1, 2, 4, 4, dtype=torch.float64), 3)
+    logits.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already"):
+        logits.sum().backward()
+
+
+def test_weights_changed_before_backward():
+    """An optimiser step between forward and backward is noticed, as in any torch network."""
+    snn = stdb.convert(small(), stdb.DirectEncoder())
+    logits = snn(torch.ones(1, 2, 4, 4, dtype=torch.float64), 3)
+    with torch.no_grad():
+        snn.net[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
+def test_frozen_layers():
+    """A frozen layer gets no gradient and does not change the others'."""
+    train = random_train((5, 2, 2, 4, 4), 1)
+    gradients = []
+    for frozen in (False, True):
+        snn = stdb.convert(small(), stdb.SpikeTrain(train)).eval()
+        snn.set_thresholds(dict.fromkeys(snn.thresholds, 0.3))
+        snn.net[3].weight.requires_grad_(not frozen)
+        snn(torch.zeros(2, 2, 4, 4, dtype=torch.float64), 5).square().sum().backward()
+        gradients.append({n: p.grad for n, p in snn.net.named_parameters()})
+    assert gradients[0]["0.weight"].abs().max() > 0
+    assert gradients[1]["3.weight"] is None
+    for name in ("0.weight", "7.weight", "10.weight"):
+        assert torch.equal(gradients[0][name], gradients[1][name])
+
+
+def test_only_the_output_learns():
+    """With the body frozen, the output layer's gradient is unchanged."""
+    train = random_train((5, 2, 2, 4, 4), 1)
+    gradients = []
+    for frozen in (False, True):
+        snn = stdb.convert(small(), stdb.SpikeTrain(train)).eval()
+        snn.set_thresholds(dict.fromkeys(snn.thresholds, 0.3))
+        if frozen:
+            snn.requires_grad_(False)
+            snn.net[10].weight.requires_grad_(True)
+        snn(torch.zeros(2, 2, 4, 4, dtype=torch.float64), 5).square().sum().backward()
+        gradients.append(snn.net[10].weight.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
