@@ -46,9 +46,7 @@ def main(stage: Stage) -> None:
         {"layer": name, "threshold": value, "balanced": name not in state["kept"]}
         for name, value in state["thresholds"].items()
     ]
-    write_json(
-        THRESHOLDS, {"architecture": params.network.architecture, "layers": layers}
-    )
+    write_json(THRESHOLDS, {"architecture": params.network.architecture, "layers": layers})
     write_csv(Path("plots/thresholds.csv"), layers)
     stage.log({f"thresholds/{row['layer']}": row["threshold"] for row in layers})
     forget_job(stage)

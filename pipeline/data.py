@@ -106,9 +106,7 @@ def load_split(path: Path) -> Split:
     try:
         with safe_open(path, framework="pt") as file:
             classes = file.metadata()["classes"].split("\n")
-            return Split(
-                *(file.get_tensor(name) for name in ("images", "labels", "ids")), classes
-            )
+            return Split(*(file.get_tensor(name) for name in ("images", "labels", "ids")), classes)
     except Exception as error:
         raise DataError(f"{path} is no split of a data set ({error}); run prepare_data") from error
 
@@ -164,7 +162,7 @@ def _torchvision(params: DataParams) -> tuple[Arrays, Arrays, list[str]]:
 
 
 def _folder(path: Path, params: DataParams) -> tuple[Arrays, Arrays | None, list[str]]:
-    """A folder or archive of class folders, or of ``train`` and ``test`` with class folders each."""
+    """Class folders, or ``train`` and ``test`` with class folders each; folder or archive."""
     if not path.exists():
         raise DataError(f"data.path is {path}, which does not exist")
     if path.is_file():

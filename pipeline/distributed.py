@@ -28,7 +28,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_DEDUP_LOGS_ALLOW_REGEX": r"^\[",  # the stages' own lines come at once
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train|Reporting training result",
     "RAY_COLOR_PREFIX": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -54,7 +55,9 @@ def run_job(stage: Stage, loop: Callable[[dict[str, Any]], None], config: dict[s
 
     with _ray():
         workers, use_gpu, cpus = _resources(stage.params.cluster, ray.cluster_resources())
-        where = f"{workers} GPU worker(s)" if use_gpu else f"{workers} CPU worker(s) × {cpus} core(s)"
+        where = (
+            f"{workers} GPU worker(s)" if use_gpu else f"{workers} CPU worker(s) × {cpus} core(s)"
+        )
         stage.say(f"Ray Train job on {where}")
         storage = _storage(stage.params.cluster)
         name = f"{stage.name}-{stage.key}"
@@ -63,8 +66,9 @@ def run_job(stage: Stage, loop: Callable[[dict[str, Any]], None], config: dict[s
             train_loop_config=config | {"cpus": cpus},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus}
-                if not use_gpu else {"CPU": cpus, "GPU": 1},
+                num_workers=workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": cpus} if not use_gpu else {"CPU": cpus, "GPU": 1},
             ),
             run_config=ray.train.RunConfig(
                 name=name,
@@ -163,7 +167,9 @@ def _resources(params: ClusterParams, available: dict[str, float]) -> tuple[int,
     use_gpu = gpus > 0 if params.use_gpu == "auto" else params.use_gpu
     workers = (gpus if use_gpu else 1) if params.workers == "auto" else params.workers
     if use_gpu and workers > gpus:
-        raise StageError(f"cluster.workers is {workers}; there are {gpus} GPUs, one for each worker")
+        raise StageError(
+            f"cluster.workers is {workers}; there are {gpus} GPUs, one for each worker"
+        )
     each = max(1, cpus // workers) if params.cpus_per_worker == "auto" else params.cpus_per_worker
     if workers * each > cpus:
         raise StageError(

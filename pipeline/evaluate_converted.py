@@ -115,9 +115,7 @@ def evaluate_loop(config: dict[str, Any]) -> None:
     curves: dict[float, list[float]] = {}
     for scale in params.scales:
         snn.scale_thresholds(scale)
-        found = evaluate_snn(
-            snn, validation, stdb_params.timesteps, params.batch_size, rank, world
-        )
+        found = evaluate_snn(snn, validation, stdb_params.timesteps, params.batch_size, rank, world)
         curves[scale] = found.accuracy
         if rank == 0:
             print(

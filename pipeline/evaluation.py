@@ -80,5 +80,3 @@ def ann_energy(ann: nn.Module, shape: tuple[int, int, int]) -> float:
     snn = stdb.convert(ann, stdb.DirectEncoder())
     synapses = stdb.fan_out(snn, shape)
     return stdb.statistics.MULTIPLY_ACCUMULATE_PJ * sum(float(s.sum()) for s in synapses.values())
-
-

@@ -9,6 +9,7 @@ plots/finetuned_spikes.csv, plots/finetuned_accuracy.csv.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def train_loop(config: dict[str, Any]) -> None:
         size = params.truncate or params.timesteps
         for start in range(0, params.timesteps, size):
             steps = min(size, params.timesteps - start)
-            yield lambda steps=steps: model(presentation, steps)
+            yield partial(model, presentation, steps)
 
     def validate(epoch: int) -> dict[str, float]:
         found = evaluate_snn(snn, validation, params.timesteps, 128, rank, world)

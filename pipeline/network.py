@@ -48,9 +48,7 @@ def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetw
     encoder: stdb.PoissonEncoder | stdb.DirectEncoder = (
         stdb.PoissonEncoder(seed) if params.encoder == "poisson" else stdb.DirectEncoder()
     )
-    surrogate = stdb.SURROGATES[params.surrogate](
-        params.alpha, params.beta, params.over_threshold
-    )
+    surrogate = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
     return stdb.convert(
         ann,
         encoder,

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -216,7 +216,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         ParamsError: names every offending key, its value, and what is allowed.
     """
     try:
-        raw = yaml.load(path.read_text(), _Loader)  # noqa: S506 (a SafeLoader)
+        raw = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing; run from the root of the repository") from None
     except yaml.YAMLError as error:
@@ -232,7 +232,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raise ParamsError(f"{path} cannot be used:\n  " + "\n  ".join(said)) from None
 
 
-def _explain(error: dict) -> str:
+def _explain(error: Any) -> str:
     """One line: key, value, what is allowed."""
     location = [str(part) for part in error["loc"] if not _is_branch(part)]
     key = ".".join(location)

@@ -6,7 +6,6 @@ Out: data/prepared/{train,validation,test}.safetensors and metrics/data.json. Th
 stratified by class and drawn by ``data.seed``; a source's own test split is kept as it is.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np

@@ -145,7 +145,9 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
     elif path.is_dir():
-        yield from sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+        yield from sorted(
+            p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+        )
     else:
         raise StageError(f"{path} is missing; run dvc repro, which makes it")
 

@@ -79,7 +79,12 @@ def train_loop(config: dict[str, Any]) -> None:
     if params.weights is not None:
         load_weights(ann, Path(params.weights))
         accuracy = evaluate_ann(ann, validation, params.batch_size, rank, world)
-        state = {"best": accuracy, "best_epoch": 0, "history": [], "best_network": ann.state_dict()}
+        state: dict[str, Any] = {
+            "best": accuracy,
+            "best_epoch": 0,
+            "history": [],
+            "best_network": ann.state_dict(),
+        }
     else:
         model = prepare_model(ann)
 
@@ -88,9 +93,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
         def validate(epoch: int) -> dict[str, float]:
             return {
-                "accuracy/validation": evaluate_ann(
-                    ann, validation, params.batch_size, rank, world
-                )
+                "accuracy/validation": evaluate_ann(ann, validation, params.batch_size, rank, world)
             }
 
         optimizer = torch.optim.SGD(

@@ -1,10 +1,10 @@
 """Low-latency spiking networks by hybrid conversion and STDB (Rathi et al., ICLR 2020).
 
-    ann = stdb.build("vgg16", in_channels=3, image_size=32, num_classes=10)
-    snn = stdb.convert(ann, encoder=stdb.PoissonEncoder(seed=0), surrogate=stdb.STDB(0.3, 0.01))
-    stdb.balance_thresholds(snn, images, timesteps=1000)
-    snn.scale_thresholds(0.7)
-    logits = snn(images, timesteps=100)  # U_T, (B, classes), differentiable
+ann = stdb.build("vgg16", in_channels=3, image_size=32, num_classes=10)
+snn = stdb.convert(ann, encoder=stdb.PoissonEncoder(seed=0), surrogate=stdb.STDB(0.3, 0.01))
+stdb.balance_thresholds(snn, images, timesteps=1000)
+snn.scale_thresholds(0.7)
+logits = snn(images, timesteps=100)  # U_T, (B, classes), differentiable
 """
 
 from .architectures import ARCHITECTURES, ResidualBlock, build

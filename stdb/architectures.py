@@ -83,7 +83,11 @@ def build(
     layers N(0, 0.01) in the paper's size. A narrower linear layer gets the larger of 0.01 and
     √(1/in), since 0.01 would silence it.
     """
-    for key, value in {"in_channels": in_channels, "num_classes": num_classes, "hidden": hidden}.items():
+    for key, value in {
+        "in_channels": in_channels,
+        "num_classes": num_classes,
+        "hidden": hidden,
+    }.items():
         if value < 1:
             raise ValueError(f"{key} is {value}; allowed: 1 or more")
     if not width > 0:
@@ -164,9 +168,7 @@ def _resnet_features(
 ) -> tuple[int, int]:
     """Append pre-processing and groups; returns the channels and the size that they end with."""
     planes = [max(1, round(p * width)) for p in (64, 128, 256, 512)]
-    channels, size = _vgg_features(
-        layers, [64, 64, 64, A], channels, size, width, dropout
-    )
+    channels, size = _vgg_features(layers, [64, 64, 64, A], channels, size, width, dropout)
     for group, (blocks, out) in enumerate(zip(RESNET[name], planes, strict=True), start=1):
         for block in range(blocks):
             stride = 2 if group > 1 and block == 0 else 1

@@ -123,9 +123,7 @@ class _Calibration:
         presentation = self.presentation
         node = presentation.network.graph.nodes[i]
         if node.kind == INPUT:
-            return presentation.network.encoder(
-                presentation.images, start, stop, presentation.keys
-            )
+            return presentation.network.encoder(presentation.images, start, stop, presentation.keys)
         if node.kind == NEURON:
             shape = (stop - start, *self.shapes[i])
             size = presentation.network._chunk_size(presentation)

@@ -8,7 +8,7 @@ so they are what is stored, at 1/8 byte each. Packing works on eight bytes at a 
 import torch
 from torch import Tensor
 
-# Bit k of the product's top byte is the lowest bit of byte k (little endian): 2^(56 - 7k) for k < 8.
+# Bit k of the top byte of the product is the lowest bit of byte k (little endian).
 _GATHER = sum(1 << (56 - 7 * k) for k in range(8))
 
 

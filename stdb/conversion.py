@@ -80,7 +80,7 @@ def convert(
     Args:
         ann: any tree of Conv2d, Linear, ReLU, AvgPool2d, Dropout, Flatten and residual blocks,
             without biases. It is copied, not changed.
-        encoder: gives the input of each step; ``PoissonEncoder``, ``DirectEncoder``, ``SpikeTrain``.
+        encoder: gives each step's input; ``PoissonEncoder``, ``DirectEncoder``, ``SpikeTrain``.
         surrogate: ``STDB``, ``Linear`` or ``Exponential``.
         leak: λ in (0, 1]; 1 gives IF neurons.
         temporal_gradient: see ``SpikingNeuron``.
@@ -141,7 +141,9 @@ def _trace(net: nn.Module) -> list[Node]:
     for node in traced.nodes:
         if node.op == "placeholder":
             if nodes:
-                raise ConversionError(f"the network has a second input, {node.target}; allowed: one")
+                raise ConversionError(
+                    f"the network has a second input, {node.target}; allowed: one"
+                )
             index[node] = len(nodes)
             nodes.append(Node(INPUT, INPUT))
         elif node.op == "output":

@@ -10,6 +10,7 @@ asks for them, membrane potentials are computed again.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,9 @@ class SpikingNetwork(nn.Module):
         return presentation.integrate(counts)
 
     @torch.no_grad()
-    def logits_over_time(self, images: "Tensor | Presentation", timesteps: int, **options) -> Tensor:
+    def logits_over_time(
+        self, images: "Tensor | Presentation", timesteps: int, **options
+    ) -> Tensor:
         """U_t of the output layer after every step at once: (T, B, classes).
 
         The output only accumulates, so one presentation gives the accuracy at every t.
@@ -245,7 +248,7 @@ class Presentation:
         self.network, self.images, self.keys = network, images, keys
         self.t = 0
         self.logits: Tensor | None = None
-        self.modules = [
+        self.modules: list[Any] = [
             network.net.get_submodule(node.name) if node.kind not in (INPUT, SUM, FLATTEN) else None
             for node in graph.nodes
         ]
@@ -280,16 +283,14 @@ class Presentation:
     # -- evaluating nodes ----------------------------------------------------------------------
 
     def mask(self, i: int, shape: torch.Size) -> Tensor | None:
-        """(B, …): the inverted dropout mask of a node, drawn at its first use; None in evaluation."""
+        """(B, …): a node's inverted dropout mask, drawn at its first use; None in evaluation."""
         if i not in self.masks:
-            rate = self.modules[i].p  # type: ignore[union-attr]
+            rate = self.modules[i].p
             if not self.network.training or rate == 0:
                 self.masks[i] = None
             else:
                 index = self.network.graph.dropouts.index(i)
-                keys = derive(
-                    derive(self.keys, self.network.dropout_seed), DROPOUT_STREAM + index
-                )
+                keys = derive(derive(self.keys, self.network.dropout_seed), DROPOUT_STREAM + index)
                 keep = uniform(keys, shape[1:].numel()) >= rate
                 drawn = keep.to(self.images.dtype).div_(1 - rate or 1).view(shape)
                 if drawn.dim() == 4:
@@ -347,7 +348,7 @@ class Presentation:
                 f"the first {self.t} steps of this presentation ran without gradient, so the ages "
                 "that STDB needs are unknown; run them with gradient and drop the result"
             )
-        counts: list[Tensor | None] = [None] * len(self.network.graph.entries)
+        counts: list[Any] = [None] * len(self.network.graph.entries)
         stop = self.t + steps
         size = self.network._chunk_size(self)
         while self.t < stop:
@@ -363,7 +364,7 @@ class Presentation:
             if tape is not None:
                 tape.append(chunk)
             self.t += chunk.steps
-        return counts  # type: ignore[return-value]
+        return counts
 
     def _forward_chunk(self, chunk: _Chunk, keep: bool) -> dict[int, Tensor]:
         graph = self.network.graph
@@ -523,7 +524,8 @@ class Presentation:
         """
         neuron, v, leak = self.modules[i], self.threshold[i], self.leak[i]
         surrogate = neuron.surrogate
-        membrane = before = None
+        membrane: Any = None
+        before: Any = None
         if current is not None:
             before = chunk.membrane[i]
             membrane = membranes(current, spikes, before, v, leak)

@@ -27,6 +27,10 @@ class SpikingNeuron(nn.Module):
     it. Set ``requires_grad`` of ``threshold`` or ``leak`` to learn them.
     """
 
+    threshold: nn.Parameter
+    leak: nn.Parameter
+    balanced_threshold: Tensor
+
     def __init__(
         self,
         threshold: float = 1.0,
@@ -82,6 +86,8 @@ def membranes(
         current: (T, M) weighted input.
         spikes: (T, M) the output spikes that :func:`fire` gave for it.
         before: (M,) membrane potential of the step before the chunk.
+        threshold: V.
+        leak: λ.
     """
     fired = (before > threshold).to(before.dtype)
     for t in range(current.shape[0]):

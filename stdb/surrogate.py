@@ -95,4 +95,8 @@ class Exponential(Surrogate):
         return self.distance(membrane, threshold).mul_(-self.beta).exp_().mul_(self.alpha)
 
 
-SURROGATES: dict[str, type[Surrogate]] = {"stdb": STDB, "linear": Linear, "exponential": Exponential}
+SURROGATES: dict[str, type[Surrogate]] = {
+    "stdb": STDB,
+    "linear": Linear,
+    "exponential": Exponential,
+}

@@ -8,6 +8,7 @@ Each operator knows three things: its product, the gradient of it, and its fan-o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class Convolution:
     def fan_out(module: nn.Conv2d, targets: Tensor, shape: torch.Size) -> Tensor:
         """How many outputs each input drives: borders and strides make them differ."""
         ones = torch.ones_like(module.weight, dtype=torch.float64)
-        return torch.nn.grad.conv2d_input(
+        return nn.grad.conv2d_input(
             (1, *shape),
             ones,
             torch.ones_like(targets)[None],
@@ -179,7 +180,12 @@ class Flatten:
         return targets.reshape(shape)
 
 
-OPERATORS = {"convolution": Convolution, "linear": Dense, "pool": AveragePool, FLATTEN: Flatten}
+OPERATORS: dict[str, Any] = {
+    "convolution": Convolution,
+    "linear": Dense,
+    "pool": AveragePool,
+    FLATTEN: Flatten,
+}
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:

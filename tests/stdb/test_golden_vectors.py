@@ -51,7 +51,9 @@ class Case:
             self.arrays = {name: arrays[name] for name in arrays.files}
         self.dtype = dtype
         net = (resnet() if path.name.startswith("resnet") else vgg()).to(dtype)
-        self.weights = [f"weight_{i}" for i in range(sum(k.startswith("weight_") for k in self.arrays))]
+        self.weights = [
+            f"weight_{i}" for i in range(sum(k.startswith("weight_") for k in self.arrays))
+        ]
         with torch.no_grad():
             for parameter, name in zip(net.parameters(), self.weights, strict=True):
                 parameter.copy_(self.tensor(name))
@@ -60,7 +62,7 @@ class Case:
             float(self.arrays["alpha"]), float(self.arrays["beta"]), over_threshold=over == "v"
         )
         train = self.tensor("spikes_in")
-        self.timesteps, batch = train.shape[:2]
+        self.timesteps, _ = train.shape[:2]
         self.images = torch.zeros(train.shape[1:], dtype=dtype)
         self.labels = torch.from_numpy(self.arrays["labels"])
         self.snn = stdb.convert(
@@ -134,7 +136,9 @@ def test_presentation(path, dtype, position):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 300])
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith("vgg")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.stem.startswith("vgg")], ids=lambda p: p.stem
+)
 def test_balanced_thresholds(path, chunk):
     """Algorithm 1, to 1e-6, whatever the chunk."""
     case = Case(path, torch.float64)
@@ -142,7 +146,5 @@ def test_balanced_thresholds(path, chunk):
     found = stdb.balance_thresholds(
         case.snn, case.images, case.timesteps, batch_size=len(case.images)
     )
-    np.testing.assert_allclose(
-        list(found.values()), case.arrays["balanced_thresholds"], rtol=1e-6
-    )
+    np.testing.assert_allclose(list(found.values()), case.arrays["balanced_thresholds"], rtol=1e-6)
     assert list(case.snn.thresholds.values()) == list(found.values())
