@@ -106,7 +106,8 @@ def load_split(path: Path) -> Split:
     try:
         with safe_open(path, framework="pt") as file:
             classes = file.metadata()["classes"].split("\n")
-            return Split(*(file.get_tensor(name) for name in ("images", "labels", "ids")), classes)
+            images, labels, ids = (file.get_tensor(n) for n in ("images", "labels", "ids"))
+            return Split(images, labels, ids, classes)
     except Exception as error:
         raise DataError(f"{path} is no split of a data set ({error}); run prepare_data") from error
 

@@ -70,7 +70,7 @@ def run_job(stage: Stage, loop: Callable[[dict[str, Any]], None], config: dict[s
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": cpus} if not use_gpu else {"CPU": cpus, "GPU": 1},
             ),
-            run_config=ray.train.RunConfig(
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]
                 name=name,
                 storage_path=storage,
                 callbacks=[_callback(Reporter(stage.tracker.run_id))],

@@ -22,6 +22,9 @@ from pipeline.params import Schedule
 Windows = Callable[[Tensor, Tensor, int], Iterator[Callable[[], Tensor]]]
 
 
+EVERY, STEPS_EVERY = 2.0, 10.0  # seconds between progress lines of epochs, and of steps
+
+
 class DivergenceError(ValueError):
     """The loss or a gradient is not a finite number."""
 
@@ -88,6 +91,7 @@ def fit(
         if rank == 0 and state["epoch"] < params.epochs:
             print(f"[{name}] goes on after epoch {state['epoch']}", flush=True)
     start, first = time.monotonic(), state["epoch"]
+    said = start - EVERY
     for epoch in range(first + 1, params.epochs + 1):
         rate = learning_rate(params, epoch)
         for group in optimizer.param_groups:
@@ -95,7 +99,6 @@ def fit(
         torch.manual_seed((params.seed * 1_000_003 + epoch) * 4096 + rank)
         network.train()
         batches = order(len(train), params.batch_size, params.seed, epoch)
-        said = time.monotonic()
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
         norm = 0.0
         for step, batch in enumerate(batches, start=1):
@@ -115,7 +118,7 @@ def fit(
                 )
             optimizer.step()
             sums += torch.stack([loss.double() * len(share), correct.double()])
-            if rank == 0 and time.monotonic() - said > 10:
+            if rank == 0 and time.monotonic() - said > STEPS_EVERY:
                 said = time.monotonic()
                 print(f"[{name}] epoch {epoch}: step {step}/{len(batches)}", flush=True)
         sums = total(sums)
@@ -135,7 +138,8 @@ def fit(
             state |= {"best": accuracy, "best_epoch": epoch}
             state["best_network"] = {k: v.clone() for k, v in network.state_dict().items()}
         state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        if rank == 0:
+        if rank == 0 and (time.monotonic() - said > EVERY or epoch == params.epochs):
+            said = time.monotonic()
             left = (time.monotonic() - start) / (epoch - first) * (params.epochs - epoch)
             print(
                 f"[{name}] epoch {epoch}/{params.epochs}  loss {metrics['loss/train']:.3f}  "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 INPUT, NEURON, DROPOUT, SUM, FLATTEN = "input", "neuron", "dropout", "sum", "flatten"
 
@@ -79,7 +80,7 @@ class Convolution:
     def fan_out(module: nn.Conv2d, targets: Tensor, shape: torch.Size) -> Tensor:
         """How many outputs each input drives: borders and strides make them differ."""
         ones = torch.ones_like(module.weight, dtype=torch.float64)
-        return nn.grad.conv2d_input(
+        return conv2d_input(
             (1, *shape),
             ones,
             torch.ones_like(targets)[None],
