@@ -83,7 +83,7 @@ def balance_loop(config: dict[str, Any]) -> None:
         progress=progress,
     )
     kept = [] if params.residual_blocks else sorted(residual_layers(snn))
-    report({"epoch": 0}, {"thresholds": found, "kept": kept})
+    report({"thresholds": found, "kept": kept})
 
 
 def load_thresholds(snn: stdb.SpikingNetwork, path: Path = THRESHOLDS) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,7 @@ def run_job(stage: Stage, loop: Callable[[dict[str, Any]], None], config: dict[s
     Raises:
         StageError: too few resources, or a worker failed; the message is the worker's.
     """
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    set_environment()
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -89,6 +88,12 @@ def run_job(stage: Stage, loop: Callable[[dict[str, Any]], None], config: dict[s
     return state
 
 
+def set_environment() -> None:
+    """Ray's settings, before it is imported; what the user has set stays."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+
+
 def forget_job(stage: Stage) -> None:
     """Remove the checkpoints of a stage's jobs, now that its outs are written."""
     storage = Path(stage.params.cluster.storage)
@@ -109,8 +114,8 @@ def setup(config: dict[str, Any]) -> tuple[int, int, torch.device]:
     return context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
 
 
-def report(metrics: dict[str, float], state: dict[str, Any] | None) -> None:
-    """Report metrics and, from rank 0, the state to go on from. Called by all workers alike."""
+def report(state: dict[str, Any], rows: Sequence[dict[str, float]] = ()) -> None:
+    """Report the state to go on from, and metrics, a row an epoch. Called by all workers alike."""
     import ray.train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +123,7 @@ def report(metrics: dict[str, float], state: dict[str, Any] | None) -> None:
         if ray.train.get_context().get_world_rank() == 0:
             torch.save(state, Path(folder) / STATE)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
+        ray.train.report({"rows": list(rows)}, checkpoint=checkpoint)
 
 
 def resume(device: torch.device) -> dict[str, Any] | None:
@@ -191,7 +196,7 @@ def _callback(reporter: Reporter) -> Any:
         """Hands each report of the workers (the same on all of them) to the reporter."""
 
         def after_report(self, run_context: Any, metrics: list[dict], checkpoint: Any) -> None:
-            reporter(metrics[0])
+            reporter(metrics[0]["rows"])
 
     return Callback()
 

@@ -130,7 +130,6 @@ def evaluate_loop(config: dict[str, Any]) -> None:
     snn.scale_thresholds(1.0)
     long = evaluate_snn(snn, test, params.timesteps, params.batch_size, rank, world)
     report(
-        {"epoch": 0},
         {
             "scale": best,
             "long": vars(long),

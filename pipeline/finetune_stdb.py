@@ -132,7 +132,7 @@ def train_loop(config: dict[str, Any]) -> None:
     found = evaluate_snn(snn, test, params.timesteps, 128, rank, world)
     longer = evaluate_snn(snn, test, longest(params.timesteps), 128, rank, world)
     state |= {"test": vars(found), "curve": longer.accuracy}
-    report({"epoch": state["best_epoch"], "accuracy/test": found.accuracy[-1]}, state)
+    report(state)
 
 
 def longest(timesteps: int) -> int:

@@ -122,18 +122,22 @@ class Reporter:
         self.run_id, self.uri = run_id, tracking_uri()
         self._client: Any = None
 
-    def __call__(self, metrics: dict[str, float]) -> None:
-        """Log the metrics of one report; ``epoch`` is the step."""
-        if self.run_id is None:
+    def __call__(self, rows: list[dict[str, float]]) -> None:
+        """Log the metrics of a report, a row an epoch; ``epoch`` is the step."""
+        if self.run_id is None or not rows:
             return
         try:
             if self._client is None:
                 import mlflow
 
                 self._client = mlflow.MlflowClient(tracking_uri=self.uri)
-            values = {key: value for key, value in metrics.items() if key != "epoch"}
-            entries = _metrics(values, int(metrics.get("epoch", 0)))()
-            self._client.log_batch(self.run_id, metrics=entries)
+            entries = []
+            for row in rows:
+                values = {key: value for key, value in row.items() if key != "epoch"}
+                entries += _metrics(values, int(row["epoch"]))()
+            for start in range(0, len(entries), 1000):  # MLflow's limit for a batch
+                batch = entries[start : start + 1000]
+                self._client.log_batch(self.run_id, metrics=batch)
         except Exception as error:
             print(f"warning: MLflow at {self.uri} did not take a report: {error}")
             self.run_id = None

@@ -107,7 +107,7 @@ def train_loop(config: dict[str, Any]) -> None:
         )
         ann.load_state_dict(state["best_network"])
     state["test"] = evaluate_ann(ann, test, params.batch_size, rank, world)
-    report({"epoch": state["best_epoch"], "accuracy/test": state["test"]}, state)
+    report(state)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A global batch is drawn by (seed, epoch) and shared among the workers; DDP averages their gradients,
 so the batch size is the parameter and the number of workers is not. After every epoch the
-validation split is evaluated and the state reported; an interrupted job goes on from there.
+validation split is evaluated; the state is reported after an epoch, every few seconds where epochs
+are short, and an interrupted job goes on from there.
 """
 
 import time
@@ -23,6 +24,7 @@ Windows = Callable[[Tensor, Tensor, int], Iterator[Callable[[], Tensor]]]
 
 
 EVERY, STEPS_EVERY = 2.0, 10.0  # seconds between progress lines of epochs, and of steps
+REPORT_EVERY = 3.0  # seconds; a report waits for the controller, so short epochs share one
 
 
 class DivergenceError(ValueError):
@@ -91,7 +93,8 @@ def fit(
         if rank == 0 and state["epoch"] < params.epochs:
             print(f"[{name}] goes on after epoch {state['epoch']}", flush=True)
     start, first = time.monotonic(), state["epoch"]
-    said = start - EVERY
+    said, reported = start - EVERY, start
+    unreported: list[dict[str, float]] = []
     for epoch in range(first + 1, params.epochs + 1):
         rate = learning_rate(params, epoch)
         for group in optimizer.param_groups:
@@ -147,7 +150,11 @@ def fit(
                 f"{left:.0f} s left",
                 flush=True,
             )
-        report(metrics, state)
+        unreported.append(metrics)
+        due = rank == 0 and time.monotonic() - reported > REPORT_EVERY
+        if epoch == params.epochs or total(torch.tensor(int(due), device=device)):
+            report(state, unreported)
+            unreported, reported = [], time.monotonic()
     return state
 
 
