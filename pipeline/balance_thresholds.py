@@ -15,7 +15,7 @@ from pipeline.data import load_split, normalise
 from pipeline.distributed import forget_job, report, run_job, setup, total
 from pipeline.network import build_ann, build_snn, load_weights
 from pipeline.params import BalanceThresholdsParams, NetworkParams, StdbParams
-from pipeline.stage import Stage, read_json, run_stage, write_csv, write_json
+from pipeline.stage import Stage, StageError, read_json, run_stage, write_csv, write_json
 from stdb.conversion import residual_layers
 
 DATA = Path("data/prepared")
@@ -88,11 +88,14 @@ def balance_loop(config: dict[str, Any]) -> None:
 
 def load_thresholds(snn: stdb.SpikingNetwork, path: Path = THRESHOLDS) -> None:
     """Set a network's thresholds to the balanced ones; an error if they are another network's."""
-    layers = read_json(path)["layers"]
-    snn.set_thresholds(
-        {row["layer"]: row["threshold"] for row in layers},
-        balanced=[row["layer"] for row in layers if row["balanced"]],
-    )
+    try:
+        layers = read_json(path)["layers"]
+        snn.set_thresholds(
+            {row["layer"]: row["threshold"] for row in layers},
+            balanced=[row["layer"] for row in layers if row["balanced"]],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StageError(f"{path}: {error}; run balance_thresholds for this network") from error
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from typing import Any
 
 from pipeline.distributed import set_environment
 
@@ -20,7 +21,7 @@ def main(command: list[str]) -> int:
     set_environment()
     import ray
 
-    context = ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+    context: Any = ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
     try:
         return subprocess.call(
             command, env=os.environ | {"RAY_ADDRESS": context.address_info["address"]}

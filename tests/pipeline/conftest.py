@@ -1,0 +1,93 @@
+"""A copy of the repository with tiny parameters, in which the real pipeline runs once."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "train_limit: null": "train_limit: 200",
+    "width: 0.25": "width: 0.1",
+    "hidden: 128": "hidden: 16",
+    "epochs: 60": "epochs: 2",
+    "epochs: 10": "epochs: 1",
+    "timesteps: 100": "timesteps: 10",
+    "images: 256": "images: 32",
+    "timesteps: 200": "timesteps: 8",
+    "scales: [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 1.0]": "scales: [0.5, 1.0]",
+}
+
+
+class Repository:
+    """A temporary repository and the commands that a person gives in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for command in (
+            ["git", "init", "-q"],
+            ["git", "config", "user.email", "test@example.invalid"],
+            ["git", "config", "user.name", "test"],
+            ["git", "add", "-A"],
+            ["git", "commit", "-qm", "start"],
+        ):
+            self.run(*command)
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        kept = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "DVC_ROOT")}
+        result = subprocess.run(
+            command, cwd=self.root, env=kept | {"PATH": path}, capture_output=True, text=True
+        )
+        assert not check or result.returncode == 0, result.stdout + result.stderr
+        return result
+
+    def repro(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.run("dvc", "repro", *arguments, check=check)
+
+    def set(self, before: str, after: str) -> None:
+        path = self.root / "params.yaml"
+        text = path.read_text()
+        assert before in text, f"{before!r} is not in params.yaml"
+        path.write_text(text.replace(before, after, 1))
+
+    def bytes_of_outs(self) -> dict[str, bytes]:
+        outs = [*self.root.glob("models/*"), *self.root.glob("metrics/*"), self.root / "dvc.lock"]
+        return {str(p.relative_to(self.root)): p.read_bytes() for p in outs if p.is_file()}
+
+
+def make_repository(folder: Path) -> Repository:
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    generated = ("dvc.lock", "metrics/", "plots/", "report/", "tests/")
+    for name in files:
+        if not name.startswith(generated) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    text = (folder / "params.yaml").read_text()
+    for before, after in TINY.items():
+        assert before in text, f"{before!r} is not in params.yaml"
+        text = text.replace(before, after, 1)
+    (folder / "params.yaml").write_text(text)
+    return Repository(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Repository:
+    """The repository after one `dvc repro`."""
+    repository = make_repository(tmp_path_factory.mktemp("repository"))
+    repository.repro()
+    return repository
+
+
+@pytest.fixture
+def changed(finished):
+    """The finished repository, put back afterwards as it was."""
+    params = (finished.root / "params.yaml").read_text()
+    yield finished
+    (finished.root / "params.yaml").write_text(params)

@@ -1,0 +1,89 @@
+"""params.yaml: every parameter typed, documented and checked before anything starts."""
+
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+
+from pipeline.params import Params, ParamsError, load_params
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "params.yaml").read_text()
+
+
+def load(tmp_path, before="", after=""):
+    assert before in TEXT, f"{before!r} is not in params.yaml"
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT.replace(before, after, 1))
+    return load_params(path)
+
+
+def test_the_defaults_are_valid_and_complete():
+    """Each key of params.yaml has one documented field, and each field a key and a comment."""
+    load_params(ROOT / "params.yaml")
+    for section, keys in yaml.safe_load(TEXT).items():
+        fields = Params.model_fields[section].annotation.model_fields
+        assert set(keys) == set(fields)
+        assert [name for name, field in fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("source: digits", "source: imagenot", "data.source is 'imagenot'; allowed: 'digits'"),
+        ("source: digits", "source: folder", "data.path is null"),
+        ("validation_fraction: 0.2", "validation_fraction: 1.0", "data.validation_fraction is 1.0"),
+        ("vgg5 ", "vgg6 ", "network.architecture is 'vgg6'; allowed: vgg5, vgg9"),
+        ("width: 0.25", "width: 0", "network.width is 0; allowed: greater than 0"),
+        ("hidden: 128", "hidden: true", "network.hidden is True; allowed: integer"),
+        ("epochs: 60", "epochs: 6.5", "train_ann.epochs is 6.5; allowed: integer"),
+        ("momentum: 0.9", "momentum: much", "train_ann.momentum is 'much'; allowed: number"),
+        ("timesteps: 3 ", "timesteps: 0 ", "stdb.timesteps is 0; allowed: greater than or equal"),
+        ("alpha: 0.3", "alpha: 0", "stdb.alpha is 0; allowed: greater than 0"),
+        ("alpha: 0.3", "alpha: .inf", "stdb.alpha is inf; allowed: a finite number"),
+        ("beta: 0.01", "beta: -1", "stdb.beta is -1; allowed: greater than or equal to 0"),
+        ("beta: 0.01", "betta: 0.01", "stdb.betta is no known key; allowed: epochs"),
+        ("  beta: 0.01\n", "", "stdb.beta is missing"),
+        ("leak: 1.0", "leak: 0", "stdb.leak is 0; allowed: greater than 0"),
+        ("leak: 1.0", "leak: 1.1", "stdb.leak is 1.1; allowed: less than or equal to 1"),
+        ("threshold_scale: null", "threshold_scale: -0.5", "stdb.threshold_scale is -0.5"),
+        ("surrogate: stdb", "surrogate: sigmoid", "stdb.surrogate is 'sigmoid'"),
+        ("workers: auto", "workers: 0", "or 'auto'"),
+        ("use_gpu: auto", "use_gpu: maybe", "cluster.use_gpu is 'maybe'; allowed: true, false or"),
+        ("data:\n", "dataset:\n", "dataset is no known key; allowed: data, network"),
+        ("data:\n", "data: [\n", "is not valid YAML"),
+    ],
+)
+def test_what_is_not_allowed_is_refused(tmp_path, before, after, message):
+    """The message names the key, the value and what is allowed."""
+    with pytest.raises(ParamsError) as caught:
+        load(tmp_path, before, after)
+    assert message in str(caught.value)
+
+
+def test_all_mistakes_are_said_at_once(tmp_path):
+    """A person mends a file in one go."""
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT.replace("alpha: 0.3", "alpha: -1").replace("leak: 1.0", "leak: 2"))
+    with pytest.raises(ParamsError, match=r"(?s)stdb\.leak.*stdb\.alpha"):
+        load_params(path)
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    """1e-4 is a string in YAML 1.1; people and DVC write it."""
+    params = load(tmp_path, "learning_rate: 3.0e-4", "learning_rate: 1e-4")
+    assert params.stdb.learning_rate == 1e-4
+
+
+def test_params_cannot_be_changed():
+    """A stage cannot use other parameters than those that are tracked."""
+    params = load_params(ROOT / "params.yaml")
+    with pytest.raises(pydantic.ValidationError):
+        params.stdb.alpha = 1.0
+
+
+def test_a_missing_file_says_where_to_run(tmp_path):
+    """Stages run from the root."""
+    with pytest.raises(ParamsError, match="run from the root"):
+        load_params(tmp_path / "params.yaml")

@@ -1,0 +1,200 @@
+"""The real pipeline, run by `dvc repro` in a temporary repository."""
+
+import json
+import time
+
+import mlflow
+import pytest
+import yaml
+
+STAGES = [
+    "prepare_data",
+    "train_ann",
+    "balance_thresholds",
+    "evaluate_converted",
+    "finetune_stdb",
+    "report",
+]
+
+
+def test_every_out_is_made_and_tracked(finished):
+    """`dvc repro` makes all outs, records them, and leaves nothing else in git's eyes."""
+    stages = yaml.safe_load((finished.root / "dvc.yaml").read_text())["stages"]
+    assert list(stages) == STAGES
+    for stage in stages.values():
+        for group in ("outs", "metrics", "plots"):
+            for out in stage.get(group, []):
+                assert (finished.root / next(iter(out))).exists(), out
+    assert finished.run("dvc", "status", "-q", "dvc.yaml", check=False).returncode == 0
+    shown = finished.run("git", "status", "--porcelain").stdout.splitlines()
+    expected = {"dvc.lock", "metrics/", "plots/", "report/", "data/", "models/"}
+    assert {line.split()[-1] for line in shown} == expected
+    kept = {p.name for folder in ("data", "models") for p in (finished.root / folder).iterdir()}
+    finished.run("git", "add", "-A")
+    added = finished.run("git", "diff", "--cached", "--name-only").stdout.split()
+    finished.run("git", "reset", "-q")
+    assert {n for n in added if n.startswith(("data", "models"))} == {
+        "data/.gitignore",
+        "models/.gitignore",
+    }
+    assert {"ann.safetensors", "snn.safetensors", "prepared"} <= kept
+
+
+def test_metrics_say_what_was_measured(finished):
+    """The four columns of Table 1 are in the metrics, and DVC shows them."""
+    read = lambda name: json.loads((finished.root / f"metrics/{name}.json").read_text())  # noqa: E731
+    ann, converted, tuned = map(read, ("train_ann", "evaluate_converted", "finetune_stdb"))
+    for accuracy in (
+        ann["accuracy"]["test"],
+        converted["long"]["accuracy"],
+        converted["reduced"]["accuracy"],
+        tuned["accuracy"]["test"],
+    ):
+        assert accuracy * read("data")["test"]["images"] == pytest.approx(
+            round(accuracy * read("data")["test"]["images"]), abs=1e-6
+        )
+    assert converted["reduced"]["timesteps"] == tuned["timesteps"] == 3
+    assert list(tuned["spikes_per_neuron"]) == ["conv1", "conv2", "conv3", "fc1", "fc2"]
+    shown = json.loads(finished.run("dvc", "metrics", "show", "--json").stdout)
+    assert len(shown[""]["data"]) == 3
+
+
+def test_a_second_run_does_nothing(finished):
+    """Nothing changed, nothing runs, in under three seconds."""
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        output = finished.repro().stdout
+        seconds.append(time.monotonic() - start)
+    assert "Running stage" not in output
+    assert min(seconds) < 3
+
+
+def test_mlflow_has_a_run_per_stage(finished):
+    """Each stage is one finished run with parameters, metrics by epoch, and its origin."""
+    client = mlflow.MlflowClient(f"sqlite:///{finished.root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("stdb")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == set(STAGES)
+    commit = finished.run("git", "rev-parse", "HEAD").stdout.strip()
+    for name, run in runs.items():
+        assert run.info.status == "FINISHED", name
+        assert run.data.tags["git.commit"] == commit
+        assert run.data.tags["git.dirty"] == "false"
+        assert run.data.tags["dvc.stage"] == name
+        assert "duration_seconds" in run.data.metrics
+    tuned = runs["finetune_stdb"]
+    assert tuned.data.params["stdb.alpha"] == "0.3"
+    assert "input.models/ann.safetensors" in tuned.data.tags
+    assert {"spikes/conv1", "accuracy/validation", "learning_rate", "loss/train"} <= set(
+        tuned.data.metrics
+    )
+    history = client.get_metric_history(runs["train_ann"].info.run_id, "accuracy/validation")
+    assert [m.step for m in history] == [1, 2]
+    assert "thresholds/conv1" in runs["balance_thresholds"].data.metrics
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("alpha: 0.3", "alpha: -1", "stdb.alpha is -1; allowed: greater than 0"),
+        ("architecture: vgg5", "architecture: vgg7", "architecture is 'vgg7'"),
+        ("leak: 1.0", "leak: 1.5", "stdb.leak is 1.5"),
+        ("workers: auto", "workers: 99\n  unknown: 1", "cluster.unknown is no known key"),
+    ],
+)
+def test_a_bad_parameter_is_refused_before_anything_starts(changed, before, after, message):
+    """The message names key, value and what is allowed; earlier outs are untouched."""
+    outs = changed.bytes_of_outs()
+    changed.set(before, after)
+    start = time.monotonic()
+    result = changed.run("python", "-m", "pipeline.finetune_stdb", check=False)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert time.monotonic() - start < 20
+    assert changed.bytes_of_outs() == outs
+
+
+def test_diverging_training_is_an_error(changed):
+    """A loss that is not finite: message, non-zero exit, earlier outs untouched, run FAILED."""
+    outs = changed.bytes_of_outs()
+    changed.set("learning_rate: 0.05", "learning_rate: 1.0e+30")
+    result = changed.repro(check=False)
+    assert result.returncode != 0
+    assert "the training diverged" in result.stdout + result.stderr
+    assert changed.bytes_of_outs() == outs
+    client = mlflow.MlflowClient(f"sqlite:///{changed.root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("stdb")
+    failed = client.search_runs([experiment.experiment_id], "attributes.status = 'FAILED'")
+    assert [run.info.run_name for run in failed] == ["train_ann"]
+
+
+def test_more_workers_than_cores_is_an_error(changed):
+    """The message says how many there are."""
+    changed.set("workers: auto", "workers: 99")
+    result = changed.run("python", "-m", "pipeline.balance_thresholds", check=False)
+    assert result.returncode == 1
+    assert "cluster.workers is 99" in result.stderr
+
+
+@pytest.mark.slow
+def test_two_runs_from_scratch_are_equal(finished, tmp_path):
+    """The same commands give the same metrics and weights, bit for bit."""
+    from tests.pipeline.conftest import make_repository
+
+    again = make_repository(tmp_path)
+    again.repro()
+    ours, theirs = finished.bytes_of_outs(), again.bytes_of_outs()
+    names = [name for name in ours if name.startswith(("metrics", "models"))]
+    assert len(names) >= 8
+    assert [name for name in names if ours[name] != theirs[name]] == []
+
+
+@pytest.mark.slow
+def test_only_what_depends_on_a_change_runs_again(changed):
+    """α reaches the fine-tuning and nothing before it."""
+    changed.set("alpha: 0.3", "alpha: 0.4")
+    ran = [
+        line.split("'")[1]
+        for line in changed.repro().stdout.splitlines()
+        if line.startswith("Running stage")
+    ]
+    assert ran == ["finetune_stdb", "report"]
+
+
+@pytest.mark.slow
+def test_two_workers_learn_what_one_learns(finished, tmp_path):
+    """Two processes with DDP end with the weights of one on the same global batch."""
+    from safetensors.torch import load_file
+
+    from tests.pipeline.conftest import make_repository
+
+    two = make_repository(tmp_path)
+    two.set("workers: auto", "workers: 2")
+    two.repro()
+    one_thresholds, two_thresholds = (
+        json.loads((r.root / "models/thresholds.json").read_text())["layers"]
+        for r in (finished, two)
+    )
+    assert len(one_thresholds) == 5
+    one_layers, two_layers = (load_file(r.root / "models/snn.safetensors") for r in (finished, two))
+    assert one_layers.keys() == two_layers.keys()
+    # the ANN's dropout is drawn per process, so the ANNs differ; the fine-tuning is compared below
+    (two.root / "models/ann.safetensors").write_bytes(
+        (finished.root / "models/ann.safetensors").read_bytes()
+    )
+    (two.root / "models/conversion.json").write_bytes(
+        (finished.root / "models/conversion.json").read_bytes()
+    )
+    two.run("python", "-m", "pipeline.balance_thresholds")
+    two_thresholds = json.loads((two.root / "models/thresholds.json").read_text())["layers"]
+    for a, b in zip(one_thresholds, two_thresholds, strict=True):
+        assert a["threshold"] == pytest.approx(b["threshold"], rel=1e-6)
+    two.run("python", "-m", "pipeline.finetune_stdb")
+    two_layers = load_file(two.root / "models/snn.safetensors")
+    start = load_file(finished.root / "models/ann.safetensors")
+    for name, before in start.items():
+        step = (one_layers[name] - before).abs().max()
+        assert step > 1e-4, f"{name} has not been trained"
+        assert (one_layers[name] - two_layers[name]).abs().max() < 0.02 * step, name
