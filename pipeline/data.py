@@ -194,7 +194,11 @@ def _unpack(archive: Path, folder: Path) -> None:
         else:
             with tarfile.open(archive) as file:
                 file.extractall(folder, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
+                assert file.fileobj is not None
+                file.fileobj.seek(file.offset)  # tarfile takes a cut-off end for the end
+                if not file.fileobj.read().startswith(bytes(tarfile.BLOCKSIZE)):
+                    raise tarfile.ReadError("it ends before its end mark")
+    except Exception as error:  # every compression has errors of its own for a broken file
         raise DataError(
             f"{archive} cannot be unpacked ({error}); allowed: tar, tar.gz, zip"
         ) from error

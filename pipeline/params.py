@@ -99,7 +99,7 @@ class Schedule(Section):
     """L2 coefficient."""
     milestones: list[Share]
     """Fractions of the epochs after which the learning rate is divided."""
-    decay: Annotated[float, Field(gt=1)]
+    decay: Annotated[float, Field(gt=1, allow_inf_nan=False)]
     """What it is divided by."""
     augment: bool
     """Random crops (padding 4) and horizontal flips, by (seed, epoch, sample)."""
@@ -219,7 +219,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raw = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing; run from the root of the repository") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from None
     try:
         return Params.model_validate(raw)

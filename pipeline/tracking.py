@@ -16,6 +16,9 @@ EXPERIMENT = "stdb"
 GENERATED = ("dvc.lock", "metrics", "plots", "report")  # what a run itself changes in git's eyes
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# MLflow's own 7 retries of 120 s each would hold up every stage for minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
 
 
 def root() -> Path:

@@ -1,0 +1,301 @@
+"""What each worker does, run in this process as the only worker: the loops of the stages."""
+
+import json
+
+import pytest
+import ray.train.torch
+import torch
+import torch.nn.functional as F
+
+import pipeline.balance_thresholds
+import pipeline.evaluate_converted
+import pipeline.finetune_stdb
+import pipeline.train_ann
+import pipeline.training
+import stdb
+from pipeline.data import normalise, read_source, save_split
+from pipeline.evaluation import ann_energy, evaluate_ann, evaluate_snn
+from pipeline.network import build_ann, build_snn, load_weights, save_weights
+from pipeline.params import NetworkParams, StdbParams, load_params
+from pipeline.prepare_data import split
+from pipeline.training import order
+from tests.pipeline.conftest import ROOT
+
+PARAMS = load_params(ROOT / "params.yaml")
+NETWORK = NetworkParams(
+    architecture="vgg5", width=0.1, hidden=16, dropout=0.3, classifier_dropout=0.5
+)
+STDB = PARAMS.stdb.model_copy(
+    update={"epochs": 1, "batch_size": 24, "learning_rate": 1e-3, "milestones": []}
+)
+THRESHOLDS = {"conv1": 2.0, "conv2": 0.7, "conv3": 0.6, "fc1": 0.5, "fc2": 0.4}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Prepared splits, an ANN and thresholds, as earlier stages leave them."""
+    folder = tmp_path_factory.mktemp("files")
+    data = PARAMS.data.model_copy(update={"train_limit": 60})
+    parts = split(data, *read_source(data))
+    for name, part in parts.items():
+        save_split(part, folder / f"{name}.safetensors")
+    torch.manual_seed(3)
+    ann = build_ann(NETWORK, parts["train"])
+    save_weights(ann.state_dict(), folder / "ann.safetensors")
+    rows = [{"layer": n, "threshold": v, "balanced": True} for n, v in THRESHOLDS.items()]
+    (folder / "thresholds.json").write_text(json.dumps({"layers": rows}))
+    return folder, parts
+
+
+@pytest.fixture
+def run(monkeypatch, files):
+    """Run a stage's loop as the one worker of a job; returns what it reports last."""
+    reported = []
+
+    def run(module, loop, **config):
+        monkeypatch.setattr(module, "setup", lambda config: (0, 1, torch.device("cpu")))
+        for place in (module, pipeline.training):
+            monkeypatch.setattr(place, "report", lambda state, rows=(): reported.append(state))
+        folder = files[0]
+        paths = {
+            "data": str(folder),
+            "weights": str(folder / "ann.safetensors"),
+            "thresholds": str(folder / "thresholds.json"),
+        }
+        loop({**paths, "network": NETWORK.model_dump(), **config})
+        return reported[-1]
+
+    monkeypatch.setattr(pipeline.training, "resume", lambda device: None)
+    monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model: model)
+    return run
+
+
+def finetune(run, params: StdbParams, scale=0.5):
+    module = pipeline.finetune_stdb
+    return run(module, module.train_loop, stdb=params.model_dump(), scale=scale)
+
+
+def starting(files, params: StdbParams, scale=0.5):
+    """The spiking network that fine-tuning begins with, built by hand."""
+    folder, parts = files
+    ann = build_ann(NETWORK, parts["train"])
+    load_weights(ann, folder / "ann.safetensors")
+    for module in ann.modules():
+        if isinstance(module, torch.nn.Dropout) and params.dropout is not None:
+            module.p = params.dropout
+    snn = build_snn(ann, params, params.seed)
+    snn.set_thresholds(THRESHOLDS)
+    snn.scale_thresholds(scale)
+    return snn
+
+
+@pytest.mark.parametrize(
+    ("truncate", "windows"), [(None, [5]), (5, [5]), (9, [5]), (2, [2, 2, 1]), (1, [1] * 5)]
+)
+def test_truncated_bptt_adds_up_the_gradients_of_its_windows(run, files, truncate, windows):
+    """Two steps of Adam on the windows of §2.2, written out, give the stage's weights exactly."""
+    params = STDB.model_copy(update={"timesteps": 5, "truncate": truncate, "seed": 4})
+    state = finetune(run, params)
+    snn, train = starting(files, params), files[1]["train"]
+    snn.train()
+    optimizer = torch.optim.Adam(
+        [p for p in snn.parameters() if p.requires_grad], lr=1e-3, amsgrad=True
+    )
+    batches = order(len(train), 24, 4, 1)
+    assert len(batches) == 2
+    for batch in batches:
+        share = train.take(batch)
+        presentation = snn.present(normalise(share.images), sample_ids=share.ids, epoch=1)
+        optimizer.zero_grad()
+        for steps in windows:
+            F.cross_entropy(snn(presentation, steps), share.labels).backward()
+        optimizer.step()
+    start = starting(files, params).net.state_dict()
+    for name, value in snn.net.state_dict().items():
+        assert torch.equal(value, state["best_network"][name]), name
+    assert not torch.equal(start["conv1.weight"], state["best_network"]["conv1.weight"])
+
+
+def test_windows_of_truncated_bptt_change_the_result(run):
+    """Were truncate ignored, all of these would be equal."""
+    found = [
+        finetune(run, STDB.model_copy(update={"timesteps": 5, "truncate": n}))["best_network"]
+        for n in (None, 2, 1)
+    ]
+    first = [state["conv1.weight"] for state in found]
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timesteps": 4},
+        {"encoder": "direct"},
+        {"leak": 0.9},
+        {"surrogate": "linear"},
+        {"alpha": 0.5},
+        {"beta": 0.5},
+        {"over_threshold": True},
+        {"truncate": 1},
+        {"dropout": 0.0},
+        {"dropout": None},
+        {"batch_size": 12},
+        {"learning_rate": 1e-2},
+        {"weight_decay": 0.5},
+        {"augment": True},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_every_parameter_of_the_fine_tuning_has_an_effect(run, change):
+    """A parameter that is checked and tracked and then not used would be a lie."""
+    before, after = (
+        finetune(run, params)["network"] for params in (STDB, STDB.model_copy(update=change))
+    )
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_temporal_gradient_has_an_effect(run):
+    """Without the leak path the gradient of more than one step is another one."""
+    base = STDB.model_copy(update={"timesteps": 6, "alpha": 1.0})
+    with_path, without = (
+        finetune(run, base.model_copy(update={"temporal_gradient": on}))["network"]
+        for on in (True, False)
+    )
+    assert not torch.equal(with_path["conv1.weight"], without["conv1.weight"])
+
+
+def test_chunks_change_memory_only(run):
+    """One time step at once, or all of them: the same weights."""
+    base = STDB.model_copy(update={"timesteps": 5})
+    whole, single = (
+        finetune(run, base.model_copy(update={"chunk": chunk}))["network"] for chunk in (None, 1)
+    )
+    for name, value in whole.items():
+        torch.testing.assert_close(value, single[name], rtol=0, atol=1e-5)
+
+
+def test_the_fine_tuning_reports_the_best_networks_accuracy(run, files):
+    """The test accuracy is that of the weights that are kept, measured once more here."""
+    state = finetune(run, STDB)
+    snn, test = starting(files, STDB), files[1]["test"]
+    snn.net.load_state_dict(state["best_network"])
+    again = evaluate_snn(snn, test, 3, 50, 0, 1)
+    assert vars(again) == state["test"]
+    assert state["curve"][:3] == again.accuracy
+    assert len(state["curve"]) == 16
+
+
+def balance(run, params: StdbParams, **changes):
+    module = pipeline.balance_thresholds
+    own = PARAMS.balance_thresholds.model_copy(update={"timesteps": 10, "images": 20} | changes)
+    return run(
+        module,
+        module.balance_loop,
+        balance_thresholds=own.model_dump(),
+        stdb=params.model_dump(),
+    )["thresholds"]
+
+
+UNTRACKED_BY_BALANCING = {
+    "timesteps": 9,
+    "leak": 0.5,
+    "surrogate": "linear",
+    "alpha": 0.9,
+    "beta": 0.9,
+    "over_threshold": True,
+    "temporal_gradient": False,
+    "truncate": 1,
+    "threshold_scale": 0.3,
+    "dropout": 0.9,
+    "seed": 7,
+}
+
+
+@pytest.mark.parametrize("name", UNTRACKED_BY_BALANCING)
+def test_balancing_depends_on_no_parameter_that_it_does_not_track(run, name):
+    """dvc.yaml lists stdb.encoder only: anything else of stdb must not change the thresholds."""
+    changed = STDB.model_copy(update={name: UNTRACKED_BY_BALANCING[name]})
+    assert balance(run, changed) == balance(run, STDB)
+
+
+def test_balancing_depends_on_what_it_tracks(run):
+    """Encoder, T, number of images and seed reach Algorithm 1; the batch size does not matter."""
+    first = balance(run, STDB)
+    assert balance(run, STDB.model_copy(update={"encoder": "direct"})) != first
+    assert balance(run, STDB, timesteps=40) != first
+    assert balance(run, STDB, images=45) != first
+    assert balance(run, STDB, seed=1) != first
+    assert balance(run, STDB, batch_size=7) == pytest.approx(first, rel=1e-5)
+
+
+def evaluate(run, params: StdbParams):
+    module = pipeline.evaluate_converted
+    own = PARAMS.evaluate_converted.model_copy(update={"timesteps": 6, "scales": [1.0, 0.3, 0.6]})
+    return run(
+        module,
+        module.evaluate_loop,
+        evaluate_converted=own.model_dump(),
+        stdb=params.model_dump(),
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(UNTRACKED_BY_BALANCING) - {"timesteps", "leak", "seed"}))
+def test_evaluation_depends_on_no_parameter_that_it_does_not_track(run, name):
+    """dvc.yaml lists T, leak, encoder and seed of stdb: nothing else may change the metrics."""
+    changed = STDB.model_copy(update={name: UNTRACKED_BY_BALANCING[name]})
+    assert evaluate(run, changed) == evaluate(run, STDB)
+
+
+def test_evaluation_takes_the_scale_that_is_best_on_validation(run, files):
+    """Each scale measured here again, the first of the best is the one; curves are its own."""
+    state, parts = evaluate(run, STDB), files[1]
+    snn = starting(files, STDB)
+    accuracy = {}
+    for scale in (1.0, 0.3, 0.6):
+        snn.scale_thresholds(scale)
+        accuracy[scale] = evaluate_snn(snn, parts["validation"], 3, 128, 0, 1).accuracy[-1]
+    assert state["scale"] == max(accuracy, key=accuracy.get)
+    snn.scale_thresholds(state["scale"])
+    assert state["reduced"] == vars(evaluate_snn(snn, parts["test"], 3, 128, 0, 1))
+    snn.scale_thresholds(1.0)
+    assert state["long"] == vars(evaluate_snn(snn, parts["test"], 6, 128, 0, 1))
+
+
+def test_the_shares_of_the_workers_add_up_to_the_whole_evaluation(files):
+    """Accuracy and spikes are exact counts: two halves, and any batch size, give the whole."""
+    snn, test = starting(files, STDB), files[1]["test"]
+    whole = evaluate_snn(snn, test, 3, 128, 0, 1)
+    assert vars(evaluate_snn(snn, test, 3, 7, 0, 1)) == vars(whole)
+    halves = [evaluate_snn(snn, test, 3, 128, rank, 2).accuracy for rank in range(2)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == pytest.approx(whole.accuracy)
+    ann = build_ann(NETWORK, test)
+    parts = [evaluate_ann(ann, test, 16, rank, 2) for rank in range(2)]
+    assert sum(parts) == pytest.approx(evaluate_ann(ann, test, 128, 0, 1))
+
+
+def test_weights_of_ones_own_stand_in_for_the_training(run, files):
+    """train_ann.weights: nothing is trained, the file's network is evaluated and passed on."""
+    folder, parts = files
+    params = PARAMS.train_ann.model_copy(update={"weights": str(folder / "ann.safetensors")})
+    module = pipeline.train_ann
+    state = run(module, module.train_loop, train_ann=params.model_dump())
+    ann = build_ann(NETWORK, parts["train"])
+    load_weights(ann, folder / "ann.safetensors")
+    assert state["history"] == []
+    for name, value in ann.state_dict().items():
+        assert torch.equal(value, state["best_network"][name])
+    assert state["test"] == evaluate_ann(ann, parts["test"], 64, 0, 1)
+
+
+def test_the_anns_energy_is_a_multiply_accumulate_at_every_synapse(files):
+    """Against the count written out for a network of one hidden layer."""
+    images = files[1]["train"]
+    ann = torch.nn.Sequential()
+    ann.add_module("flatten", torch.nn.Flatten())
+    ann.add_module("fc1", torch.nn.Linear(64, 12, bias=False))
+    ann.add_module("relu", torch.nn.ReLU())
+    ann.add_module("fc2", torch.nn.Linear(12, 10, bias=False))
+    each = stdb.statistics.MULTIPLY_ACCUMULATE_PJ
+    assert ann_energy(ann, images.shape) == pytest.approx(each * (64 * 12 + 12 * 10))

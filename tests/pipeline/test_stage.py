@@ -1,0 +1,273 @@
+"""What every stage does around its work, and that dvc.yaml says what a result depends on."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pipeline.stage
+from pipeline.params import load_params
+from pipeline.stage import Stage, StageError, digest, read_json, run_stage
+from tests.pipeline.conftest import ROOT
+
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+# reports errors, writes files, logs: changes no result
+PLUMBING = {"pipeline/__init__.py", "pipeline/stage.py", "pipeline/tracking.py"}
+# its values are tracked as params, section by section
+PLUMBING |= {"pipeline/params.py"}
+
+
+def imports(path: Path) -> set[str]:
+    """The project's files that a file imports anywhere in it, as dvc.yaml would name them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports are not looked at here"
+            names = [node.module or ""]
+            if node.module in ("pipeline", "stdb"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            file = name.replace(".", "/") + ".py"
+            if name.split(".")[0] == "stdb":
+                found.add(file if (ROOT / file).is_file() else "stdb")
+            elif name.split(".")[0] == "pipeline":
+                found.add(file if (ROOT / file).is_file() else "pipeline/__init__.py")
+    return found
+
+
+def needed(script: str) -> set[str]:
+    """What a script imports, through all of pipeline/ that changes results."""
+    found, waiting = {script}, [script]
+    while waiting:
+        for path in imports(ROOT / waiting.pop()) - PLUMBING - found:
+            found.add(path)
+            if path.startswith("pipeline/"):
+                waiting.append(path)
+    return found
+
+
+# pipeline/data.py takes its random numbers from stdb/encoding.py, for augment() only, which
+# prepare_data does not call. train_ann converts the network to see that it can be, and counts its
+# synapses for energy_pj; an edit of the engine shall not train the ANN again for that.
+NOT_IN_RESULT = {
+    "prepare_data": {"stdb/encoding.py"},
+    "train_ann": {"stdb", "stdb/conversion.py", "stdb/encoding.py"},
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_all_code_that_its_script_imports(name):
+    """Also through other modules: an edit of code that a result comes from makes it stale."""
+    deps = set(STAGES[name]["deps"])
+    missing = {
+        path
+        for path in needed(f"pipeline/{name}.py")
+        if path not in deps and path.split("/")[0] not in deps
+    }
+    assert missing - NOT_IN_RESULT.get(name, set()) == set()
+
+
+def test_the_imports_are_really_found():
+    """The test above is worth nothing if it finds no imports."""
+    found = needed("pipeline/finetune_stdb.py")
+    assert {"pipeline/data.py", "pipeline/training.py", "pipeline/distributed.py"} <= found
+    assert {"stdb", "stdb/encoding.py"} <= found
+    assert "pipeline/report.py" not in found
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_code_that_exists_and_that_it_uses(name):
+    """A file that is not imported would make results stale for nothing."""
+    code = {dep for dep in STAGES[name]["deps"] if dep.startswith(("pipeline/", "stdb"))}
+    assert all((ROOT / dep).exists() for dep in code)
+    used = needed(f"pipeline/{name}.py") | PLUMBING
+    assert {dep for dep in code if dep.endswith(".py") and dep.startswith("pipeline/")} <= used
+
+
+def test_a_file_that_a_stage_reads_is_another_stages_out():
+    """data/, models/, metrics/ and plots/ come from stages, so that `dvc repro` can order them."""
+    outs = {
+        next(iter(out))
+        for stage in STAGES.values()
+        for group in ("outs", "metrics", "plots")
+        for out in stage.get(group, [])
+    }
+    for name, stage in STAGES.items():
+        for dep in stage["deps"]:
+            if not dep.startswith(("pipeline/", "stdb")):
+                assert dep in outs or str(Path(dep).parent) in outs, (name, dep)
+
+
+def test_every_out_persists_and_every_metric_is_in_git():
+    """persist: a run that fails keeps what was there; cache: false: git shows the numbers."""
+    for name, stage in STAGES.items():
+        for group in ("outs", "metrics", "plots"):
+            for out in stage.get(group, []):
+                ((path, options),) = out.items()
+                assert options["persist"] is True, (name, path)
+                small = path.startswith(("metrics", "plots", "report"))
+                assert options.get("cache", True) is not small, (name, path)
+
+
+# -- a stage of a project of one stage -------------------------------------------------------------
+
+
+class Runs:
+    """Stands in for MLflow."""
+
+    def __init__(self) -> None:
+        self.status: list[str] = []
+        self.started: list[tuple] = []
+
+    def tracker(self, *arguments):
+        self.started.append(arguments)
+        return self
+
+    def log(self, metrics, step=None) -> None:
+        pass
+
+    def end(self, status: str) -> None:
+        self.status.append(status)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """dvc.yaml with one stage, the repository's params.yaml, an input; returns the MLflow runs."""
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / "inputs" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "inputs" / "a.txt").write_text("a")
+    stage = {
+        "deps": ["inputs"],
+        "params": ["network", "stdb.alpha"],
+        "outs": [{"out/x.json": {"persist": True}}, "plain.json"],
+        "metrics": [{"metrics/m.json": {"cache": False}}],
+    }
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"work": stage}}))
+    monkeypatch.chdir(tmp_path)
+    runs = Runs()
+    monkeypatch.setattr(pipeline.stage, "Tracker", runs.tracker)
+    return runs
+
+
+def edit(before: str, after: str) -> None:
+    text = Path("params.yaml").read_text()
+    assert before in text
+    Path("params.yaml").write_text(text.replace(before, after, 1))
+
+
+def key() -> str:
+    return Stage("work", load_params()).key
+
+
+def test_a_stage_knows_what_dvc_yaml_says(project):
+    """Outs of all groups; tracked parameters by full name; inputs by sha256, caches left out."""
+    Path("inputs/__pycache__/a.pyc").write_text("x")
+    stage = Stage("work", load_params())
+    assert [str(out) for out in stage.outs] == ["out/x.json", "plain.json", "metrics/m.json"]
+    assert stage.tracked == {
+        "network.architecture": "vgg5",
+        "network.width": 0.25,
+        "network.hidden": 128,
+        "network.dropout": 0.2,
+        "network.classifier_dropout": 0.5,
+        "stdb.alpha": 0.3,
+    }
+    assert stage.inputs == {"inputs/a.txt": digest(Path("inputs/a.txt"))}
+    assert project.started == [("work", stage.tracked, stage.inputs)]
+
+
+def test_a_job_is_resumed_only_with_the_same_parameters_and_inputs(project):
+    """The key of the checkpoints changes with what is tracked, and with nothing else."""
+    first = key()
+    edit("workers: auto", "workers: 2")
+    edit("beta: 0.01", "beta: 0.02")
+    assert key() == first
+    edit("alpha: 0.3", "alpha: 0.4")
+    second = key()
+    assert second != first
+    edit("width: 0.25", "width: 0.5")
+    third = key()
+    assert third not in (first, second)
+    Path("inputs/a.txt").write_text("b")
+    fourth = key()
+    assert fourth not in (first, second, third)
+    Path("inputs/a.txt").rename("inputs/b.txt")
+    assert key() != fourth
+
+
+def test_a_missing_input_is_refused_before_the_work(project, capsys):
+    """The message names it and says what makes it."""
+    Path("inputs/a.txt").unlink()
+    Path("inputs/__pycache__").rmdir()
+    Path("inputs").rmdir()
+    assert failing(lambda stage: pytest.fail("the stage has run")) == 1
+    assert "error in stage work: inputs is missing; run dvc repro" in capsys.readouterr().err
+    assert project.started == []
+
+
+def failing(main) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run_stage("work", main)
+    return caught.value.code
+
+
+def raising(error):
+    def main(stage):
+        raise error
+
+    return main
+
+
+def test_a_stage_that_ends_well_is_finished(project, capsys):
+    """No exit, and the run is FINISHED."""
+    run_stage("work", lambda stage: stage.say("hello"))
+    assert project.status == ["FINISHED"]
+    assert "[work] hello" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [StageError("no room"), OSError("no room")], ids=repr)
+def test_an_error_with_a_message_is_shown_without_a_traceback(project, capsys, error):
+    """Exit 1, the message on stderr, the run FAILED."""
+    assert failing(raising(error)) == 1
+    assert capsys.readouterr().err == "\nerror in stage work: no room\n"
+    assert project.status == ["FAILED"]
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), KeyboardInterrupt()], ids=repr)
+def test_a_bug_or_an_interruption_is_no_success(project, error):
+    """It goes through, and the run is FAILED."""
+    with pytest.raises(type(error)):
+        run_stage("work", raising(error))
+    assert project.status == ["FAILED"]
+
+
+def test_a_bad_parameter_starts_no_run(project, capsys):
+    """Nothing is looked at or made before the parameters are right."""
+    edit("alpha: 0.3", "alpha: -1")
+    assert failing(lambda stage: pytest.fail("the stage has run")) == 1
+    assert "stdb.alpha is -1; allowed: greater than 0" in capsys.readouterr().err
+    assert project.started == []
+    assert not Path("out").exists()
+
+
+def test_an_out_that_cannot_be_written_starts_no_run(project, capsys):
+    """A file where the out's folder has to be: found at the start, and no probe is left."""
+    Path("metrics").write_text("in the way")
+    assert failing(lambda stage: pytest.fail("the stage has run")) == 1
+    assert "metrics/m.json cannot be written" in capsys.readouterr().err
+    assert project.started == []
+    assert [p for p in Path().rglob("*.probe")] == []
+
+
+def test_a_broken_result_of_an_earlier_stage_is_refused(tmp_path):
+    """The message names the file and what makes it again."""
+    path = tmp_path / "x.json"
+    with pytest.raises(StageError, match=r"x\.json cannot be read .*run dvc repro"):
+        read_json(path)
+    path.write_text('{"half": ')
+    with pytest.raises(StageError, match=r"x\.json cannot be read .*run dvc repro"):
+        read_json(path)

@@ -1,0 +1,95 @@
+"""MLflow is a view: what is logged, where from, and that its absence stops nothing."""
+
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from pipeline.tracking import GENERATED, Reporter, Tracker, provenance
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """A tracking server that does not answer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
+def test_a_server_that_does_not_answer_is_said_once_and_soon(nobody, capsys):
+    """The work goes on without MLflow after seconds, with one line for all that is not logged."""
+    start = time.monotonic()
+    tracker = Tracker("work", {"stdb.alpha": 0.3}, {})
+    tracker.log({"accuracy": 0.5})
+    tracker.figure(Path("x.png"))
+    tracker.end("FINISHED")
+    assert time.monotonic() - start < 30
+    assert capsys.readouterr().out.count(f"warning: MLflow at {nobody} does not answer") == 1
+    assert tracker.run_id is None
+
+
+def test_a_job_goes_on_where_the_server_is_gone(nobody, capsys):
+    """A report that MLflow does not take is said once; later ones do not wait for it."""
+    reporter = Reporter("some-run")
+    rows = [{"epoch": 1, "accuracy": 0.5}]
+    reporter(rows)
+    start = time.monotonic()
+    reporter(rows)
+    assert time.monotonic() - start < 0.5
+    assert capsys.readouterr().out.count("did not take a report") == 1
+
+
+def test_a_run_has_parameters_origin_and_metrics_by_epoch(tmp_path, monkeypatch):
+    """Into a database at the root, MLFLOW_TRACKING_URI unset; more rows than one batch takes."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_STAGE", "work")
+    tracker = Tracker("work", {"stdb.alpha": 0.3, "data.path": None}, {"a.txt": "0123"})
+    rows = [{"epoch": e, "loss": 1 / e, "accuracy": e / 600} for e in range(1, 601)]
+    Reporter(tracker.run_id)(rows[:1])
+    Reporter(tracker.run_id)(rows[1:])
+    tracker.log({"accuracy/test": 0.75})
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    tracker.end("FAILED")
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.params == {"stdb.alpha": "0.3", "data.path": "None"}
+    assert run.data.metrics["accuracy/test"] == 0.75
+    assert run.data.tags["input.a.txt"] == "0123"
+    assert run.data.tags["dvc.stage"] == "work"
+    history = client.get_metric_history(tracker.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(row["epoch"], row["loss"]) for row in rows]
+    assert "epoch" not in run.data.metrics
+
+
+def test_the_commit_is_dirty_where_the_code_is_and_not_where_results_are(tmp_path, monkeypatch):
+    """What a run itself writes does not make its own origin doubtful; an edit of code does."""
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.email=test@example.invalid", "-c", "user.name=test"]
+    Path("code.py").write_text("1")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    for name in GENERATED:
+        if "." in name:
+            Path(name).write_text("new")
+        else:
+            Path(name).mkdir()
+            Path(name, "x.json").write_text("new")
+    assert provenance()["git.commit"] == head.stdout.strip()
+    assert provenance()["git.dirty"] == "false"
+    Path("code.py").write_text("2")
+    assert provenance()["git.dirty"] == "true"
+
+
+def test_without_git_the_origin_is_none(tmp_path, monkeypatch):
+    """An unpacked archive of the repository still runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert provenance()["git.commit"] == "none"

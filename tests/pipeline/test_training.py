@@ -1,0 +1,307 @@
+"""The epochs of a training, run in this process: what is learned, reported, resumed and refused."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pipeline.training
+from pipeline.data import Split, augment, normalise
+from pipeline.params import Schedule
+from pipeline.training import DivergenceError, _step, fit, learning_rate, order
+
+
+def schedule(**changes) -> Schedule:
+    values = {
+        "epochs": 4,
+        "batch_size": 8,
+        "learning_rate": 0.1,
+        "weight_decay": 0.0,
+        "milestones": [0.5],
+        "decay": 10,
+        "augment": False,
+        "seed": 0,
+    }
+    return Schedule(**values | changes)
+
+
+def images(count=20) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    return Split(pixels, labels, torch.arange(100, 100 + count), ["a", "b", "c"])
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8, bias=False), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)
+    )
+
+
+class Job:
+    """Stands in for Ray Train: keeps what is reported, gives what is to be resumed."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.reports: list[dict] = []
+        self.rows: list[list[dict]] = []
+        self.start: dict | None = None
+        monkeypatch.setattr(pipeline.training, "report", self.report)
+        monkeypatch.setattr(pipeline.training, "resume", lambda device: self.start)
+
+    def report(self, state, rows=()) -> None:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        self.reports.append(torch.load(file, weights_only=True))
+        self.rows.append(list(rows))
+
+
+@pytest.fixture
+def job(monkeypatch) -> Job:
+    return Job(monkeypatch)
+
+
+def train(network, params, *, split=None, windows=None, validate=None, world=1, clip=None):
+    """fit() with Adam, whose state has to survive too."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=params.learning_rate)
+
+    def simple(pixels, ids, epoch):
+        yield lambda: network(pixels)
+
+    return fit(
+        "a_stage", network, network, windows or simple, optimizer, split or images(), params,
+        validate or (lambda epoch: {"accuracy/validation": epoch / 100}), 0, world, clip,
+    )  # fmt: skip
+
+
+def weights(network) -> dict:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def test_nan_weights_are_a_divergence_at_the_first_step(job):
+    """The error names epoch, step and what may help; nothing is reported that could be resumed."""
+    network = tiny()
+    with torch.no_grad():
+        network[1].weight[0, 0] = math.nan
+    with pytest.raises(DivergenceError, match=r"loss nan.* in epoch 1, step 1: .*learning_rate"):
+        train(network, schedule())
+    assert job.reports == []
+
+
+def test_a_divergence_later_names_its_epoch_and_step_and_leaves_the_weights(job):
+    """The step that diverges is not taken, and the message says which it was."""
+    network, steps, before = tiny(), [], {}
+
+    def windows(pixels, ids, epoch):
+        steps.append(epoch)
+        broken = epoch == 2 and steps.count(2) == 2
+        before.clear()
+        before.update(weights(network))
+        yield lambda: network(pixels) * (math.inf if broken else 1.0)
+
+    with pytest.raises(DivergenceError, match="in epoch 2, step 2:"):
+        train(network, schedule(), windows=windows)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_is_a_divergence_although_the_loss_is(job):
+    """√0 has a finite value and an infinite gradient; the optimiser must not see it."""
+    network = tiny()
+
+    def windows(pixels, ids, epoch):
+        yield lambda: network(pixels) + (network[1].weight[0, 0] * 0).abs().sqrt()
+
+    with pytest.raises(DivergenceError, match=r"loss \d.*, gradient norm nan"):
+        train(network, schedule(), windows=windows)
+
+
+def test_the_best_epoch_is_kept_as_it_was(job):
+    """The first of the best epochs wins, and its weights do not change as training goes on."""
+    network, seen = tiny(), {}
+    accuracies = {1: 0.5, 2: 0.9, 3: 0.9, 4: 0.7}
+
+    def validate(epoch):
+        seen[epoch] = weights(network)
+        return {"accuracy/validation": accuracies[epoch]}
+
+    state = train(network, schedule(), validate=validate)
+    assert (state["best"], state["best_epoch"]) == (0.9, 2)
+    assert [row["accuracy/validation"] for row in state["history"]] == list(accuracies.values())
+    for name, value in state["best_network"].items():
+        assert torch.equal(value, seen[2][name])
+    assert not torch.equal(seen[2]["1.weight"], seen[4]["1.weight"])
+
+
+@pytest.mark.parametrize("every", [-1.0, 1e9])
+def test_every_epoch_is_reported_once(job, monkeypatch, every):
+    """Whether reports come each epoch or share a wait, no row is lost or doubled."""
+    monkeypatch.setattr(pipeline.training, "REPORT_EVERY", every)
+    state = train(tiny(), schedule())
+    assert len(job.reports) == (4 if every < 0 else 1)
+    rows = [row for part in job.rows for row in part]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert rows == state["history"] == job.reports[-1]["history"]
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_an_interrupted_training_ends_where_a_whole_one_ends(job, monkeypatch, after):
+    """Resumed after any epoch: weights, optimiser, dropout, rates and history are bit for bit."""
+    monkeypatch.setattr(pipeline.training, "REPORT_EVERY", -1.0)
+    whole = copy.deepcopy(train(tiny(), schedule()))
+    job.start = job.reports[after - 1]
+    assert job.start["epoch"] == after
+    job.rows.clear()
+    network = tiny()
+    with torch.no_grad():
+        network[1].weight.zero_()  # whatever it was, the checkpoint wins
+    resumed = train(network, schedule())
+    assert [row["epoch"] for part in job.rows for row in part] == list(range(after + 1, 5))
+    assert resumed["history"] == whole["history"]
+    for key in ("network", "best_network"):
+        for name, value in whole[key].items():
+            assert torch.equal(value, resumed[key][name]), (key, name)
+
+
+def test_the_learning_rate_of_an_epoch_reaches_the_optimiser(job, monkeypatch):
+    """Milestones are what SGD steps with, not only what is logged."""
+    network = tiny()
+    optimizer = torch.optim.SGD(network.parameters(), lr=99.0)
+    used = []
+    step = optimizer.step
+    monkeypatch.setattr(
+        optimizer, "step", lambda: (used.append(optimizer.param_groups[0]["lr"]), step())
+    )
+
+    def windows(pixels, ids, epoch):
+        yield lambda: network(pixels)
+
+    params = schedule(milestones=[0.75, 0.5], batch_size=10)
+    state = fit(
+        "a_stage", network, network, windows, optimizer, images(), params,
+        lambda epoch: {"accuracy/validation": 0.0}, 0, 1,
+    )  # fmt: skip
+    assert used == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    assert [row["learning_rate"] for row in state["history"]] == pytest.approx(used[::2])
+
+
+def test_without_milestones_the_learning_rate_stays():
+    """An empty list is allowed and divides nothing."""
+    params = schedule(milestones=[])
+    assert {learning_rate(params, epoch) for epoch in range(1, 5)} == {0.1}
+
+
+@pytest.mark.parametrize(("count", "size"), [(20, 8), (16, 8), (7, 8), (9, 1)])
+def test_an_epoch_is_full_batches_of_different_images(count, size):
+    """Equal batches, no image twice, as many as fit; over the epochs every image is seen."""
+    seen = set()
+    for epoch in range(1, 21):
+        batches = order(count, size, 0, epoch)
+        assert {len(batch) for batch in batches} == {min(size, count)}
+        assert len(batches) == max(1, count // size)
+        positions = torch.cat(batches).tolist()
+        assert len(positions) == len(set(positions))
+        assert set(positions) <= set(range(count))
+        seen |= set(positions)
+    assert seen == set(range(count))
+
+
+def test_neighbouring_seeds_and_epochs_have_orders_of_their_own():
+    """(seed, epoch) → order has no collisions such as seed + epoch would have."""
+    orders = {tuple(order(50, 50, s, e)[0].tolist()) for s in range(4) for e in range(1, 6)}
+    assert len(orders) == 20
+
+
+def test_training_sees_the_images_of_its_order_with_their_ids(job):
+    """Pixels, ids and epoch belong together; each step has the batch that order() says."""
+    split, network, seen = images(), tiny(), []
+
+    def windows(pixels, ids, epoch):
+        seen.append((pixels, ids, epoch))
+        yield lambda: network(pixels)
+
+    train(network, schedule(epochs=2), split=split, windows=windows)
+    expected = [(batch, e) for e in (1, 2) for batch in order(20, 8, 0, e)]
+    assert len(seen) == len(expected) == 4
+    for (pixels, ids, epoch), (batch, e) in zip(seen, expected, strict=True):
+        assert epoch == e
+        assert torch.equal(ids, split.ids[batch])
+        assert torch.equal(pixels, normalise(split.images[batch]))
+
+
+def test_augmentation_reaches_the_training(job):
+    """With augment the images are those of augment() for this seed and epoch."""
+    split, network, seen = images(), tiny(), []
+
+    def windows(pixels, ids, epoch):
+        seen.append(pixels)
+        yield lambda: network(pixels)
+
+    train(network, schedule(epochs=1, augment=True, seed=5), split=split, windows=windows)
+    batch = order(20, 8, 5, 1)[0]
+    assert torch.equal(seen[0], normalise(augment(split.images[batch], split.ids[batch], 5, 1)))
+    assert not torch.equal(seen[0], normalise(split.images[batch]))
+
+
+def test_clip_bounds_the_gradient_and_the_log_has_it_unclipped(job):
+    """One step of SGD with rate 1 moves the weights by the clip."""
+    norms = {}
+    for clip in (None, 1e-3):
+        network = tiny()
+        before = weights(network)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+
+        def windows(pixels, ids, epoch, network=network):
+            yield lambda: network(pixels)
+
+        params = schedule(epochs=1, batch_size=20, learning_rate=1.0, milestones=[])
+        state = fit(
+            "a_stage", network, network, windows, optimizer, images(), params,
+            lambda epoch: {"accuracy/validation": 0.0}, 0, 1, clip,
+        )  # fmt: skip
+        moved = torch.cat([(v - before[k]).flatten() for k, v in network.state_dict().items()])
+        norms[clip] = (moved.norm().item(), state["history"][0]["gradient_norm/all"])
+    assert norms[None][0] == pytest.approx(norms[None][1], rel=1e-4)
+    assert norms[1e-3][0] == pytest.approx(1e-3, rel=1e-3)
+    assert norms[1e-3][1] == pytest.approx(norms[None][1], rel=1e-6)
+
+
+@pytest.mark.parametrize(("count", "world"), [(8, 2), (7, 2), (5, 4)])
+def test_the_mean_of_the_workers_gradients_is_that_of_the_global_batch(count, world):
+    """Also with unequal shares: DDP's average over ranks is the gradient of the mean loss."""
+    network, split = tiny().eval(), images(count)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+
+    def windows(pixels, ids, epoch):
+        yield lambda: network(pixels)
+
+    def gradients(rank, of):
+        share = split.share(rank, of)
+        _step(network, windows, optimizer, normalise(share.images), share, 1, count, of)
+        return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    mean = torch.stack([gradients(rank, world) for rank in range(world)]).mean(0)
+    torch.testing.assert_close(mean, gradients(0, 1), rtol=1e-5, atol=1e-7)
+
+
+def test_fewer_images_in_a_batch_than_workers_is_refused(job):
+    """A worker without an image would have no gradient; the message names key and value."""
+    with pytest.raises(ValueError, match=r"a_stage\.batch_size is 8; allowed: .*the 9 workers"):
+        train(tiny(), schedule(), world=9)
+    assert job.reports == []
+
+
+def test_train_metrics_are_means_over_the_images_that_were_seen(job):
+    """Loss and accuracy of the log, with weights that do not move, are those of the network."""
+    network, split = tiny().eval(), images()
+    network[3].p = 0.0
+    params = schedule(epochs=1, learning_rate=1e-30, milestones=[])
+    row = train(network, params, split=split)["history"][0]
+    seen = torch.cat(order(20, 8, 0, 1))
+    logits = network(normalise(split.images[seen]))
+    labels = split.labels[seen]
+    assert row["loss/train"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
+    assert row["accuracy/train"] == (logits.argmax(1) == labels).double().mean().item()
