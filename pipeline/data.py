@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,9 +195,9 @@ def _unpack(archive: Path, folder: Path) -> None:
         else:
             with tarfile.open(archive) as file:
                 file.extractall(folder, filter="data")
-                assert file.fileobj is not None
-                file.fileobj.seek(file.offset)  # tarfile takes a cut-off end for the end
-                if not file.fileobj.read().startswith(bytes(tarfile.BLOCKSIZE)):
+                rest: Any = file.fileobj
+                rest.seek(file.offset)  # tarfile takes a cut-off end for the end
+                if not rest.read().startswith(bytes(tarfile.BLOCKSIZE)):
                     raise tarfile.ReadError("it ends before its end mark")
     except Exception as error:  # every compression has errors of its own for a broken file
         raise DataError(

@@ -241,7 +241,9 @@ def evaluate(run, params: StdbParams):
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(UNTRACKED_BY_BALANCING) - {"timesteps", "leak", "seed"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(UNTRACKED_BY_BALANCING) - {"timesteps", "leak", "seed"})
+)
 def test_evaluation_depends_on_no_parameter_that_it_does_not_track(run, name):
     """dvc.yaml lists T, leak, encoder and seed of stdb: nothing else may change the metrics."""
     changed = STDB.model_copy(update={name: UNTRACKED_BY_BALANCING[name]})

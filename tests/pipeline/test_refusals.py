@@ -1,4 +1,4 @@
-"""Every parameter and every archive that cannot be used is refused with a message, never a crash."""
+"""Parameters and archives that cannot be used are refused with a message, never a crash."""
 
 import io
 import math

@@ -260,7 +260,7 @@ def test_an_out_that_cannot_be_written_starts_no_run(project, capsys):
     assert failing(lambda stage: pytest.fail("the stage has run")) == 1
     assert "metrics/m.json cannot be written" in capsys.readouterr().err
     assert project.started == []
-    assert [p for p in Path().rglob("*.probe")] == []
+    assert list(Path().rglob("*.probe")) == []
 
 
 def test_a_broken_result_of_an_earlier_stage_is_refused(tmp_path):
