@@ -146,8 +146,9 @@ def test_two_runs_from_scratch_are_equal(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_only_what_depends_on_a_change_runs_again(changed):
+def test_only_what_depends_on_a_change_runs_again(finished, tmp_path):
     """α reaches the fine-tuning and nothing before it."""
+    changed = copy_of(finished, tmp_path / "changed")
     changed.set("alpha: 0.3", "alpha: 0.4")
     ran = [
         line.split("'")[1]
