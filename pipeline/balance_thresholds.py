@@ -15,12 +15,18 @@ from pipeline.data import load_split, normalise
 from pipeline.distributed import forget_job, report, run_job, setup, total
 from pipeline.network import build_ann, build_snn, load_weights
 from pipeline.params import BalanceThresholdsParams, NetworkParams, StdbParams
-from pipeline.stage import Stage, StageError, read_json, run_stage, write_csv, write_json
+from pipeline.stage import (
+    ANN,
+    DATA,
+    THRESHOLDS,
+    Stage,
+    StageError,
+    read_json,
+    run_stage,
+    write_csv,
+    write_json,
+)
 from stdb.conversion import residual_layers
-
-DATA = Path("data/prepared")
-WEIGHTS = Path("models/ann.safetensors")
-THRESHOLDS = Path("models/thresholds.json")
 
 
 def main(stage: Stage) -> None:
@@ -28,7 +34,7 @@ def main(stage: Stage) -> None:
     params = stage.params
     train = load_split(DATA / "train.safetensors")
     ann = build_ann(params.network, train)
-    load_weights(ann, WEIGHTS)
+    load_weights(ann, ANN)
     images = min(params.balance_thresholds.images, len(train))
     stage.say(f"T = {params.balance_thresholds.timesteps}, {images} calibration images")
     state = run_job(
@@ -36,7 +42,7 @@ def main(stage: Stage) -> None:
         balance_loop,
         {
             "data": str(DATA.resolve()),
-            "weights": str(WEIGHTS.resolve()),
+            "weights": str(ANN.resolve()),
             "network": params.network.model_dump(),
             "balance_thresholds": params.balance_thresholds.model_dump(),
             "stdb": params.stdb.model_dump(),

@@ -22,7 +22,6 @@ from torch import Tensor
 from pipeline.params import DataParams
 from stdb.encoding import derive, sample_keys, uniform
 
-SPLITS = ("train", "validation", "test")
 CROP_STREAM, FLIP_STREAM = 0xC0, 0xF1
 
 
@@ -111,6 +110,11 @@ def load_split(path: Path) -> Split:
             return Split(images, labels, ids, classes)
     except Exception as error:
         raise DataError(f"{path} is no split of a data set ({error}); run prepare_data") from error
+
+
+def load_splits(folder: Path, device: torch.device, *names: str) -> list[Split]:
+    """The splits of these names that prepare_data wrote to a folder, on a device."""
+    return [load_split(folder / f"{name}.safetensors").to(device) for name in names]
 
 
 # -- sources -------------------------------------------------------------------------------------

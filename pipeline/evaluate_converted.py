@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.balance_thresholds import load_thresholds
-from pipeline.data import load_split
+from pipeline.data import load_split, load_splits
 from pipeline.distributed import forget_job, report, run_job, setup
 from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
 from pipeline.network import build_ann, build_snn, load_weights
 from pipeline.params import EvaluateConvertedParams, NetworkParams, StdbParams
-from pipeline.stage import Stage, read_json, run_stage, write_csv, write_json
-
-DATA = Path("data/prepared")
-WEIGHTS = Path("models/ann.safetensors")
-THRESHOLDS = Path("models/thresholds.json")
-CONVERSION = Path("models/conversion.json")
+from pipeline.stage import (
+    ANN,
+    CONVERSION,
+    DATA,
+    THRESHOLDS,
+    Stage,
+    read_json,
+    run_stage,
+    write_csv,
+    write_json,
+)
 
 
 def main(stage: Stage) -> None:
@@ -30,7 +35,7 @@ def main(stage: Stage) -> None:
     params = stage.params
     train = load_split(DATA / "train.safetensors")
     ann = build_ann(params.network, train)
-    load_weights(ann, WEIGHTS)
+    load_weights(ann, ANN)
     load_thresholds(build_snn(ann, params.stdb, params.stdb.seed))
     ann_accuracy = read_json(Path("metrics/train_ann.json"))["accuracy"]["test"]
     state = run_job(
@@ -38,7 +43,7 @@ def main(stage: Stage) -> None:
         evaluate_loop,
         {
             "data": str(DATA.resolve()),
-            "weights": str(WEIGHTS.resolve()),
+            "weights": str(ANN.resolve()),
             "thresholds": str(THRESHOLDS.resolve()),
             "network": params.network.model_dump(),
             "evaluate_converted": params.evaluate_converted.model_dump(),
@@ -104,10 +109,7 @@ def evaluate_loop(config: dict[str, Any]) -> None:
     rank, world, device = setup(config)
     params = EvaluateConvertedParams(**config["evaluate_converted"])
     stdb_params = StdbParams(**config["stdb"])
-    validation, test = (
-        load_split(Path(config["data"]) / f"{name}.safetensors").to(device)
-        for name in ("validation", "test")
-    )
+    validation, test = load_splits(Path(config["data"]), device, "validation", "test")
     ann = build_ann(NetworkParams(**config["network"]), test)
     load_weights(ann, Path(config["weights"]))
     snn = build_snn(ann, stdb_params, stdb_params.seed).to(device)

@@ -17,19 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.balance_thresholds import load_thresholds
-from pipeline.data import load_split
+from pipeline.data import load_split, load_splits
 from pipeline.distributed import forget_job, report, run_job, setup
 from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
 from pipeline.network import build_ann, build_snn, load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams
-from pipeline.stage import Stage, read_json, run_stage, write_csv, write_json
+from pipeline.stage import (
+    ANN,
+    CONVERSION,
+    DATA,
+    SNN,
+    THRESHOLDS,
+    Stage,
+    read_json,
+    run_stage,
+    write_csv,
+    write_json,
+)
 from pipeline.training import fit
-
-DATA = Path("data/prepared")
-ANN_WEIGHTS = Path("models/ann.safetensors")
-THRESHOLDS = Path("models/thresholds.json")
-CONVERSION = Path("models/conversion.json")
-WEIGHTS = Path("models/snn.safetensors")
 
 
 def main(stage: Stage) -> None:
@@ -37,7 +42,7 @@ def main(stage: Stage) -> None:
     params = stage.params
     train = load_split(DATA / "train.safetensors")
     ann = build_ann(params.network, train)
-    load_weights(ann, ANN_WEIGHTS)
+    load_weights(ann, ANN)
     load_thresholds(build_snn(ann, params.stdb, params.stdb.seed))
     scale = params.stdb.threshold_scale or read_json(CONVERSION)["scale"]
     stage.say(f"T = {params.stdb.timesteps}, threshold scale {scale}, {len(train)} images")
@@ -46,7 +51,7 @@ def main(stage: Stage) -> None:
         train_loop,
         {
             "data": str(DATA.resolve()),
-            "weights": str(ANN_WEIGHTS.resolve()),
+            "weights": str(ANN.resolve()),
             "thresholds": str(THRESHOLDS.resolve()),
             "scale": scale,
             "network": params.network.model_dump(),
@@ -56,7 +61,7 @@ def main(stage: Stage) -> None:
     test = Evaluation(**state["test"])
     save_weights(
         state["best_network"],
-        WEIGHTS,
+        SNN,
         network=params.network.model_dump(),
         stdb=params.stdb.model_dump(),
     )
@@ -92,9 +97,8 @@ def train_loop(config: dict[str, Any]) -> None:
 
     rank, world, device = setup(config)
     params = StdbParams(**config["stdb"])
-    train, validation, test = (
-        load_split(Path(config["data"]) / f"{name}.safetensors").to(device)
-        for name in ("train", "validation", "test")
+    train, validation, test = load_splits(
+        Path(config["data"]), device, "train", "validation", "test"
     )
     ann = build_ann(NetworkParams(**config["network"]), train)
     load_weights(ann, Path(config["weights"]))

@@ -15,9 +15,7 @@ from sklearn.model_selection import train_test_split
 
 from pipeline.data import DataError, Split, read_source, save_split
 from pipeline.params import DataParams
-from pipeline.stage import Stage, digest, run_stage, write_json, writing
-
-OUT = Path("data/prepared")
+from pipeline.stage import DATA, Stage, digest, run_stage, write_json, writing
 
 
 def main(stage: Stage) -> None:
@@ -28,7 +26,7 @@ def main(stage: Stage) -> None:
     splits = split(params, train, test, classes)
     summary: dict = {"classes": classes, "shape": list(splits["train"].shape)}
     for name, part in splits.items():
-        path = OUT / f"{name}.safetensors"
+        path = DATA / f"{name}.safetensors"
         with writing(path) as temporary:
             save_split(part, temporary)
         summary[name] = {"images": len(part), "sha256": digest(path)}

@@ -21,6 +21,11 @@ from pipeline.params import Params, ParamsError, load_params
 from pipeline.tracking import Tracker
 from stdb.conversion import ConversionError
 
+DATA = Path("data/prepared")  # what the stages hand on to each other
+ANN = Path("models/ann.safetensors")
+THRESHOLDS = Path("models/thresholds.json")
+CONVERSION = Path("models/conversion.json")
+SNN = Path("models/snn.safetensors")
 ROOM = 64 * 2**20  # bytes that have to be free where outs are written
 
 

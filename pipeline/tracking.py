@@ -81,8 +81,9 @@ class Tracker:
 
     def log(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Metrics, in one batch."""
-        log_metrics = _metrics(metrics, step or 0)
-        self._guard(lambda: self._client.log_batch(self.run_id, metrics=log_metrics()))
+        self._guard(
+            lambda: self._client.log_batch(self.run_id, metrics=_entities(metrics, step or 0))
+        )
 
     def figure(self, path: Path) -> None:
         """A file as an artefact."""
@@ -103,15 +104,12 @@ class Tracker:
             print(f"warning: MLflow at {tracking_uri()} does not answer, going on without: {error}")
 
 
-def _metrics(metrics: dict[str, float], step: int) -> Callable[[], list]:
+def _entities(metrics: dict[str, float], step: int) -> list:
+    """MLflow's form of metrics."""
+    from mlflow.entities import Metric
+
     now = int(time.time() * 1000)
-
-    def entities() -> list:
-        from mlflow.entities import Metric
-
-        return [Metric(key, float(value), now, step) for key, value in metrics.items()]
-
-    return entities
+    return [Metric(key, float(value), now, step) for key, value in metrics.items()]
 
 
 class Reporter:
@@ -137,7 +135,7 @@ class Reporter:
             entries = []
             for row in rows:
                 values = {key: value for key, value in row.items() if key != "epoch"}
-                entries += _metrics(values, int(row["epoch"]))()
+                entries += _entities(values, int(row["epoch"]))
             for start in range(0, len(entries), 1000):  # MLflow's limit for a batch
                 batch = entries[start : start + 1000]
                 self._client.log_batch(self.run_id, metrics=batch)

@@ -15,18 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.data import load_split
+from pipeline.data import load_split, load_splits
 from pipeline.distributed import forget_job, report, run_job, setup
 from pipeline.evaluation import ann_energy, evaluate_ann
 from pipeline.network import build_ann, load_weights, save_weights
 from pipeline.params import NetworkParams, TrainAnnParams
-from pipeline.stage import Stage, run_stage, write_csv, write_json
+from pipeline.stage import ANN, DATA, Stage, run_stage, write_csv, write_json
 from pipeline.training import fit
 from stdb.conversion import convert
 from stdb.encoding import PoissonEncoder
-
-DATA = Path("data/prepared")
-WEIGHTS = Path("models/ann.safetensors")
 
 
 def main(stage: Stage) -> None:
@@ -49,7 +46,7 @@ def main(stage: Stage) -> None:
         },
     )
     best = state["history"][state["best_epoch"] - 1] if state["history"] else {}
-    save_weights(state["best_network"], WEIGHTS, network=params.network.model_dump())
+    save_weights(state["best_network"], ANN, network=params.network.model_dump())
     metrics = {
         "accuracy": {"validation": state["best"], "test": state["test"]},
         "epoch": state["best_epoch"],
@@ -70,9 +67,8 @@ def train_loop(config: dict[str, Any]) -> None:
 
     rank, world, device = setup(config)
     params = TrainAnnParams(**config["train_ann"])
-    train, validation, test = (
-        load_split(Path(config["data"]) / f"{name}.safetensors").to(device)
-        for name in ("train", "validation", "test")
+    train, validation, test = load_splits(
+        Path(config["data"]), device, "train", "validation", "test"
     )
     torch.manual_seed(params.seed)
     ann = build_ann(NetworkParams(**config["network"]), train).to(device)

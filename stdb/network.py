@@ -242,7 +242,6 @@ class Presentation:
         images: Tensor,
         keys: Tensor,
         masks: Sequence[Tensor] | None = None,
-        leak: float | None = None,
     ) -> None:
         graph = network.graph
         self.network, self.images, self.keys = network, images, keys
@@ -259,10 +258,7 @@ class Presentation:
         neurons = [self.modules[i] for i in graph.neurons]
         scalars = torch.stack([torch.stack([n.threshold, n.leak]) for n in neurons]).tolist()
         self.threshold = {i: v for i, (v, _) in zip(graph.neurons, scalars, strict=True)}
-        self.leak = {
-            i: own if leak is None else leak
-            for i, (_, own) in zip(graph.neurons, scalars, strict=True)
-        }
+        self.leak = {i: leak for i, (_, leak) in zip(graph.neurons, scalars, strict=True)}
         labels = graph.labels
         for i in graph.neurons:
             if not 0 < self.threshold[i] < float("inf"):
