@@ -28,9 +28,8 @@ setup: $(READY) ## Make the environment, .venv; nothing to do where it is curren
 setup-bench: $(READY_BENCH) ## The same, and the peers that tests and benchmarks compare with
 	@echo ".venv is ready, peers included."
 
-repro: $(READY) ## Reproduce the pipeline: dvc repro ARGS, all stages on one Ray
-	@$(IN_ENV) sh -c 'if [ -z "$(ARGS)" ] && dvc status -q dvc.yaml; then dvc repro; \
-	else python -m pipeline.head dvc repro $(ARGS); fi'
+repro: $(READY) ## Reproduce the pipeline: dvc repro ARGS
+	@$(IN_ENV) dvc repro $(ARGS)
 
 test: $(READY) ## Run the fast tests: pytest ARGS
 	@$(IN_ENV) pytest --quiet -m 'not slow' $(ARGS)

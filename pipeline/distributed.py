@@ -1,24 +1,21 @@
 """A stage's work as a Ray Train job: CPU workers with gloo, or one worker per GPU with nccl.
 
-RAY_ADDRESS joins a running cluster; without it Ray is started for the job and stopped after it.
-A job's checkpoints live in ``cluster.storage``, in a folder named by the stage and the hash of its
-parameters and inputs: a job that was interrupted goes on from its last report when it is run again,
-and a changed parameter starts afresh. They are removed when the stage has written its outs.
+One worker on this machine needs no cluster and no process group: it is Ray Train's local mode, in
+the stage's own process, which saves the seconds that Ray takes to start. Several workers start Ray
+for the job and stop it after it; RAY_ADDRESS joins a running cluster instead.
 """
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.checkpoints import Checkpoints
 from pipeline.params import ClusterParams
 from pipeline.stage import Stage, StageError
 from pipeline.tracking import Reporter
@@ -34,7 +31,16 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-STATE = "state.pt"
+
+
+class _Job:
+    """The job that this process works for: a worker's, or the stage's own in local mode."""
+
+    checkpoints: Checkpoints
+    reporter: Reporter | None = None  # in local mode; otherwise Ray Train's controller has it
+
+
+_job = _Job()
 
 
 def run_job(stage: Stage, loop: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> dict:
@@ -42,64 +48,102 @@ def run_job(stage: Stage, loop: Callable[[dict[str, Any]], None], config: dict[s
 
     Args:
         stage: names the job, and has its parameters and MLflow run.
-        loop: calls :func:`report` at least once.
-        config: plain values; ``cpus`` (threads of a worker) is added.
+        loop: calls :func:`setup` first, and :func:`report` at least once.
+        config: plain values; what :func:`setup` needs is added.
 
     Raises:
         StageError: too few resources, or a worker failed; the message is the worker's.
     """
-    set_environment()
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    with _ray():
-        workers, use_gpu, cpus = _resources(stage.params.cluster, ray.cluster_resources())
-        where = (
-            f"{workers} GPU worker(s)" if use_gpu else f"{workers} CPU worker(s) × {cpus} core(s)"
-        )
-        stage.say(f"Ray Train job on {where}")
-        storage = _storage(stage.params.cluster)
-        name = f"{stage.name}-{stage.key}"
-        trainer = TorchTrainer(
-            loop,
-            train_loop_config=config | {"cpus": cpus},
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers,
-                use_gpu=use_gpu,
-                resources_per_worker={"CPU": cpus} if not use_gpu else {"CPU": cpus, "GPU": 1},
-            ),
-            run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-                name=name,
-                storage_path=storage,
-                callbacks=[_callback(Reporter(stage.tracker.run_id))],
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            ),
-        )
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise StageError(_reason(error)) from error
-        if result.checkpoint is None:
-            raise StageError("the job ended without a result")
-        with result.checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / STATE, weights_only=True, map_location="cpu")
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    cluster = stage.params.cluster
+    checkpoints = Checkpoints(cluster.storage, stage.name, stage.key)
+    address = os.environ.get("RAY_ADDRESS")
+    plan = None if address else plan_workers(cluster, *machine())
+    if plan is not None and plan[0] == 1:
+        _run_here(stage, loop, config, checkpoints, plan)
+    else:
+        with _ray(address) as available:
+            _run_on_ray(stage, loop, config, checkpoints, plan or plan_workers(cluster, *available))
+    state = checkpoints.load()
+    if state is None:
+        raise StageError("the job ended without a result")
     return state
 
 
-def set_environment() -> None:
-    """Ray's settings, before it is imported; what the user has set stays."""
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+def _run_here(
+    stage: Stage,
+    loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    checkpoints: Checkpoints,
+    plan: tuple[int, bool, int],
+) -> None:
+    """One worker, in this process."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    for name in ("ray.train", "ray.air"):  # they would repeat every report
+        logging.getLogger(name).setLevel(logging.WARNING)
+    _, use_gpu, cpus = plan
+    stage.say(f"one worker, {'a GPU' if use_gpu else f'{cpus} core(s)'}")
+    _job.reporter = Reporter(stage.tracker.run_id)
+    try:
+        TorchTrainer(
+            loop,
+            train_loop_config=_config(config, checkpoints, plan),
+            scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=use_gpu),
+        ).fit()
+    except ValueError as error:
+        raise StageError(str(error)) from error
+    finally:
+        _job.reporter = None
+
+
+def _run_on_ray(
+    stage: Stage,
+    loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    checkpoints: Checkpoints,
+    plan: tuple[int, bool, int],
+) -> None:
+    """Several workers, each a process."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers, use_gpu, cpus = plan
+    what = f"{workers} GPU worker(s)" if use_gpu else f"{workers} CPU worker(s) × {cpus} core(s)"
+    stage.say(f"Ray Train job on {what}")
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=_config(config, checkpoints, plan),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cpus} if not use_gpu else {"CPU": cpus, "GPU": 1},
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+            name=checkpoints.job,
+            storage_path=checkpoints.storage,
+            callbacks=[_callback(Reporter(stage.tracker.run_id))],
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise StageError(_reason(error)) from error
+
+
+def _config(
+    config: dict[str, Any], checkpoints: Checkpoints, plan: tuple[int, bool, int]
+) -> dict[str, Any]:
+    return config | {"use_gpu": plan[1], "cpus": plan[2], "checkpoints": checkpoints}
 
 
 def forget_job(stage: Stage) -> None:
-    """Remove the checkpoints of a stage's jobs, now that its outs are written."""
-    storage = Path(stage.params.cluster.storage)
-    if storage.is_dir():
-        for folder in storage.glob(f"{stage.name}-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove the checkpoints of a stage's job, now that its outs are written."""
+    Checkpoints(stage.params.cluster.storage, stage.name, stage.key).remove()
 
 
 # -- inside a worker -------------------------------------------------------------------------------
@@ -109,32 +153,34 @@ def setup(config: dict[str, Any]) -> tuple[int, int, torch.device]:
     """Rank, number of workers and device of this worker; its threads are set."""
     import ray.train.torch
 
+    _job.checkpoints = config["checkpoints"]
     torch.set_num_threads(config["cpus"])
     context = ray.train.get_context()
-    return context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
+    device = ray.train.torch.get_device() if config["use_gpu"] else torch.device("cpu")
+    return context.get_world_rank(), context.get_world_size(), device
+
+
+def data_parallel(network: nn.Module) -> nn.Module:
+    """The network wrapped by DDP where there are several workers."""
+    from ray.train.torch import prepare_model
+
+    return prepare_model(network, move_to_device=False)
 
 
 def report(state: dict[str, Any], rows: Sequence[dict[str, float]] = ()) -> None:
-    """Report the state to go on from, and metrics, a row an epoch. Called by all workers alike."""
+    """Keep the state to go on from, log metrics, a row an epoch. Called by all workers alike."""
     import ray.train
 
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if ray.train.get_context().get_world_rank() == 0:
-            torch.save(state, Path(folder) / STATE)
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"rows": list(rows)}, checkpoint=checkpoint)
+    if ray.train.get_context().get_world_rank() == 0:
+        _job.checkpoints.save(state)
+    if _job.reporter is not None:
+        _job.reporter(list(rows))
+    ray.train.report({"rows": list(rows)})
 
 
 def resume(device: torch.device) -> dict[str, Any] | None:
     """The state that an interrupted run of this job reported last, or None."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return torch.load(Path(folder) / STATE, weights_only=True, map_location=device)
+    return _job.checkpoints.load(device)
 
 
 def total(value: Tensor, op: str = "sum") -> Tensor:
@@ -148,10 +194,10 @@ def total(value: Tensor, op: str = "sum") -> Tensor:
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
+def _ray(address: str | None) -> Iterator[tuple[int, int]]:
+    """Ray, joined or started; gives its CPUs and GPUs."""
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
     ray.init(
         address=address or "local",
         include_dashboard=None if address else False,
@@ -159,14 +205,25 @@ def _ray() -> Iterator[None]:
         log_to_driver=True,
     )
     try:
-        yield
+        available = ray.cluster_resources()
+        yield int(available.get("CPU", 0)), int(available.get("GPU", 0))
     finally:
         ray.shutdown()
 
 
-def _resources(params: ClusterParams, available: dict[str, float]) -> tuple[int, bool, int]:
-    """Workers, whether each has a GPU, and cores of each; an error if there are not so many."""
-    cpus, gpus = int(available.get("CPU", 0)), int(available.get("GPU", 0))
+def machine() -> tuple[int, int]:
+    """CPUs that this process may use (affinity and container limits counted) and GPUs."""
+    import joblib
+
+    return joblib.cpu_count(), torch.cuda.device_count()
+
+
+def plan_workers(params: ClusterParams, cpus: int, gpus: int) -> tuple[int, bool, int]:
+    """Workers, whether each has a GPU, and cores of each.
+
+    Raises:
+        StageError: ``cluster`` asks for more than there is.
+    """
     if params.use_gpu is True and gpus == 0:
         raise StageError("cluster.use_gpu is true and there is no GPU; allowed here: auto, false")
     use_gpu = gpus > 0 if params.use_gpu == "auto" else params.use_gpu
@@ -181,12 +238,6 @@ def _resources(params: ClusterParams, available: dict[str, float]) -> tuple[int,
             f"cluster.workers is {workers}, with {each} core(s) each; there are {cpus} cores"
         )
     return workers, use_gpu, each
-
-
-def _storage(params: ClusterParams) -> str:
-    if "://" in params.storage:
-        return params.storage
-    return str(Path(params.storage).resolve())
 
 
 def _callback(reporter: Reporter) -> Any:

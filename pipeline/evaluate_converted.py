@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.balance_thresholds import load_thresholds
 from pipeline.data import load_split, load_splits
 from pipeline.distributed import forget_job, report, run_job, setup
-from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
+from pipeline.evaluation import Evaluation, ann_energy, evaluate_snn, spike_metrics
 from pipeline.network import build_ann, build_snn, load_weights
 from pipeline.params import EvaluateConvertedParams, NetworkParams, StdbParams
 from pipeline.stage import (
@@ -53,6 +53,7 @@ def main(stage: Stage) -> None:
     long, reduced = Evaluation(**state["long"]), Evaluation(**state["reduced"])
     write_json(CONVERSION, {"timesteps": params.stdb.timesteps, "scale": state["scale"]})
     metrics = {
+        "ann": {"accuracy": ann_accuracy, "energy_pj": ann_energy(ann, train.shape)},
         "long": _summary(long),
         "reduced": _summary(reduced) | {"threshold_scale": state["scale"]},
         "loss_to_ann": {

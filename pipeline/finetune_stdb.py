@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.balance_thresholds import load_thresholds
 from pipeline.data import load_split, load_splits
-from pipeline.distributed import forget_job, report, run_job, setup
+from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
 from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
 from pipeline.network import build_ann, build_snn, load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams
@@ -93,8 +93,6 @@ def main(stage: Stage) -> None:
 
 def train_loop(config: dict[str, Any]) -> None:
     """What each worker does."""
-    from ray.train.torch import prepare_model
-
     rank, world, device = setup(config)
     params = StdbParams(**config["stdb"])
     train, validation, test = load_splits(
@@ -109,7 +107,7 @@ def train_loop(config: dict[str, Any]) -> None:
     snn = build_snn(ann, params, params.seed).to(device)
     load_thresholds(snn, Path(config["thresholds"]))
     snn.scale_thresholds(config["scale"])
-    model = prepare_model(snn)
+    model = data_parallel(snn)
 
     def windows(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
         presentation = snn.present(images, sample_ids=ids, epoch=epoch)

@@ -61,12 +61,15 @@ def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetw
 
 
 def save_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: object) -> None:
-    """Write a state dict as safetensors; metadata as JSON strings."""
+    """Write a state dict as safetensors, the same bytes for the same values.
+
+    The metadata are one JSON object under the key ``config``: the format does not order its keys.
+    """
     with writing(path) as temporary:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             temporary,
-            metadata={key: json.dumps(value) for key, value in metadata.items()},
+            metadata={"config": json.dumps(metadata)},
         )
 
 

@@ -78,7 +78,7 @@ def page(params, ann: dict, converted: dict, tuned: dict, test: int) -> str:
         f"| {name} | {steps} | {row['energy_pj'] / 1000:,.1f} | "
         + (f"{row['energy_delay'] / 1000:,.1f} |" if "energy_delay" in row else "|")
         for name, steps, row in (
-            ("ANN", "", ann),
+            ("ANN", "", converted["ann"]),
             ("converted", converted["long"]["timesteps"], converted["long"]),
             ("converted, scaled", t, converted["reduced"]),
             ("STDB", t, tuned),

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data import load_split, load_splits
-from pipeline.distributed import forget_job, report, run_job, setup
-from pipeline.evaluation import ann_energy, evaluate_ann
+from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
+from pipeline.evaluation import evaluate_ann
 from pipeline.network import build_ann, load_weights, save_weights
 from pipeline.params import NetworkParams, TrainAnnParams
 from pipeline.stage import ANN, DATA, Stage, run_stage, write_csv, write_json
@@ -51,7 +51,6 @@ def main(stage: Stage) -> None:
         "accuracy": {"validation": state["best"], "test": state["test"]},
         "epoch": state["best_epoch"],
         "loss": {"train": best.get("loss/train")},
-        "energy_pj": ann_energy(ann, train.shape),
     }
     write_json(Path("metrics/train_ann.json"), metrics)
     rows = state["history"] or [{"epoch": 0, "accuracy/validation": state["best"]}]
@@ -63,8 +62,6 @@ def main(stage: Stage) -> None:
 
 def train_loop(config: dict[str, Any]) -> None:
     """What each worker does."""
-    from ray.train.torch import prepare_model
-
     rank, world, device = setup(config)
     params = TrainAnnParams(**config["train_ann"])
     train, validation, test = load_splits(
@@ -82,7 +79,7 @@ def train_loop(config: dict[str, Any]) -> None:
             "best_network": ann.state_dict(),
         }
     else:
-        model = prepare_model(ann)
+        model = data_parallel(ann)
 
         def windows(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
             yield lambda: model(images)

@@ -21,6 +21,8 @@ TINY = {
     "scales: [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 1.0]": "scales: [0.2, 0.3]",
 }
 
+ELSEWHERE = ("MLFLOW_TRACKING_URI", "DVC_ROOT", "RAY_ADDRESS")  # would lead out of the copy
+
 
 class Repository:
     """A temporary repository and the commands that a person gives in it."""
@@ -38,7 +40,7 @@ class Repository:
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        kept = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "DVC_ROOT")}
+        kept = {k: v for k, v in os.environ.items() if k not in ELSEWHERE}
         result = subprocess.run(
             command, cwd=self.root, env=kept | {"PATH": path}, capture_output=True, text=True
         )
@@ -79,9 +81,9 @@ def make_repository(folder: Path) -> Repository:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Repository:
-    """The repository after one `dvc repro`, on one Ray as `make repro` does it."""
+    """The repository after one `dvc repro`."""
     repository = make_repository(tmp_path_factory.mktemp("repository"))
-    repository.run("python", "-m", "pipeline.head", "dvc", "repro")
+    repository.repro()
     return repository
 
 

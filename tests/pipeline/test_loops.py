@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import ray.train.torch
 import torch
 import torch.nn.functional as F
 
@@ -66,7 +65,8 @@ def run(monkeypatch, files):
         return reported[-1]
 
     monkeypatch.setattr(pipeline.training, "resume", lambda device: None)
-    monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model: model)
+    for module in (pipeline.train_ann, pipeline.finetune_stdb):
+        monkeypatch.setattr(module, "data_parallel", lambda network: network)
     return run
 
 
