@@ -209,16 +209,21 @@ def _unpack(archive: Path, folder: Path) -> None:
         ) from error
 
 
+def _ignored(path: Path) -> bool:
+    """Hidden files, and what macOS adds to archives."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
+
+
 def _root(folder: Path) -> Path:
     """Skip a single folder around everything."""
-    inside = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    inside = [entry for entry in folder.iterdir() if not _ignored(entry)]
     return _root(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
 
 
 def _class_folders(root: Path, params: DataParams) -> tuple[np.ndarray, np.ndarray, list[str]]:
     from PIL import Image
 
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not _ignored(p))
     if len(folders) < 2:
         raise DataError(
             f"{root} has {len(folders)} class folders; allowed: one folder per class, two or more"
@@ -227,7 +232,7 @@ def _class_folders(root: Path, params: DataParams) -> tuple[np.ndarray, np.ndarr
     images, labels = [], []
     size = (params.image_size, params.image_size) if params.image_size else None
     for label, folder in enumerate(folders):
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p))
         if not files:
             raise DataError(f"class folder {folder} is empty; fill it or delete it")
         for file in files:

@@ -199,7 +199,16 @@ class Params(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the floats of version 1.2, where 1e-4 is a number."""
+    """YAML with the floats of version 1.2, where 1e-4 is a number; no key may stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for (key, _), value in zip(node.value, keys, strict=True):
+            if keys.count(value) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{value} stands twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ ELSEWHERE = ("MLFLOW_TRACKING_URI", "DVC_ROOT", "RAY_ADDRESS")  # would lead out
 
 class Repository:
     """A temporary repository and the commands that a person gives in it."""
+
+    end: int  # of its first repro, in milliseconds
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -84,6 +87,7 @@ def finished(tmp_path_factory) -> Repository:
     """The repository after one `dvc repro`."""
     repository = make_repository(tmp_path_factory.mktemp("repository"))
     repository.repro()
+    repository.end = int(time.time() * 1000)
     return repository
 
 

@@ -62,6 +62,7 @@ def test_a_class_folder_data_set(tmp_path, form):
     elif form == "zip":
         path = tmp_path / "images.zip"
         with zipfile.ZipFile(path, "w") as file:
+            file.writestr("__MACOSX/._cat", b"what macOS adds")
             for image in root.rglob("*.png"):
                 file.write(image, image.relative_to(root))
     elif form == "nested":

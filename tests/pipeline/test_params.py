@@ -76,6 +76,12 @@ def test_scientific_notation_is_a_number(tmp_path):
     assert params.stdb.learning_rate == 1e-4
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    """YAML's own rule, the last one wins, would hide a mistake."""
+    with pytest.raises(ParamsError, match="alpha stands twice"):
+        load(tmp_path, "  alpha: 0.3", "  alpha: 0.3\n  alpha: 0.4")
+
+
 def test_params_cannot_be_changed():
     """A stage cannot use other parameters than those that are tracked."""
     params = load_params(ROOT / "params.yaml")
