@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import bits
 from .conversion import residual_layers
-from .network import Presentation, SpikingNetwork, from_matrix, to_matrix
+from .layout import to_matrix
+from .network import Presentation, SpikingNetwork
 from .neuron import fire
-from .synapse import INPUT, NEURON
+from .spikes import Spikes
+from .synapse import INPUT, NEURON, Value, dense
 
 
 @torch.no_grad()
@@ -118,26 +119,23 @@ class _Calibration:
         for start in range(0, timesteps, size):
             yield start, min(start + size, timesteps)
 
-    def value(self, i: int, start: int, stop: int) -> Tensor:
+    def value(self, i: int, start: int, stop: int) -> Value:
         """A node's value in a chunk, from the spike trains below it."""
         presentation = self.presentation
         node = presentation.network.graph.nodes[i]
         if node.kind == INPUT:
             return presentation.network.encoder(presentation.images, start, stop, presentation.keys)
         if node.kind == NEURON:
-            shape = (stop - start, *self.shapes[i])
             size = presentation.network._chunk_size(presentation)
-            matrix = bits.unpack(
-                self.trains[i][start // size],
-                (shape[0], torch.Size(self.shapes[i]).numel()),
-                presentation.images.dtype,
-            )
-            return from_matrix(matrix, shape)
+            packed = self.trains[i][start // size]
+            shape = torch.Size((stop - start, *self.shapes[i]))
+            return Spikes(packed, shape, presentation.images.dtype)
         return presentation.apply(i, [self.value(j, start, stop) for j in node.inputs])
 
     def current(self, neuron: int, start: int, stop: int) -> Tensor:
         """The weighted input of a spiking layer in a chunk."""
-        return self.value(self.presentation.network.graph.nodes[neuron].inputs[0], start, stop)
+        source = self.presentation.network.graph.nodes[neuron].inputs[0]
+        return dense(self.value(source, start, stop))
 
     def keep_spikes(self, neuron: int, threshold: float, timesteps: int) -> None:
         """Run a layer at its threshold with λ = 1, and keep its spikes."""
@@ -148,7 +146,7 @@ class _Calibration:
             self.shapes[neuron] = tuple(current.shape[1:])
             matrix = to_matrix(current, copy=True)
             membrane = torch.zeros_like(matrix[0]) if membrane is None else membrane
-            self.trains[neuron].append(bits.pack(fire(matrix, membrane, threshold, 1.0)))
+            self.trains[neuron].append(fire(matrix, membrane, threshold, 1.0))
 
     def forget(self, done: int) -> None:
         """Drop the spike trains that no layer above ``done`` reads."""

@@ -1,4 +1,4 @@
-"""Spike trains kept as bits: eight spikes to a byte.
+"""Spike trains kept as bits: eight spikes to a byte, a row of bytes for every time step.
 
 Exact backpropagation through time with the STDB surrogate needs nothing of the past but the spikes,
 so they are what is stored, at 1/8 byte each. Packing works on eight bytes at a time: multiplying a
@@ -13,22 +13,24 @@ _GATHER = sum(1 << (56 - 7 * k) for k in range(8))
 
 
 def pack(spikes: Tensor) -> Tensor:
-    """Pack a contiguous tensor of n zeros and ones into ⌈n/8⌉ bytes (uint8), in memory order."""
-    flat = spikes.reshape(-1)
-    count = flat.numel()
-    padded = torch.empty(-(-count // 8) * 8, dtype=torch.uint8, device=flat.device)
-    padded[:count] = flat
-    padded[count:] = 0
+    """Pack (T, M) zeros and ones into (T, ⌈M/8⌉) bytes."""
+    steps, count = spikes.shape
+    padded = torch.empty(steps, row_bytes(count) * 8, dtype=torch.uint8, device=spikes.device)
+    padded[:, :count] = spikes
+    padded[:, count:] = 0
     words = padded.view(torch.int64)
     return words.mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
-def unpack(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Undo :func:`pack`: a contiguous tensor of zeros and ones with the given shape and dtype."""
-    count = 1
-    for size in shape:
-        count *= size
-    return _byte_table(packed.device)[packed.int()].view(torch.uint8)[:count].view(shape).to(dtype)
+def unpack(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Undo :func:`pack`: a contiguous (T, count) tensor of zeros and ones."""
+    spread = _byte_table(packed.device)[packed.int()].view(torch.uint8)
+    return spread.view(len(packed), -1)[:, :count].to(dtype)
+
+
+def row_bytes(count: int) -> int:
+    """⌈count/8⌉."""
+    return -(-count // 8)
 
 
 def _byte_table(device: torch.device) -> Tensor:

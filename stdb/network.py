@@ -18,14 +18,28 @@ from torch.autograd.function import once_differentiable
 
 from . import bits
 from .encoding import check_images, derive, sample_keys, uniform
-from .neuron import SpikingNeuron, backpropagate, fire, membranes
+from .layout import from_matrix, to_layout, to_matrix
+from .neuron import SpikingNeuron, backpropagate, backpropagate_stdb, fire, latest, membranes
+from .spikes import Events, Spikes
 from .surrogate import STDB
-from .synapse import DROPOUT, FLATTEN, INPUT, NEURON, OPERATORS, SUM, Graph
+from .synapse import (
+    DROPOUT,
+    FLATTEN,
+    INPUT,
+    NEURON,
+    OPERATORS,
+    SUM,
+    Graph,
+    Value,
+    dense,
+    events,
+)
 
 Encoder = Callable[[Tensor, int, int, Tensor], Tensor]
-Observer = Callable[["Presentation", str, Tensor], None]
+Observer = Callable[["Presentation", str, Value], None]
 
 IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at
+STEPS_PER_SNAPSHOT = 32  # last spike times are kept this often; those in between are found again
 DROPOUT_STREAM = 1 << 40  # no step t of an encoder with the same seed comes here
 
 
@@ -39,7 +53,7 @@ class SpikingNetwork(nn.Module):
         chunk: time steps that are computed at once; None chooses by batch size. It changes memory
             and time, not results.
         dropout_seed: chooses the dropout masks of training.
-        observers: called with (presentation, layer, spikes (T, B, …)) for every chunk; see
+        observers: called with (presentation, layer, its value over the chunk) for every chunk; see
             ``record_spikes``.
     """
 
@@ -223,6 +237,7 @@ class _Chunk:
 
     start: int
     steps: int
+    snapshot: bool = True  # whether last spike times are kept here
     bits: dict[int, Tensor] = field(default_factory=dict)
     last_spike: dict[int, Tensor] = field(default_factory=dict)
     membrane: dict[int, Tensor] = field(default_factory=dict)
@@ -254,7 +269,8 @@ class Presentation:
         self.membrane: dict[int, Tensor] = {}
         self.last_spike: dict[int, Tensor] = {}
         self.ages_known = True  # steps without gradient don't note spike times
-        self.shapes: dict[int, torch.Size] = {}  # (B, …) of a neuron's layer
+        self.shapes: dict[int, torch.Size] = {}  # (B, …) of every node's value
+        self.prepared: dict[int, Any] = {}
         neurons = [self.modules[i] for i in graph.neurons]
         scalars = torch.stack([torch.stack([n.threshold, n.leak]) for n in neurons]).tolist()
         self.threshold = {i: v for i, (v, _) in zip(graph.neurons, scalars, strict=True)}
@@ -294,15 +310,35 @@ class Presentation:
                 self.masks[i] = drawn
         return self.masks[i]
 
-    def apply(self, i: int, inputs: list[Tensor]) -> Tensor:
-        """The value of a linear operator's node."""
-        kind = self.network.graph.nodes[i].kind
+    def apply(self, i: int, inputs: list[Value]) -> Value:
+        """The value of a linear operator's node; of events where they are few."""
+        kind, module = self.network.graph.nodes[i].kind, self.modules[i]
         if kind == SUM:
-            return sum(inputs[1:], inputs[0])
+            first, *others = map(dense, inputs)
+            return sum(others, first)
+        x = inputs[0]
         if kind == DROPOUT:
-            mask = self.mask(i, inputs[0].shape[1:])
-            return inputs[0] if mask is None else inputs[0] * mask
-        return OPERATORS[kind].forward(self.modules[i], inputs[0])
+            mask = self.mask(i, x.shape[1:])
+            if mask is None:
+                return x
+            few = events(x)
+            return few.masked(mask) if few is not None else dense(x) * mask
+        operator = OPERATORS[kind]
+        few = events(x) if operator.takes_events(module) else None
+        if few is not None:
+            return operator.of_events(module, few, self._prepared(i))
+        return operator.forward(module, dense(x))
+
+    def _prepared(self, i: int) -> Tensor | None:
+        """What an operator makes of its weights for events, made again when they change."""
+        operator = OPERATORS[self.network.graph.nodes[i].kind]
+        if not operator.learns:
+            return None
+        weight = self.modules[i].weight
+        state = (weight.data_ptr(), weight._version)
+        if i not in self.prepared or self.prepared[i][0] != state:
+            self.prepared[i] = (state, operator.prepare(self.modules[i]))
+        return self.prepared[i][1]
 
     def integrate(self, counts: Sequence[Tensor]) -> Tensor:
         """The output layer's Eq. 4, given its inputs summed over the latest steps.
@@ -311,7 +347,9 @@ class Presentation:
             U_t (B, classes), differentiable with respect to these steps only.
         """
         graph = self.network.graph
-        values = {i: count[None] for i, count in zip(graph.entries, counts, strict=True)}
+        values: dict[int, Any] = {
+            i: count[None] for i, count in zip(graph.entries, counts, strict=True)
+        }
         for i in graph.tail:
             values[i] = self.apply(i, [values[j] for j in graph.nodes[i].inputs])
         logits = values[graph.tail[-1]][0]
@@ -347,37 +385,44 @@ class Presentation:
         counts: list[Any] = [None] * len(self.network.graph.entries)
         stop = self.t + steps
         size = self.network._chunk_size(self)
+        last_snapshot = self.t
         while self.t < stop:
-            chunk = _Chunk(self.t, min(size, stop - self.t))
+            due = not tape or self.t - last_snapshot >= STEPS_PER_SNAPSHOT
+            chunk = _Chunk(self.t, min(size, stop - self.t), due)
+            last_snapshot = self.t if due else last_snapshot
             values = self._forward_chunk(chunk, keep=tape is not None)
             for k, i in enumerate(self.network.graph.entries):
-                total = values[i].sum(0)
-                if len(values[i]) == 1:
+                value = values[i]
+                total = value.counts() if isinstance(value, Spikes) else dense(value).sum(0)
+                if value.shape[0] == 1:
                     total = total * chunk.steps
                 counts[k] = total if counts[k] is None else counts[k] + total
                 if trains is not None:
-                    trains[k].append(values[i])
+                    trains[k].append(dense(value))
             if tape is not None:
                 tape.append(chunk)
             self.t += chunk.steps
         return counts
 
-    def _forward_chunk(self, chunk: _Chunk, keep: bool) -> dict[int, Tensor]:
+    def _forward_chunk(self, chunk: _Chunk, keep: bool) -> dict[int, Value]:
         graph = self.network.graph
-        values: dict[int, Tensor] = {}
+        values: dict[int, Value] = {}
         for i in graph.body:
             node = graph.nodes[i]
             if node.kind == INPUT:
                 values[i] = self._encode(chunk)
             elif node.kind == NEURON:
                 source = node.inputs[0]
-                values[i] = self._fire(i, values[source], chunk, keep, graph.shared(source))
+                values[i] = self._fire(i, dense(values[source]), chunk, keep, graph.shared(source))
             else:
                 values[i] = self.apply(i, [values[j] for j in node.inputs])
+            self.shapes[i] = values[i].shape[1:]
             if self.network.observers and node.kind in (INPUT, NEURON):
-                spikes = values[i].expand(chunk.steps, *values[i].shape[1:])
+                value = values[i]
+                if isinstance(value, Tensor):
+                    value = value.expand(chunk.steps, *value.shape[1:])
                 for observer in self.network.observers:
-                    observer(self, self.labels[i], spikes)
+                    observer(self, self.labels[i], value)
             for j in node.inputs:
                 if graph.last_use[j] == i and j not in graph.entries:
                     values.pop(j, None)
@@ -389,24 +434,27 @@ class Presentation:
         )
         return images[:1] if images.stride(0) == 0 else images
 
-    def _fire(self, i: int, current: Tensor, chunk: _Chunk, keep: bool, shared: bool) -> Tensor:
+    def _fire(self, i: int, current: Tensor, chunk: _Chunk, keep: bool, shared: bool) -> Spikes:
         """Spikes (T, B, …) of a layer, from its current; state and record are updated."""
-        shape = (chunk.steps, *current.shape[1:])
-        matrix = to_matrix(current.expand(shape), copy=shared or len(current) == 1)
+        shape = torch.Size((chunk.steps, *current.shape[1:]))
+        on_cpu = current.device.type == "cpu"  # there the current is only read
+        copy = (shared and not on_cpu) or len(current) == 1
+        matrix = to_matrix(current.expand(shape), copy=copy)
         if i not in self.membrane:
             self.membrane[i] = torch.zeros_like(matrix[0])
             self.last_spike[i] = torch.zeros_like(matrix[0], dtype=torch.int16)
-            self.shapes[i] = current.shape[1:]
         neuron = self.modules[i]
         if keep and neuron.needs_membrane:
             chunk.membrane[i] = self.membrane[i].clone()
-        fire(matrix, self.membrane[i], self.threshold[i], self.leak[i])
+        packed = fire(matrix, self.membrane[i], self.threshold[i], self.leak[i])
         if keep:
-            chunk.bits[i] = bits.pack(matrix)
+            chunk.bits[i] = packed
             if isinstance(neuron.surrogate, STDB):
-                chunk.last_spike[i] = self.last_spike[i]
-                self.last_spike[i] = latest(matrix, self.last_spike[i], chunk.start)
-        return from_matrix(matrix, shape)
+                if chunk.snapshot:
+                    chunk.last_spike[i] = self.last_spike[i].clone()
+                latest(packed, self.last_spike[i], chunk.start)
+        spikes = None if on_cpu else from_matrix(matrix, shape)
+        return Spikes(packed, shape, current.dtype, spikes)
 
     # -- backward ------------------------------------------------------------------------------
 
@@ -420,8 +468,20 @@ class Presentation:
         gradients = {id(p): torch.zeros_like(p) for p in parameters}
         carry: dict[int, Tensor] = {}
         while tape:
-            self._backward_chunk(tape.pop(), grad_counts, carry, gradients)
+            chunk = tape.pop()
+            self._find_last_spikes(chunk, tape)
+            self._backward_chunk(chunk, grad_counts, carry, gradients)
         return [gradients[id(p)] for p in parameters]
+
+    def _find_last_spikes(self, chunk: _Chunk, tape: list[_Chunk]) -> None:
+        """Last spike times before a chunk, from the latest snapshot and the spikes since."""
+        if chunk.snapshot:
+            return
+        since = next(k for k in reversed(range(len(tape))) if tape[k].snapshot)
+        for i, times in tape[since].last_spike.items():
+            chunk.last_spike[i] = times.clone()
+            for earlier in tape[since:]:
+                latest(earlier.bits[i], chunk.last_spike[i], earlier.start)
 
     def _backward_chunk(
         self,
@@ -431,18 +491,17 @@ class Presentation:
         gradients: dict[int, Tensor],
     ) -> None:
         graph = self.network.graph
-        values: dict[int, Tensor] = {}
+        values: dict[int, Value] = {}
 
-        def value(i: int) -> Tensor:
+        def value(i: int) -> Value:
             """The value of a node in this chunk, computed again from the spikes below it."""
             if i not in values:
                 node = graph.nodes[i]
                 if node.kind == INPUT:
                     values[i] = self._encode(chunk)
                 elif node.kind == NEURON:
-                    shape = (chunk.steps, self.membrane[i].numel())
-                    matrix = bits.unpack(chunk.bits[i], shape, self.membrane[i].dtype)
-                    values[i] = from_matrix(matrix, (chunk.steps, *self.shapes[i]))
+                    shape = torch.Size((chunk.steps, *self.shapes[i]))
+                    values[i] = Spikes(chunk.bits[i], shape, self.membrane[i].dtype)
                 else:
                     values[i] = self.apply(i, [value(j) for j in node.inputs])
             return values[i]
@@ -467,19 +526,17 @@ class Presentation:
                 continue
             node, grad = graph.nodes[i], grads.pop(i)
             if node.kind == NEURON:
-                values_i = value(i)
                 current = None
                 if self.modules[i].needs_membrane:
-                    source = value(node.inputs[0])
+                    source = dense(value(node.inputs[0]))
                     current = to_matrix(
-                        source.expand(values_i.shape),
+                        source.expand(grad.shape),
                         copy=len(source) == 1 or graph.shared(node.inputs[0]),
                     )
                     values.pop(node.inputs[0], None)
-                matrix = self._backward_neuron(
-                    i, to_matrix(grad), to_matrix(values_i), current, chunk, carry, gradients
-                )
-                pass_on(node.inputs[0], from_matrix(matrix, values_i.shape))
+                shape = grad.shape
+                matrix = self._backward_neuron(i, to_matrix(grad), current, chunk, carry, gradients)
+                pass_on(node.inputs[0], from_matrix(matrix, shape))
             elif node.kind == SUM:
                 for k, j in enumerate(node.inputs):
                     if graph.reaches_weights[j]:
@@ -488,27 +545,22 @@ class Presentation:
                 mask = self.masks[i]
                 pass_on(node.inputs[0], grad if mask is None else grad.mul_(mask))
             else:
-                x, module, operator = value(node.inputs[0]), self.modules[i], OPERATORS[node.kind]
-                if len(x) == 1:  # constant input: the weights see the summed gradient
-                    grad = grad.sum(0, keepdim=True)
-                weight = module.weight if operator.learns else None
-                needs = (
-                    graph.reaches_weights[node.inputs[0]],
-                    weight is not None and id(weight) in gradients,
-                )
-                if any(needs):
-                    grad_x, grad_weight = operator.backward(module, grad, x, needs)
-                    if needs[1]:
-                        gradients[id(weight)] += grad_weight
-                    if needs[0]:
-                        pass_on(node.inputs[0], grad_x)
+                module, operator, source = self.modules[i], OPERATORS[node.kind], node.inputs[0]
+                weight = id(module.weight) if operator.learns else None
+                if weight in gradients:
+                    x = value(source)
+                    if x.shape[0] == 1:  # constant input: the weights see the summed gradient
+                        grad = grad.sum(0, keepdim=True)
+                    gradients[weight] += operator.backward_weight(module, grad, x)
+                if graph.reaches_weights[source]:
+                    shape = self.shapes[source][1:]
+                    pass_on(source, operator.backward_input(module, grad, shape))
             values.pop(i, None)
 
     def _backward_neuron(
         self,
         i: int,
         grad: Tensor,
-        spikes: Tensor,
         current: Tensor | None,
         chunk: _Chunk,
         carry: dict[int, Tensor],
@@ -519,7 +571,16 @@ class Presentation:
         ∂U_t/∂V = −O_{t−1}, ∂U_t/∂λ = U_{t−1}; ∂O/∂V = −s over U and −s·U/V² over U/V.
         """
         neuron, v, leak = self.modules[i], self.threshold[i], self.leak[i]
-        surrogate = neuron.surrogate
+        surrogate, temporal = neuron.surrogate, neuron.temporal_gradient
+        learn_v, learn_leak = id(neuron.threshold) in gradients, id(neuron.leak) in gradients
+        if isinstance(surrogate, STDB) and grad.device.type == "cpu" and not learn_v | learn_leak:
+            grad = backpropagate_stdb(
+                grad, chunk.bits[i], chunk.last_spike[i], chunk.start, surrogate, v, carry.get(i),
+                leak, temporal,
+            )  # fmt: skip
+            carry[i] = grad[0].clone()
+            return grad
+        spikes = bits.unpack(chunk.bits[i], grad.shape[1], grad.dtype)
         membrane: Any = None
         before: Any = None
         if current is not None:
@@ -532,11 +593,10 @@ class Presentation:
         if surrogate.over_threshold:
             slope /= v
         grad = grad.mul_(slope)  # ∂L/∂O · ∂O/∂U
-        learn_v, learn_leak = id(neuron.threshold) in gradients, id(neuron.leak) in gradients
         if learn_v:
             through = grad if not surrogate.over_threshold else grad * membrane / v
             gradients[id(neuron.threshold)] -= through.sum()
-        grad = backpropagate(grad, carry.get(i), leak, neuron.temporal_gradient)
+        grad = backpropagate(grad, carry.get(i), leak, temporal)
         carry[i] = grad[0].clone()
         if learn_v:
             gradients[id(neuron.threshold)] -= (grad[1:] * spikes[:-1]).sum()
@@ -572,32 +632,3 @@ class _Steps(torch.autograd.Function):
             raise RuntimeError("the steps were already gone back through; add up losses first")
         gradients = ctx.presentation.backward(ctx.tape, grad_counts, ctx.parameters)
         return (None, None, None, *gradients)
-
-
-def latest(spikes: Tensor, last_spike: Tensor, start: int) -> Tensor:
-    """(M,) each neuron's latest spike time after a chunk (T, M); times count from 1, 0: never."""
-    last_spike = last_spike.clone()
-    for t in range(spikes.shape[0]):
-        last_spike.masked_fill_(spikes[t].bool(), start + t + 1)
-    return last_spike
-
-
-def to_layout(x: Tensor) -> Tensor:
-    """A (T, B, …) tensor of its own, images in channels-last order."""
-    return from_matrix(to_matrix(x, copy=True), x.shape)
-
-
-def to_matrix(x: Tensor, copy: bool = False) -> Tensor:
-    """(T, B, …) → (T, M) in memory order: channels last for images."""
-    if x.dim() == 5:
-        x = x.permute(0, 1, 3, 4, 2)
-    matrix = x.reshape(x.shape[0], -1)
-    return matrix.clone(memory_format=torch.contiguous_format) if copy else matrix.contiguous()
-
-
-def from_matrix(matrix: Tensor, shape: Sequence[int]) -> Tensor:
-    """Undo :func:`to_matrix`, as a view."""
-    if len(shape) == 5:
-        t, b, c, h, w = shape
-        return matrix.view(t, b, h, w, c).permute(0, 1, 4, 2, 3)
-    return matrix.view(*shape)

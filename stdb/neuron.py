@@ -4,12 +4,16 @@ r"""The spiking neuron: Eq. 2 as a scan over a chunk of time steps, forward and 
 
 λ = 1 is the IF neuron, λ < 1 the LIF neuron; the reset is soft: it subtracts V, after the leak.
 A chunk is a matrix (T, M) in memory order: T steps of M = batch × neurons of one layer. State goes
-in and comes out explicitly; O_{t−1} is not stored, it is U_{t−1} > V.
+in and comes out explicitly; O_{t−1} is not stored, it is U_{t−1} > V. A CPU runs a kernel over all
+steps of a strip of neurons while they are in the cache; elsewhere torch runs step after step.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 
+from . import bits, kernels
 from .surrogate import STDB, Surrogate
 
 
@@ -63,18 +67,51 @@ class SpikingNeuron(nn.Module):
 
 
 def fire(current: Tensor, membrane: Tensor, threshold: float, leak: float) -> Tensor:
-    """Eq. 2 over a chunk, in place: ``current`` (T, M) becomes the spikes, ``membrane`` (M,) U_T.
+    """Eq. 2 over a chunk; ``membrane`` (M,) becomes U_T.
+
+    Args:
+        current: (T, M) weighted input, contiguous; elsewhere than on a CPU it becomes the spikes,
+            zeros and ones.
+        membrane: (M,) membrane potential of the step before the chunk.
+        threshold: V.
+        leak: λ.
 
     Returns:
-        ``current``, now zeros and ones.
+        The spikes as bits, (T, ⌈M/8⌉).
     """
+    steps, count = current.shape
+    if current.device.type == "cpu":
+        packed = torch.empty(steps, bits.row_bytes(count), dtype=torch.uint8)
+        real = current[:0].numpy().dtype.type
+        kernels.run(
+            kernels.fire, packed.shape[1], current.numpy(), membrane.numpy(), real(threshold),
+            real(leak), packed.numpy(),
+        )  # fmt: skip
+        return packed
     fired = (membrane > threshold).to(membrane.dtype)
-    for t in range(current.shape[0]):
+    for t in range(steps):
         if leak != 1.0:
             membrane.mul_(leak)
         membrane.add_(fired, alpha=-threshold).add_(current[t])
         fired = torch.gt(membrane, threshold, out=current[t])
-    return current
+    return bits.pack(current)
+
+
+def latest(packed: Tensor, last_spike: Tensor, start: int) -> None:
+    """Bring each neuron's latest spike time (M,) to the end of a chunk, in place.
+
+    Args:
+        packed: the chunk's spikes as bits.
+        last_spike: times count from 1; 0: never.
+        start: the number of steps before the chunk.
+    """
+    if packed.device.type == "cpu":
+        arguments = (packed.numpy(), start, last_spike.numpy())
+        kernels.run(kernels.latest, packed.shape[1], *arguments)
+        return
+    spikes = bits.unpack(packed, len(last_spike), torch.bool)
+    for t in range(len(spikes)):
+        last_spike.masked_fill_(spikes[t], start + t + 1)
 
 
 def membranes(
@@ -110,4 +147,35 @@ def backpropagate(grad: Tensor, carry: Tensor | None, leak: float, temporal: boo
             if carry is not None:
                 grad[t].add_(carry, alpha=leak)
             carry = grad[t]
+    return grad
+
+
+def backpropagate_stdb(
+    grad: Tensor, packed: Tensor, last_spike: Tensor, start: int, surrogate: STDB, threshold: float,
+    carry: Tensor | None, leak: float, temporal: bool,
+) -> Tensor:  # fmt: skip
+    """Eq. 11 and :func:`backpropagate` in one pass, from the spikes' bits alone; on a CPU, in place.
+
+    Args:
+        grad: (T, M) ∂L/∂O_t; becomes ∂L/∂U_t.
+        packed: (T, ⌈M/8⌉) the chunk's spikes.
+        last_spike: (M,) latest spike time before the chunk, 0 for never.
+        start: the number of steps before the chunk.
+        surrogate: α, β, and whether it is over U/V.
+        threshold: V.
+        carry: (M,) ∂L/∂U of the step after the chunk, None at the end of the presentation.
+        leak: λ.
+        temporal: False drops the leak path.
+    """
+    ages = torch.arange(start + 1, dtype=torch.float64)
+    table = surrogate.alpha * torch.exp(-surrogate.beta * ages)
+    if surrogate.over_threshold:
+        table /= threshold
+    real = grad[:0].numpy().dtype.type
+    following = carry if carry is not None else grad[:1].new_zeros(0)
+    kernels.run(
+        kernels.backpropagate, packed.shape[1], grad.numpy(), packed.numpy(), last_spike.numpy(),
+        start, table.to(grad.dtype).numpy(), real(math.exp(-surrogate.beta)), following.numpy(),
+        carry is not None, real(leak), temporal,
+    )  # fmt: skip
     return grad

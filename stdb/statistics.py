@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .network import Presentation, SpikingNetwork
-from .synapse import INPUT, NEURON, OPERATORS
+from .spikes import Spikes
+from .synapse import INPUT, NEURON, OPERATORS, Value, dense
 
 ACCUMULATE_PJ = 0.9
 MULTIPLY_ACCUMULATE_PJ = 4.6
@@ -41,17 +42,20 @@ class SpikeStatistics:
     analogue_input: bool = False
     trains: dict[str, list[Tensor]] | None = None
 
-    def observe(self, presentation: Presentation, name: str, spikes: Tensor) -> None:
+    def observe(self, presentation: Presentation, name: str, spikes: Value) -> None:
         """Take in a chunk of one layer's spikes, (T, B, …)."""
         if name == INPUT:
             if presentation.t == 0:
                 self.images += spikes.shape[1]
             self.timesteps = max(self.timesteps, presentation.t + spikes.shape[0])
-            self.analogue_input |= bool((spikes.frac() != 0).any())
-        total = (spikes != 0).sum((0, 1), dtype=torch.float64).cpu()
+            self.analogue_input |= bool((dense(spikes).frac() != 0).any())
+        if isinstance(spikes, Spikes):
+            total = spikes.counts().sum(0, dtype=torch.float64).cpu()
+        else:
+            total = (dense(spikes) != 0).sum((0, 1), dtype=torch.float64).cpu()
         self.maps[name] = self.maps[name] + total if name in self.maps else total
         if self.trains is not None:
-            self.trains.setdefault(name, []).append(spikes.clone())
+            self.trains.setdefault(name, []).append(dense(spikes).clone())
 
     def spikes_per_neuron(self) -> dict[str, float]:
         """Spikes of a layer summed over T ÷ neurons of the layer, averaged over images (Fig. 3)."""

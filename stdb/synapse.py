@@ -3,7 +3,8 @@
 A network is a graph of nodes: the input, spiking neurons, and linear operators between them, which
 are the same at every time step. A node's value has a leading time dimension: (T, B, C, H, W) or
 (T, B, n), kept in channels-last order; T = 1 stands for a value that is constant over the chunk.
-Each operator knows three things: its product, the gradient of it, and its fan-out.
+Each operator knows its product, the gradients of it, and its fan-out; most know the product of a
+few events (:mod:`stdb.spikes`) too, for where most values are zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
+from .spikes import Events, Spikes, column_blocks, tap_rows
+
 INPUT, NEURON, DROPOUT, SUM, FLATTEN = "input", "neuron", "dropout", "sum", "flatten"
 
 
@@ -25,6 +28,21 @@ class Node:
     name: str
     kind: str
     inputs: tuple[int, ...] = ()
+
+
+Value = Tensor | Spikes | Events
+
+
+def dense(x: Value) -> Tensor:
+    """A value as a tensor."""
+    return x if isinstance(x, Tensor) else x.dense()
+
+
+def events(x: Value) -> Events | None:
+    """A value as events, where that is worth it."""
+    if isinstance(x, Spikes):
+        return x.events if x.sparse else None
+    return x if isinstance(x, Events) and x.sparse else None
 
 
 def per_image(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -57,13 +75,45 @@ class Convolution:
         )
 
     @staticmethod
-    def backward(
-        module: nn.Conv2d, grad: Tensor, x: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """∂L/∂O (if needs[0]) and ∂L/∂W summed over time and batch (if needs[1])."""
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+    def takes_events(module: nn.Conv2d) -> bool:
+        """Groups have no kernel."""
+        return module.groups == 1
+
+    prepare = staticmethod(tap_rows)
+
+    @staticmethod
+    def of_events(module: nn.Conv2d, x: Events, prepared: Tensor) -> Tensor:
+        """The product, from events; ``prepared`` is what :func:`prepare` made of the weights."""
+        return x.convolved(module, prepared)
+
+    @staticmethod
+    def backward_input(module: nn.Conv2d, grad: Tensor, shape: torch.Size) -> Tensor:
+        """∂L/∂O, given ∂L/∂I; ``shape`` is O's (C, H, W) or (n,)."""
+        images = grad.flatten(0, 1)
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            images,
+            images.new_empty(1).expand(len(images), *shape),  # only its shape is looked at
+            module.weight.contiguous(memory_format=torch.channels_last),
+            None,
+            module.stride,
+            module.padding,
+            module.dilation,
+            False,
+            [0, 0],
+            module.groups,
+            [True, False, False],
+        )
+        return grad_x.unflatten(0, grad.shape[:2])
+
+    @staticmethod
+    def backward_weight(module: nn.Conv2d, grad: Tensor, x: Value) -> Tensor:
+        """∂L/∂W summed over time and batch, given ∂L/∂I."""
+        few = events(x) if module.groups == 1 else None
+        if few is not None:
+            return few.convolved_weight(module, grad)
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad.flatten(0, 1),
-            x.flatten(0, 1).contiguous(memory_format=torch.channels_last),
+            dense(x).flatten(0, 1).contiguous(memory_format=torch.channels_last),
             module.weight,
             None,
             module.stride,
@@ -72,9 +122,9 @@ class Convolution:
             False,
             [0, 0],
             module.groups,
-            [*needs, False],
+            [False, True, False],
         )
-        return grad_x.unflatten(0, x.shape[:2]) if needs[0] else None, grad_weight
+        return grad_weight
 
     @staticmethod
     def fan_out(module: nn.Conv2d, targets: Tensor, shape: torch.Size) -> Tensor:
@@ -102,13 +152,29 @@ class Dense:
         return F.linear(x, module.weight)
 
     @staticmethod
-    def backward(
-        module: nn.Linear, grad: Tensor, x: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """∂L/∂O (if needs[0]) and ∂L/∂W summed over time and batch (if needs[1])."""
-        grad_x = grad @ module.weight if needs[0] else None
-        grad_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1) if needs[1] else None
-        return grad_x, grad_weight
+    def takes_events(module: nn.Linear) -> bool:
+        """Always."""
+        return True
+
+    prepare = staticmethod(column_blocks)
+
+    @staticmethod
+    def of_events(module: nn.Linear, x: Events, prepared: Tensor) -> Tensor:
+        """The product, from events; ``prepared`` is what :func:`prepare` made of the weights."""
+        return x.multiplied(module, prepared)
+
+    @staticmethod
+    def backward_input(module: nn.Linear, grad: Tensor, shape: torch.Size) -> Tensor:
+        """∂L/∂O, given ∂L/∂I; ``shape`` is O's (C, H, W) or (n,)."""
+        return grad @ module.weight
+
+    @staticmethod
+    def backward_weight(module: nn.Linear, grad: Tensor, x: Value) -> Tensor:
+        """∂L/∂W summed over time and batch, given ∂L/∂I."""
+        few = events(x)
+        if few is not None:
+            return few.multiplied_weight(module, grad)
+        return grad.flatten(0, 1).t() @ dense(x).flatten(0, 1)
 
     @staticmethod
     def fan_out(module: nn.Linear, targets: Tensor, shape: torch.Size) -> Tensor:
@@ -127,13 +193,25 @@ class AveragePool:
         return per_image(module, x)
 
     @staticmethod
-    def backward(
-        module: nn.AvgPool2d, grad: Tensor, x: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, None]:
+    def takes_events(module: nn.AvgPool2d) -> bool:
+        """Square windows side by side."""
+        size = _pair(module.kernel_size)
+        plain = size[0] == size[1] and _pair(module.stride) == size and not module.ceil_mode
+        return plain and _pair(module.padding) == [0, 0] and module.divisor_override is None
+
+    @staticmethod
+    def of_events(module: nn.AvgPool2d, x: Events, prepared: None) -> Events:
+        """The average, from events."""
+        return x.pooled(_pair(module.kernel_size)[0])
+
+    @staticmethod
+    def backward_input(module: nn.AvgPool2d, grad: Tensor, shape: torch.Size) -> Tensor:
         """Spread the gradient evenly over the window."""
+        images = grad.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        blank = torch.empty_like(images[:, :, :1, :1]).expand(len(images), *shape)
         grad_x = torch.ops.aten.avg_pool2d_backward(
-            grad.flatten(0, 1).contiguous(memory_format=torch.channels_last),
-            x.flatten(0, 1),
+            images,
+            blank,  # only its shape and layout are looked at
             _pair(module.kernel_size),
             _pair(module.stride),
             _pair(module.padding),
@@ -141,7 +219,7 @@ class AveragePool:
             module.count_include_pad,
             module.divisor_override,
         )
-        return grad_x.unflatten(0, x.shape[:2]), None
+        return grad_x.unflatten(0, grad.shape[:2])
 
     @staticmethod
     def fan_out(module: nn.AvgPool2d, targets: Tensor, shape: torch.Size) -> Tensor:
@@ -169,11 +247,19 @@ class Flatten:
         return x.flatten(2)
 
     @staticmethod
-    def backward(
-        module: nn.Module | None, grad: Tensor, x: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, None]:
+    def takes_events(module: nn.Module | None) -> bool:
+        """Always."""
+        return True
+
+    @staticmethod
+    def of_events(module: nn.Module | None, x: Events, prepared: None) -> Events:
+        """The same events under other names."""
+        return x.flattened()
+
+    @staticmethod
+    def backward_input(module: nn.Module | None, grad: Tensor, shape: torch.Size) -> Tensor:
         """Restore the shape."""
-        return grad.reshape(*grad.shape[:2], *x.shape[2:]), None
+        return grad.reshape(*grad.shape[:2], *shape)
 
     @staticmethod
     def fan_out(module: nn.Module | None, targets: Tensor, shape: torch.Size) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stdb
+from stdb import bits
 from stdb.neuron import fire
 
 pytestmark = pytest.mark.peer
@@ -108,7 +109,8 @@ def test_neuron_of_snntorch(leak):
         spike, membrane = neuron(x, membrane)
         spikes.append(spike)
     mine = torch.zeros(64)
-    assert torch.equal(fire(current.clone(), mine, 0.5, leak), torch.stack(spikes))
+    packed = fire(current.clone(), mine, 0.5, leak)
+    assert torch.equal(bits.unpack(packed, 64, torch.float32), torch.stack(spikes))
     assert torch.equal(mine, membrane)
     assert not spikes[0][:8].any()
 
@@ -119,7 +121,8 @@ def test_neuron_of_spikingjelly():
     neuron = spikingjelly().IFNode(v_threshold=0.501953125, v_reset=None, step_mode="s")
     expected = torch.stack([neuron(x) for x in current])
     mine = torch.zeros(64)
-    spikes = fire(current.clone(), mine, 0.501953125, 1.0)
+    packed = fire(current.clone(), mine, 0.501953125, 1.0)
+    spikes = bits.unpack(packed, 64, torch.float32)
     assert torch.equal(spikes, expected)
     assert torch.equal(mine - 0.501953125 * spikes[-1], neuron.v)  # theirs is already reset
 

@@ -1,0 +1,282 @@
+"""Spikes of a chunk, as bits and as events; what a CPU computes with instead of zeros and ones.
+
+:class:`Spikes` is what a spiking layer gives: bits, from which the dense tensor is made where one
+is wanted. :class:`Events` lists, for every image and pixel, the channels that carry something, and
+what: it passes through dropout, average pooling and flattening, and convolutions and linear layers
+are summed from it at a cost that is proportional to the number of events.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import bits, kernels
+from .layout import from_matrix
+
+# Events times this many products cost what all products cost in a dense convolution or linear
+# layer (measured, `make bench`); above it the dense form is faster.
+DENSITY_LIMIT = 0.25
+
+
+class Spikes:
+    """A spiking layer's output (T, B, C, H, W) or (T, B, n) over a chunk.
+
+    Args:
+        packed: (T, ⌈M/8⌉) bits of (T, M), channels last.
+        shape: of the dense form.
+        dtype: of the dense form.
+        dense: it, where it exists already.
+    """
+
+    def __init__(
+        self, packed: Tensor, shape: torch.Size, dtype: torch.dtype, dense: Tensor | None = None
+    ) -> None:
+        self.packed, self.shape, self.dtype, self._dense = packed, shape, dtype, dense
+
+    @property
+    def neurons(self) -> int:
+        """M = B·C·H·W."""
+        return self.shape[1:].numel()
+
+    def dense(self) -> Tensor:
+        """Zeros and ones."""
+        if self._dense is None:
+            self._dense = from_matrix(bits.unpack(self.packed, self.neurons, self.dtype), self.shape)
+        return self._dense
+
+    def counts(self) -> Tensor:
+        """(B, …): spikes of each neuron in this chunk."""
+        if self.packed.device.type != "cpu":
+            return self.dense().sum(0)
+        counts = np.zeros(bits.row_bytes(self.neurons) * 8, _numpy(self.dtype))
+        kernels.run(kernels.count_spikes, self.packed.shape[1], self.packed.numpy(), counts)
+        return from_matrix(torch.from_numpy(counts)[None, : self.neurons], (1, *self.shape[1:]))[0]
+
+    @cached_property
+    def total(self) -> int:
+        """All spikes of the chunk; on a CPU."""
+        return int(self._image_counts.sum())
+
+    @property
+    def sparse(self) -> bool:
+        """Whether working on events is worth it."""
+        cpu = self.packed.device.type == "cpu"
+        return cpu and self.total < DENSITY_LIMIT * self.shape.numel()
+
+    @cached_property
+    def _image_counts(self) -> np.ndarray:
+        counts = np.empty(self.shape[0] * self.shape[1], np.int64)
+        arguments = (self.packed.numpy(), self.shape[1], self.shape[2:].numel(), counts)
+        kernels.run(kernels.count_bits, len(counts), *arguments)
+        return counts
+
+    @cached_property
+    def events(self) -> "Events":
+        """The spikes as events; made once."""
+        counts = self._image_counts
+        offsets = np.zeros(len(counts), np.int64)
+        np.cumsum(counts[:-1], out=offsets[1:])
+        pixels = self.shape[3:].numel()
+        begins = np.empty((len(counts), pixels), np.int32)
+        ends = np.empty_like(begins)
+        names = np.empty(self.total, np.int32)
+        kernels.run(
+            kernels.list_bits, len(counts), self.packed.numpy(), self.shape[1], pixels,
+            self.shape[2], offsets, begins, ends, names,
+        )  # fmt: skip
+        ones = np.ones(len(names), _numpy(self.dtype))
+        return Events(self.shape, begins, ends, names, ones, offsets)
+
+
+@dataclass(frozen=True)
+class Events:
+    """Sparse values (T, B, C, H, W) or (T, B, n) over a chunk; N = T·B images of P = H·W pixels.
+
+    Attributes:
+        shape: of the dense form.
+        begins: (N, P), where the events of a pixel begin in ``names`` and ``factors``.
+        ends: (N, P), where they end.
+        names: each event's channel.
+        factors: each event's value.
+        offsets: (N,), where the events of an image begin.
+    """
+
+    shape: torch.Size
+    begins: np.ndarray
+    ends: np.ndarray
+    names: np.ndarray
+    factors: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def _lists(self) -> tuple[np.ndarray, ...]:
+        return self.begins, self.ends, self.names, self.factors
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.from_numpy(self.factors[:0]).dtype
+
+    @cached_property
+    def total(self) -> int:
+        """How many there are."""
+        return int((self.ends - self.begins).sum(dtype=np.int64))
+
+    @property
+    def sparse(self) -> bool:
+        """Whether working on events is worth it."""
+        return self.total < DENSITY_LIMIT * self.shape.numel()
+
+    def dense(self) -> Tensor:
+        """As a tensor in channels-last order."""
+        images, pixels = self.begins.shape
+        out = np.zeros((images, pixels, self.shape[2]), self.factors.dtype)
+        kernels.run(kernels.scatter_events, images, *self._lists, out)
+        return from_matrix(torch.from_numpy(out).view(self.shape[0], -1), self.shape)
+
+    def masked(self, mask: Tensor) -> "Events":
+        """Times a dropout mask (B, …), the same at every step."""
+        if mask.dim() == 4:
+            mask = mask.permute(0, 2, 3, 1)
+        flat = mask.reshape(mask.shape[0], -1, self.shape[2]).contiguous().numpy()
+        ends, names = np.empty_like(self.ends), np.empty_like(self.names)
+        factors = np.empty_like(self.factors)
+        kernels.run(kernels.mask_events, len(ends), *self._lists, flat, ends, names, factors)
+        return replace(self, ends=ends, names=names, factors=factors)
+
+    def pooled(self, size: int) -> "Events":
+        """Averaged over windows of size × size that do not overlap."""
+        steps, batch, channels, height, width = self.shape
+        shape = torch.Size((steps, batch, channels, height // size, width // size))
+        begins = np.empty((len(self.begins), shape[3:].numel()), np.int32)
+        ends = np.empty_like(begins)
+        names, factors = np.empty_like(self.names), np.empty_like(self.factors)
+        kernels.run(
+            kernels.pool_events, len(begins), *self._lists, width, size, channels,
+            factors.dtype.type(1 / size**2), shape[4], begins, ends, names, factors,
+        )  # fmt: skip
+        return replace(
+            self, shape=shape, begins=begins, ends=ends, names=names, factors=factors
+        )
+
+    def flattened(self) -> "Events":
+        """(T, B, C·H·W), channels first as torch does."""
+        if len(self.shape) == 3:
+            return self
+        images, pixels = self.begins.shape
+        begins = np.empty((images, 1), np.int32)
+        ends, names = np.empty_like(begins), np.empty_like(self.names)
+        factors = np.empty_like(self.factors)
+        kernels.run(
+            kernels.flatten_events, images, *self._lists, pixels, begins, ends, names, factors
+        )
+        shape = torch.Size((*self.shape[:2], self.shape[2:].numel()))
+        return replace(self, shape=shape, begins=begins, ends=ends, names=names, factors=factors)
+
+    # -- products ------------------------------------------------------------------------------
+
+    def convolved(self, module: nn.Conv2d, rows: Tensor) -> Tensor:
+        """W ∗ O: (T, B, C', H', W'); ``rows`` is :func:`tap_rows` of the weights."""
+        geometry = _geometry(module, self.shape)
+        filters, new_shape = module.out_channels, geometry[-1]
+        images = len(self.begins)
+        out = np.empty((images, new_shape[0] * new_shape[1], filters), self.factors.dtype)
+        kernels.run(
+            kernels.convolve, images * new_shape[0], *self._lists, rows.numpy().reshape(-1),
+            rows.shape[1], *geometry[:4], self.shape[2], *geometry[4:], out,
+        )  # fmt: skip
+        shape = (*self.shape[:2], filters, *new_shape)
+        return from_matrix(torch.from_numpy(out).view(self.shape[0], -1), shape)
+
+    def convolved_weight(self, module: nn.Conv2d, grad: Tensor) -> Tensor:
+        """∂L/∂W (C', C, k, k) of a convolution, given ∂L/∂I (T, B, C', H', W')."""
+        geometry = _geometry(module, self.shape)
+        flat = grad.permute(0, 1, 3, 4, 2).reshape(-1, module.out_channels)
+        wide = self._weight(self.offsets, self.begins, flat, geometry, self.shape[2])
+        taps = geometry[0]
+        weight = wide[:, : module.out_channels].view(self.shape[2], *taps, module.out_channels)
+        return weight.permute(3, 0, 1, 2)
+
+    def multiplied(self, module: nn.Linear, blocks: Tensor) -> Tensor:
+        """W·O: (T, B, m); ``blocks`` is :func:`column_blocks` of the weights."""
+        images = len(self.begins)
+        count, _, columns = blocks.shape
+        out = np.zeros((count, images, columns), self.factors.dtype)
+        kernels.run(
+            kernels.multiply, count, *self._lists, blocks.numpy().reshape(-1),
+            self.shape[2] * columns, columns, images, out.reshape(-1),
+        )  # fmt: skip
+        whole = torch.from_numpy(out).transpose(0, 1).reshape(images, -1)
+        return whole[:, : module.out_features].reshape(*self.shape[:2], -1)
+
+    def multiplied_weight(self, module: nn.Linear, grad: Tensor) -> Tensor:
+        """∂L/∂W (m, n) of a linear layer, given ∂L/∂I (T, B, m): a 1×1 convolution of T·B pixels."""
+        images = len(self.begins)
+        one = (1, 1)
+        geometry = (one, one, (0, 0), one, (1, images), (1, images))
+        single = self.offsets[:1]
+        flat = grad.reshape(-1, module.out_features)
+        wide = self._weight(single, self.begins.reshape(1, -1), flat, geometry, self.shape[2])
+        return wide[:, : module.out_features].t()
+
+    def _weight(
+        self, offsets: np.ndarray, begins: np.ndarray, grad: Tensor, geometry: Any, channels: int
+    ) -> Tensor:
+        """(C·taps, wide): the gradient of every tap's row."""
+        images = len(begins)
+        dtype = self.factors.dtype
+        lists = np.empty((images, channels + 1), np.int32)
+        places = np.empty(len(self.names), np.int32)
+        factors = np.empty_like(self.factors)
+        kernels.run(
+            kernels.by_channel, images, begins, self.ends.reshape(begins.shape), self.names,
+            self.factors, channels, offsets, lists, places, factors,
+        )  # fmt: skip
+        wide = kernels.padded(grad.shape[1], dtype)
+        if wide != grad.shape[1]:
+            grad = nn.functional.pad(grad, (0, wide - grad.shape[1]))
+        out = np.zeros((channels * geometry[0][0] * geometry[0][1], wide), dtype)
+        kernels.run(
+            kernels.convolve_weight, channels, lists, places, factors,
+            grad.contiguous().numpy().reshape(-1), wide, *geometry, images, out,
+        )  # fmt: skip
+        return torch.from_numpy(out)
+
+
+def tap_rows(module: nn.Conv2d) -> Tensor:
+    """(k·k·C, ≥ C'): the weights as one row for each tap and input channel, in whole vectors."""
+    weight = module.weight.detach()
+    rows = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
+    extra = kernels.padded(weight.shape[0], rows[:0].numpy().dtype) - weight.shape[0]
+    return nn.functional.pad(rows, (0, extra)).contiguous()
+
+
+def column_blocks(module: nn.Linear) -> Tensor:
+    """(blocks, n, columns): the weights by input, in blocks of outputs that fit a cache."""
+    weight = module.weight.detach()
+    lanes = kernels.padded(1, weight[:0].numpy().dtype)
+    columns = min(kernels.BLOCK * lanes, -(-weight.shape[0] // lanes) * lanes)
+    count = -(-weight.shape[0] // columns)
+    padded = nn.functional.pad(weight, (0, 0, 0, count * columns - weight.shape[0]))
+    return padded.view(count, columns, -1).transpose(1, 2).contiguous()
+
+
+def _geometry(module: nn.Conv2d, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+    """Kernel, stride, padding, dilation, (H, W) before and after."""
+    kernel, stride, padding, dilation = (
+        (int(a), int(b))
+        for a, b in (module.kernel_size, module.stride, module.padding, module.dilation)
+    )
+    before = (shape[3], shape[4])
+    after = tuple(
+        (before[k] + 2 * padding[k] - dilation[k] * (kernel[k] - 1) - 1) // stride[k] + 1
+        for k in (0, 1)
+    )
+    return kernel, stride, padding, dilation, before, after
+
+
+def _numpy(dtype: torch.dtype) -> Any:
+    return torch.empty(0, dtype=dtype).numpy().dtype
