@@ -41,7 +41,9 @@ def run(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
 
 # -- the primitive ---------------------------------------------------------------------------------
 
-VECTOR_BYTES = 64  # of one SIMD vector in the code below; LLVM splits it where registers are smaller
+VECTOR_BYTES = (
+    64  # of one SIMD vector in the code below; LLVM splits it where registers are smaller
+)
 BLOCK = 4  # vectors that are summed at once
 
 
@@ -403,6 +405,41 @@ def multiply(first, last, begins, ends, names, factors, matrix, wide, columns, i
                 out, (block * images + n) * columns, matrix[block * wide :], columns, names,
                 factors, begins[n, 0], ends[n, 0],
             )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def blocks_of_columns(first, last, weight, columns, out):
+    """out[block, n, j] = weight[block·columns + j, n], 0 beyond the last row. Ranges over blocks."""
+    outputs, inputs = weight.shape
+    for block in range(first, last):
+        low = block * columns
+        high = min(low + columns, outputs)
+        for n in range(inputs):
+            for j in range(low, high):
+                out[block, n, j - low] = weight[j, n]
+            for j in range(high, low + columns):
+                out[block, n, j - low] = 0
+
+
+@njit(nogil=True, cache=True)
+def spread(first, last, grad, width, channels, size, share, out):
+    """Backward of average pooling over windows of size × size that do not overlap.
+
+    ``grad`` is (N·H'·W', C), ``out`` (N·H'·size·W, C) with W ≥ W'·size, zeros where no window is.
+    Ranges over the rows of ``grad``'s pixels, N·H'.
+    """
+    new_width = width // size
+    for row in range(first, last):
+        for top in range(size):
+            line = (row * size + top) * width
+            for x in range(new_width):
+                source = grad[row * new_width + x]
+                for left in range(size):
+                    target = out[line + x * size + left]
+                    for c in range(channels):
+                        target[c] = share * source[c]
+            for x in range(new_width * size, width):
+                out[line + x, :] = 0
 
 
 # -- neurons ---------------------------------------------------------------------------------------

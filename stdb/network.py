@@ -551,7 +551,7 @@ class Presentation:
                     x = value(source)
                     if x.shape[0] == 1:  # constant input: the weights see the summed gradient
                         grad = grad.sum(0, keepdim=True)
-                    gradients[weight] += operator.backward_weight(module, grad, x)
+                    operator.backward_weight(module, grad, x, gradients[weight])
                 if graph.reaches_weights[source]:
                     shape = self.shapes[source][1:]
                     pass_on(source, operator.backward_input(module, grad, shape))

@@ -45,7 +45,9 @@ class Spikes:
     def dense(self) -> Tensor:
         """Zeros and ones."""
         if self._dense is None:
-            self._dense = from_matrix(bits.unpack(self.packed, self.neurons, self.dtype), self.shape)
+            self._dense = from_matrix(
+                bits.unpack(self.packed, self.neurons, self.dtype), self.shape
+            )
         return self._dense
 
     def counts(self) -> Tensor:
@@ -158,9 +160,7 @@ class Events:
             kernels.pool_events, len(begins), *self._lists, width, size, channels,
             factors.dtype.type(1 / size**2), shape[4], begins, ends, names, factors,
         )  # fmt: skip
-        return replace(
-            self, shape=shape, begins=begins, ends=ends, names=names, factors=factors
-        )
+        return replace(self, shape=shape, begins=begins, ends=ends, names=names, factors=factors)
 
     def flattened(self) -> "Events":
         """(T, B, C·H·W), channels first as torch does."""
@@ -194,11 +194,25 @@ class Events:
     def convolved_weight(self, module: nn.Conv2d, grad: Tensor) -> Tensor:
         """∂L/∂W (C', C, k, k) of a convolution, given ∂L/∂I (T, B, C', H', W')."""
         geometry = _geometry(module, self.shape)
-        flat = grad.permute(0, 1, 3, 4, 2).reshape(-1, module.out_channels)
-        wide = self._weight(self.offsets, self.begins, flat, geometry, self.shape[2])
+        images, channels, filters = len(self.begins), self.shape[2], module.out_channels
+        dtype = self.factors.dtype
+        lists = np.empty((images, channels + 1), np.int32)
+        places = np.empty(len(self.names), np.int32)
+        factors = np.empty_like(self.factors)
+        kernels.run(
+            kernels.by_channel, images, *self._lists, channels, self.offsets, lists, places, factors
+        )
+        flat = grad.permute(0, 1, 3, 4, 2).reshape(-1, filters)
+        wide = kernels.padded(filters, dtype)
+        if wide != filters:
+            flat = nn.functional.pad(flat, (0, wide - filters))
         taps = geometry[0]
-        weight = wide[:, : module.out_channels].view(self.shape[2], *taps, module.out_channels)
-        return weight.permute(3, 0, 1, 2)
+        out = np.zeros((channels, *taps, wide), dtype)
+        kernels.run(
+            kernels.convolve_weight, channels, lists, places, factors,
+            flat.contiguous().numpy().reshape(-1), wide, *geometry, images, out,
+        )  # fmt: skip
+        return torch.from_numpy(out)[..., :filters].permute(3, 0, 1, 2)
 
     def multiplied(self, module: nn.Linear, blocks: Tensor) -> Tensor:
         """W·O: (T, B, m); ``blocks`` is :func:`column_blocks` of the weights."""
@@ -212,39 +226,6 @@ class Events:
         whole = torch.from_numpy(out).transpose(0, 1).reshape(images, -1)
         return whole[:, : module.out_features].reshape(*self.shape[:2], -1)
 
-    def multiplied_weight(self, module: nn.Linear, grad: Tensor) -> Tensor:
-        """∂L/∂W (m, n) of a linear layer, given ∂L/∂I (T, B, m): a 1×1 convolution of T·B pixels."""
-        images = len(self.begins)
-        one = (1, 1)
-        geometry = (one, one, (0, 0), one, (1, images), (1, images))
-        single = self.offsets[:1]
-        flat = grad.reshape(-1, module.out_features)
-        wide = self._weight(single, self.begins.reshape(1, -1), flat, geometry, self.shape[2])
-        return wide[:, : module.out_features].t()
-
-    def _weight(
-        self, offsets: np.ndarray, begins: np.ndarray, grad: Tensor, geometry: Any, channels: int
-    ) -> Tensor:
-        """(C·taps, wide): the gradient of every tap's row."""
-        images = len(begins)
-        dtype = self.factors.dtype
-        lists = np.empty((images, channels + 1), np.int32)
-        places = np.empty(len(self.names), np.int32)
-        factors = np.empty_like(self.factors)
-        kernels.run(
-            kernels.by_channel, images, begins, self.ends.reshape(begins.shape), self.names,
-            self.factors, channels, offsets, lists, places, factors,
-        )  # fmt: skip
-        wide = kernels.padded(grad.shape[1], dtype)
-        if wide != grad.shape[1]:
-            grad = nn.functional.pad(grad, (0, wide - grad.shape[1]))
-        out = np.zeros((channels * geometry[0][0] * geometry[0][1], wide), dtype)
-        kernels.run(
-            kernels.convolve_weight, channels, lists, places, factors,
-            grad.contiguous().numpy().reshape(-1), wide, *geometry, images, out,
-        )  # fmt: skip
-        return torch.from_numpy(out)
-
 
 def tap_rows(module: nn.Conv2d) -> Tensor:
     """(k·k·C, ≥ C'): the weights as one row for each tap and input channel, in whole vectors."""
@@ -256,12 +237,12 @@ def tap_rows(module: nn.Conv2d) -> Tensor:
 
 def column_blocks(module: nn.Linear) -> Tensor:
     """(blocks, n, columns): the weights by input, in blocks of outputs that fit a cache."""
-    weight = module.weight.detach()
-    lanes = kernels.padded(1, weight[:0].numpy().dtype)
+    weight = module.weight.detach().numpy()
+    lanes = kernels.padded(1, weight.dtype)
     columns = min(kernels.BLOCK * lanes, -(-weight.shape[0] // lanes) * lanes)
-    count = -(-weight.shape[0] // columns)
-    padded = nn.functional.pad(weight, (0, 0, 0, count * columns - weight.shape[0]))
-    return padded.view(count, columns, -1).transpose(1, 2).contiguous()
+    out = np.empty((-(-weight.shape[0] // columns), weight.shape[1], columns), weight.dtype)
+    kernels.run(kernels.blocks_of_columns, len(out), weight, columns, out)
+    return torch.from_numpy(out)
 
 
 def _geometry(module: nn.Conv2d, shape: torch.Size) -> tuple[tuple[int, int], ...]:

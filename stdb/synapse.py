@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
+from . import kernels
+from .layout import from_matrix, to_matrix
 from .spikes import Events, Spikes, column_blocks, tap_rows
 
 INPUT, NEURON, DROPOUT, SUM, FLATTEN = "input", "neuron", "dropout", "sum", "flatten"
@@ -106,11 +108,12 @@ class Convolution:
         return grad_x.unflatten(0, grad.shape[:2])
 
     @staticmethod
-    def backward_weight(module: nn.Conv2d, grad: Tensor, x: Value) -> Tensor:
-        """∂L/∂W summed over time and batch, given ∂L/∂I."""
+    def backward_weight(module: nn.Conv2d, grad: Tensor, x: Value, total: Tensor) -> None:
+        """Add to ``total`` ∂L/∂W summed over time and batch, given ∂L/∂I."""
         few = events(x) if module.groups == 1 else None
         if few is not None:
-            return few.convolved_weight(module, grad)
+            total += few.convolved_weight(module, grad)
+            return
         _, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad.flatten(0, 1),
             dense(x).flatten(0, 1).contiguous(memory_format=torch.channels_last),
@@ -124,7 +127,7 @@ class Convolution:
             module.groups,
             [False, True, False],
         )
-        return grad_weight
+        total += grad_weight
 
     @staticmethod
     def fan_out(module: nn.Conv2d, targets: Tensor, shape: torch.Size) -> Tensor:
@@ -169,12 +172,9 @@ class Dense:
         return grad @ module.weight
 
     @staticmethod
-    def backward_weight(module: nn.Linear, grad: Tensor, x: Value) -> Tensor:
-        """∂L/∂W summed over time and batch, given ∂L/∂I."""
-        few = events(x)
-        if few is not None:
-            return few.multiplied_weight(module, grad)
-        return grad.flatten(0, 1).t() @ dense(x).flatten(0, 1)
+    def backward_weight(module: nn.Linear, grad: Tensor, x: Value, total: Tensor) -> None:
+        """Add to ``total`` ∂L/∂W summed over time and batch, given ∂L/∂I."""
+        total.addmm_(grad.flatten(0, 1).t(), dense(x).flatten(0, 1))
 
     @staticmethod
     def fan_out(module: nn.Linear, targets: Tensor, shape: torch.Size) -> Tensor:
@@ -207,6 +207,9 @@ class AveragePool:
     @staticmethod
     def backward_input(module: nn.AvgPool2d, grad: Tensor, shape: torch.Size) -> Tensor:
         """Spread the gradient evenly over the window."""
+        size, height, width = _pair(module.kernel_size)[0], *shape[1:]
+        if grad.device.type == "cpu" and AveragePool.takes_events(module) and height % size == 0:
+            return _spread(to_matrix(grad), size, (*grad.shape[:2], *shape))
         images = grad.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         blank = torch.empty_like(images[:, :, :1, :1]).expand(len(images), *shape)
         grad_x = torch.ops.aten.avg_pool2d_backward(
@@ -234,6 +237,19 @@ class AveragePool:
             True,
             1,  # the divisor: sum over the windows, undivided
         )[0]
+
+
+def _spread(grad: Tensor, size: int, shape: Sequence[int]) -> Tensor:
+    """Undo the averaging over windows that fill the height, on a CPU."""
+    channels, height, width = shape[2:]
+    rows = shape[0] * shape[1] * height
+    out = torch.empty(rows * width, channels, dtype=grad.dtype)
+    share = grad[:0].numpy().dtype.type(1 / size**2)
+    kernels.run(
+        kernels.spread, rows // size, grad.view(-1, channels).numpy(), width, channels, size, share,
+        out.numpy(),
+    )  # fmt: skip
+    return from_matrix(out.view(shape[0], -1), shape)
 
 
 class Flatten:

@@ -105,6 +105,7 @@ def test_no_count_may_be_a_fraction(tmp_path, section, key):
         ("network", "architecture", "resnet50"),
         ("network", "architecture", "no file.py:f"),
         ("data", "image_size", 0),
+        ("data", "image_size", "large"),
         ("data", "train_limit", 0),
         ("data", "test_fraction", 0),
         ("data", "source", "MNIST"),
@@ -328,12 +329,13 @@ def test_a_sources_own_test_images_stay_the_test_split():
     assert set(parts["test"].ids.tolist()) == set(range(1000, 1797))
 
 
-def test_images_are_resized_to_image_size():
+@pytest.mark.parametrize(("image_size", "pixels"), [(9, 9), ("auto", 12), (None, 8)])
+def test_images_are_resized_to_image_size(image_size, pixels):
     """To any size, uint8, and a flat image stays as it is."""
-    data = load_params(ROOT / "params.yaml").data.model_copy(update={"image_size": 12})
+    data = load_params(ROOT / "params.yaml").data.model_copy(update={"image_size": image_size})
     images, labels = read_source(data)[0]
     flat = np.full_like(images, 200)
     parts = split(data, (flat, labels), None, [str(i) for i in range(10)])
-    assert parts["train"].shape == (1, 12, 12)
+    assert parts["train"].shape == (1, pixels, pixels)
     assert parts["train"].images.dtype == torch.uint8
     assert parts["train"].images.unique().tolist() == [200]
