@@ -10,6 +10,7 @@ every thread its share; each output belongs to one range, so results do not depe
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,20 +22,23 @@ from numba.core.errors import TypingError
 from numba.cpython.unsafe.numbers import trailing_zeros
 from numba.extending import intrinsic
 
+WORK_PER_THREAD = 1 << 16
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
-def run(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
-    """``kernel(first, last, *arguments)`` over [0, count), shared by torch's number of threads."""
-    threads = min(torch.get_num_threads(), count)
+def run(kernel: Callable[..., None], count: int, work: int, *arguments: Any) -> None:
+    """``kernel(first, last, *arguments)`` over [0, count), shared by torch's number of threads.
+
+    ``work`` is about how many elements are touched; a little of it is not worth a second thread.
+    """
+    threads = min(torch.get_num_threads(), count, work // WORK_PER_THREAD)
     if threads <= 1:
         kernel(0, count, *arguments)
         return
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(threads, "stdb")
     edges = [count * k // threads for k in range(threads + 1)]
-    shares = zip(edges, edges[1:], strict=False)
-    tasks = [_pools[threads].submit(kernel, a, b, *arguments) for a, b in shares]
+    tasks = [_pools[threads].submit(kernel, a, b, *arguments) for a, b in pairwise(edges)]
     for task in tasks:
         task.result()
 
@@ -51,8 +55,8 @@ BLOCK = 4  # vectors that are summed at once
 def gather_rows(typing, out, at, matrix, width, rows, factors, first, last):
     """out[at : at + width] += Σ_k factors[k] · matrix[rows[k], : width] for k in [first, last).
 
-    ``out`` and ``matrix`` are flat arrays of the same float type, ``width`` (elements of a row) is a
-    multiple of a vector's lanes (:func:`padded`), ``rows`` int32, ``factors`` of the float type.
+    ``out`` and ``matrix`` are flat arrays of the same float type, ``width`` (elements of a row) is
+    whole vectors (:func:`padded`), ``rows`` int32, ``factors`` of the float type.
     """
     if out.dtype != matrix.dtype or out.dtype != factors.dtype or rows.dtype != types.int32:
         raise TypingError("gather_rows wants arrays of one float type, and int32 rows")
@@ -204,7 +208,7 @@ def list_bits(first, last, bits, images_per_step, pixels, channels, offsets, beg
 @njit(nogil=True, cache=True)
 def mask_events(first, last, begins, ends, names, factors, mask, new_ends, new_names, new_factors):
     """Multiply by a mask (B, P, C); what it silences is no event any more."""
-    images, pixels = begins.shape
+    pixels = begins.shape[1]
     for n in range(first, last):
         b = n % mask.shape[0]
         for p in range(pixels):
@@ -409,7 +413,7 @@ def multiply(first, last, begins, ends, names, factors, matrix, wide, columns, i
 
 @njit(nogil=True, cache=True)
 def blocks_of_columns(first, last, weight, columns, out):
-    """out[block, n, j] = weight[block·columns + j, n], 0 beyond the last row. Ranges over blocks."""
+    """out[block, n, j] = weight[block·columns + j, n], 0 past its end. Ranges over blocks."""
     outputs, inputs = weight.shape
     for block in range(first, last):
         low = block * columns
@@ -473,7 +477,7 @@ def fire(first, last, current, membrane, threshold, leak, bits):
 
 @njit(nogil=True, cache=True)
 def latest(first, last, bits, start, times):
-    """times[m] = the last step that neuron m spiked in; steps count from 1. Ranges over 8 neurons."""
+    """times[m] = the last step of a spike of m; steps count from 1. Ranges over 8 neurons."""
     steps = bits.shape[0]
     for byte in range(first, last):
         for t in range(steps):

@@ -20,7 +20,7 @@ from . import bits
 from .encoding import check_images, derive, sample_keys, uniform
 from .layout import from_matrix, to_layout, to_matrix
 from .neuron import SpikingNeuron, backpropagate, backpropagate_stdb, fire, latest, membranes
-from .spikes import Events, Spikes
+from .spikes import Spikes
 from .surrogate import STDB
 from .synapse import (
     DROPOUT,
@@ -545,16 +545,16 @@ class Presentation:
                 mask = self.masks[i]
                 pass_on(node.inputs[0], grad if mask is None else grad.mul_(mask))
             else:
-                module, operator, source = self.modules[i], OPERATORS[node.kind], node.inputs[0]
+                module, operator, below = self.modules[i], OPERATORS[node.kind], node.inputs[0]
                 weight = id(module.weight) if operator.learns else None
                 if weight in gradients:
-                    x = value(source)
+                    x = value(below)
                     if x.shape[0] == 1:  # constant input: the weights see the summed gradient
                         grad = grad.sum(0, keepdim=True)
                     operator.backward_weight(module, grad, x, gradients[weight])
-                if graph.reaches_weights[source]:
-                    shape = self.shapes[source][1:]
-                    pass_on(source, operator.backward_input(module, grad, shape))
+                if graph.reaches_weights[below]:
+                    shape = self.shapes[below][1:]
+                    pass_on(below, operator.backward_input(module, grad, shape))
             values.pop(i, None)
 
     def _backward_neuron(

@@ -84,8 +84,8 @@ def fire(current: Tensor, membrane: Tensor, threshold: float, leak: float) -> Te
         packed = torch.empty(steps, bits.row_bytes(count), dtype=torch.uint8)
         real = current[:0].numpy().dtype.type
         kernels.run(
-            kernels.fire, packed.shape[1], current.numpy(), membrane.numpy(), real(threshold),
-            real(leak), packed.numpy(),
+            kernels.fire, packed.shape[1], current.numel(), current.numpy(), membrane.numpy(),
+            real(threshold), real(leak), packed.numpy(),
         )  # fmt: skip
         return packed
     fired = (membrane > threshold).to(membrane.dtype)
@@ -107,7 +107,7 @@ def latest(packed: Tensor, last_spike: Tensor, start: int) -> None:
     """
     if packed.device.type == "cpu":
         arguments = (packed.numpy(), start, last_spike.numpy())
-        kernels.run(kernels.latest, packed.shape[1], *arguments)
+        kernels.run(kernels.latest, packed.shape[1], packed.numel(), *arguments)
         return
     spikes = bits.unpack(packed, len(last_spike), torch.bool)
     for t in range(len(spikes)):
@@ -154,7 +154,7 @@ def backpropagate_stdb(
     grad: Tensor, packed: Tensor, last_spike: Tensor, start: int, surrogate: STDB, threshold: float,
     carry: Tensor | None, leak: float, temporal: bool,
 ) -> Tensor:  # fmt: skip
-    """Eq. 11 and :func:`backpropagate` in one pass, from the spikes' bits alone; on a CPU, in place.
+    """Eq. 11 and :func:`backpropagate` in one pass, from the spikes' bits; on a CPU, in place.
 
     Args:
         grad: (T, M) ∂L/∂O_t; becomes ∂L/∂U_t.
@@ -174,8 +174,8 @@ def backpropagate_stdb(
     real = grad[:0].numpy().dtype.type
     following = carry if carry is not None else grad[:1].new_zeros(0)
     kernels.run(
-        kernels.backpropagate, packed.shape[1], grad.numpy(), packed.numpy(), last_spike.numpy(),
-        start, table.to(grad.dtype).numpy(), real(math.exp(-surrogate.beta)), following.numpy(),
-        carry is not None, real(leak), temporal,
+        kernels.backpropagate, packed.shape[1], grad.numel(), grad.numpy(), packed.numpy(),
+        last_spike.numpy(), start, table.to(grad.dtype).numpy(),
+        real(math.exp(-surrogate.beta)), following.numpy(), carry is not None, real(leak), temporal,
     )  # fmt: skip
     return grad

@@ -55,7 +55,8 @@ class Spikes:
         if self.packed.device.type != "cpu":
             return self.dense().sum(0)
         counts = np.zeros(bits.row_bytes(self.neurons) * 8, _numpy(self.dtype))
-        kernels.run(kernels.count_spikes, self.packed.shape[1], self.packed.numpy(), counts)
+        packed = self.packed.numpy()
+        kernels.run(kernels.count_spikes, packed.shape[1], packed.size, packed, counts)
         return from_matrix(torch.from_numpy(counts)[None, : self.neurons], (1, *self.shape[1:]))[0]
 
     @cached_property
@@ -73,7 +74,7 @@ class Spikes:
     def _image_counts(self) -> np.ndarray:
         counts = np.empty(self.shape[0] * self.shape[1], np.int64)
         arguments = (self.packed.numpy(), self.shape[1], self.shape[2:].numel(), counts)
-        kernels.run(kernels.count_bits, len(counts), *arguments)
+        kernels.run(kernels.count_bits, len(counts), self.packed.numel(), *arguments)
         return counts
 
     @cached_property
@@ -86,8 +87,9 @@ class Spikes:
         begins = np.empty((len(counts), pixels), np.int32)
         ends = np.empty_like(begins)
         names = np.empty(self.total, np.int32)
+        work = self.packed.numel() + 8 * self.total
         kernels.run(
-            kernels.list_bits, len(counts), self.packed.numpy(), self.shape[1], pixels,
+            kernels.list_bits, len(counts), work, self.packed.numpy(), self.shape[1], pixels,
             self.shape[2], offsets, begins, ends, names,
         )  # fmt: skip
         ones = np.ones(len(names), _numpy(self.dtype))
@@ -119,8 +121,9 @@ class Events:
         return self.begins, self.ends, self.names, self.factors
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return torch.from_numpy(self.factors[:0]).dtype
+    def _work(self) -> int:
+        """Of a pass over the lists, for :func:`kernels.run`."""
+        return self.begins.size + 8 * self.total
 
     @cached_property
     def total(self) -> int:
@@ -136,7 +139,7 @@ class Events:
         """As a tensor in channels-last order."""
         images, pixels = self.begins.shape
         out = np.zeros((images, pixels, self.shape[2]), self.factors.dtype)
-        kernels.run(kernels.scatter_events, images, *self._lists, out)
+        kernels.run(kernels.scatter_events, images, self._work, *self._lists, out)
         return from_matrix(torch.from_numpy(out).view(self.shape[0], -1), self.shape)
 
     def masked(self, mask: Tensor) -> "Events":
@@ -146,7 +149,8 @@ class Events:
         flat = mask.reshape(mask.shape[0], -1, self.shape[2]).contiguous().numpy()
         ends, names = np.empty_like(self.ends), np.empty_like(self.names)
         factors = np.empty_like(self.factors)
-        kernels.run(kernels.mask_events, len(ends), *self._lists, flat, ends, names, factors)
+        new = flat, ends, names, factors
+        kernels.run(kernels.mask_events, len(ends), self._work, *self._lists, *new)
         return replace(self, ends=ends, names=names, factors=factors)
 
     def pooled(self, size: int) -> "Events":
@@ -157,7 +161,7 @@ class Events:
         ends = np.empty_like(begins)
         names, factors = np.empty_like(self.names), np.empty_like(self.factors)
         kernels.run(
-            kernels.pool_events, len(begins), *self._lists, width, size, channels,
+            kernels.pool_events, len(begins), self._work, *self._lists, width, size, channels,
             factors.dtype.type(1 / size**2), shape[4], begins, ends, names, factors,
         )  # fmt: skip
         return replace(self, shape=shape, begins=begins, ends=ends, names=names, factors=factors)
@@ -171,8 +175,9 @@ class Events:
         ends, names = np.empty_like(begins), np.empty_like(self.names)
         factors = np.empty_like(self.factors)
         kernels.run(
-            kernels.flatten_events, images, *self._lists, pixels, begins, ends, names, factors
-        )
+            kernels.flatten_events, images, self._work, *self._lists, pixels, begins, ends, names,
+            factors,
+        )  # fmt: skip
         shape = torch.Size((*self.shape[:2], self.shape[2:].numel()))
         return replace(self, shape=shape, begins=begins, ends=ends, names=names, factors=factors)
 
@@ -185,8 +190,9 @@ class Events:
         images = len(self.begins)
         out = np.empty((images, new_shape[0] * new_shape[1], filters), self.factors.dtype)
         kernels.run(
-            kernels.convolve, images * new_shape[0], *self._lists, rows.numpy().reshape(-1),
-            rows.shape[1], *geometry[:4], self.shape[2], *geometry[4:], out,
+            kernels.convolve, images * new_shape[0], self._work + self.total * filters,
+            *self._lists, rows.numpy().reshape(-1), rows.shape[1], *geometry[:4], self.shape[2],
+            *geometry[4:], out,
         )  # fmt: skip
         shape = (*self.shape[:2], filters, *new_shape)
         return from_matrix(torch.from_numpy(out).view(self.shape[0], -1), shape)
@@ -200,8 +206,9 @@ class Events:
         places = np.empty(len(self.names), np.int32)
         factors = np.empty_like(self.factors)
         kernels.run(
-            kernels.by_channel, images, *self._lists, channels, self.offsets, lists, places, factors
-        )
+            kernels.by_channel, images, self._work, *self._lists, channels, self.offsets, lists,
+            places, factors,
+        )  # fmt: skip
         flat = grad.permute(0, 1, 3, 4, 2).reshape(-1, filters)
         wide = kernels.padded(filters, dtype)
         if wide != filters:
@@ -209,7 +216,7 @@ class Events:
         taps = geometry[0]
         out = np.zeros((channels, *taps, wide), dtype)
         kernels.run(
-            kernels.convolve_weight, channels, lists, places, factors,
+            kernels.convolve_weight, channels, self.total * filters, lists, places, factors,
             flat.contiguous().numpy().reshape(-1), wide, *geometry, images, out,
         )  # fmt: skip
         return torch.from_numpy(out)[..., :filters].permute(3, 0, 1, 2)
@@ -220,8 +227,8 @@ class Events:
         count, _, columns = blocks.shape
         out = np.zeros((count, images, columns), self.factors.dtype)
         kernels.run(
-            kernels.multiply, count, *self._lists, blocks.numpy().reshape(-1),
-            self.shape[2] * columns, columns, images, out.reshape(-1),
+            kernels.multiply, count, self.total * columns * count, *self._lists,
+            blocks.numpy().reshape(-1), self.shape[2] * columns, columns, images, out.reshape(-1),
         )  # fmt: skip
         whole = torch.from_numpy(out).transpose(0, 1).reshape(images, -1)
         return whole[:, : module.out_features].reshape(*self.shape[:2], -1)
@@ -241,22 +248,23 @@ def column_blocks(module: nn.Linear) -> Tensor:
     lanes = kernels.padded(1, weight.dtype)
     columns = min(kernels.BLOCK * lanes, -(-weight.shape[0] // lanes) * lanes)
     out = np.empty((-(-weight.shape[0] // columns), weight.shape[1], columns), weight.dtype)
-    kernels.run(kernels.blocks_of_columns, len(out), weight, columns, out)
+    kernels.run(kernels.blocks_of_columns, len(out), weight.size, weight, columns, out)
     return torch.from_numpy(out)
 
 
 def _geometry(module: nn.Conv2d, shape: torch.Size) -> tuple[tuple[int, int], ...]:
     """Kernel, stride, padding, dilation, (H, W) before and after."""
+    assert not isinstance(module.padding, str)  # conversion refuses it
     kernel, stride, padding, dilation = (
-        (int(a), int(b))
-        for a, b in (module.kernel_size, module.stride, module.padding, module.dilation)
+        (int(pair[0]), int(pair[1]))
+        for pair in (module.kernel_size, module.stride, module.padding, module.dilation)
     )
     before = (shape[3], shape[4])
-    after = tuple(
+    height, width = (
         (before[k] + 2 * padding[k] - dilation[k] * (kernel[k] - 1) - 1) // stride[k] + 1
         for k in (0, 1)
     )
-    return kernel, stride, padding, dilation, before, after
+    return kernel, stride, padding, dilation, before, (height, width)
 
 
 def _numpy(dtype: torch.dtype) -> Any:

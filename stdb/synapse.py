@@ -207,8 +207,9 @@ class AveragePool:
     @staticmethod
     def backward_input(module: nn.AvgPool2d, grad: Tensor, shape: torch.Size) -> Tensor:
         """Spread the gradient evenly over the window."""
-        size, height, width = _pair(module.kernel_size)[0], *shape[1:]
-        if grad.device.type == "cpu" and AveragePool.takes_events(module) and height % size == 0:
+        size = _pair(module.kernel_size)[0]
+        whole = AveragePool.takes_events(module) and shape[1] % size == 0
+        if grad.device.type == "cpu" and whole:
             return _spread(to_matrix(grad), size, (*grad.shape[:2], *shape))
         images = grad.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         blank = torch.empty_like(images[:, :, :1, :1]).expand(len(images), *shape)
@@ -246,8 +247,8 @@ def _spread(grad: Tensor, size: int, shape: Sequence[int]) -> Tensor:
     out = torch.empty(rows * width, channels, dtype=grad.dtype)
     share = grad[:0].numpy().dtype.type(1 / size**2)
     kernels.run(
-        kernels.spread, rows // size, grad.view(-1, channels).numpy(), width, channels, size, share,
-        out.numpy(),
+        kernels.spread, rows // size, out.numel(), grad.view(-1, channels).numpy(), width,
+        channels, size, share, out.numpy(),
     )  # fmt: skip
     return from_matrix(out.view(shape[0], -1), shape)
 

@@ -1,0 +1,311 @@
+"""The engine and what it is compared with.
+
+Every contender trains and presents the same network:
+
+stdb           this project's engine
+step-by-step   one time step after the other, autograd through everything, as the authors' code does
+snntorch       ``snntorch.Leaky`` with subtractive reset, step after step
+spikingjelly   ``IFNode`` with soft reset, multi-step, convolutions over all steps at once
+products       the bare convolutions and matrix products of a training step, no neurons: the floor
+
+    python -m benchmarks.contenders CONTENDER WORKLOAD PHASE
+
+prints one JSON line: seconds of a step and its peak memory over the process with model, gradients
+and optimiser state. One process each, so that no contender finds another's memory or caches.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import stdb
+from benchmarks.workloads import (
+    QUICK,
+    WORKLOADS,
+    Workload,
+    images,
+    labels,
+    network,
+    neuron_steps,
+    plain,
+)
+
+WEIGHTED = (nn.Conv2d, nn.Linear)
+
+
+def poisson(x: Tensor) -> Tensor:
+    """One step of signed Poisson spikes."""
+    return x.sign() * (torch.rand_like(x) < x.abs())
+
+
+class _Spike(torch.autograd.Function):
+    """A spike with the STDB surrogate, for contenders that run on autograd."""
+
+    @staticmethod
+    def forward(ctx, membrane, threshold, age):
+        spike = (membrane > threshold).to(membrane.dtype)
+        ctx.save_for_backward(torch.where(spike > 0, 0.0, age + 1))
+        return spike
+
+    @staticmethod
+    def backward(ctx, grad):
+        (age,) = ctx.saved_tensors
+        return grad * 0.3 * torch.exp(-0.01 * age), None, None
+
+
+class StepByStep(nn.Module):
+    """The authors' formulation: for every t, for every layer; autograd records it all."""
+
+    def __init__(self, snn: stdb.SpikingNetwork, timesteps: int) -> None:
+        super().__init__()
+        self.layers, self.timesteps = nn.ModuleList(snn.net.children()), timesteps
+        self.thresholds = list(snn.thresholds.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → logits."""
+        membranes, spikes, ages = {}, {}, {}
+        total: Tensor | None = None
+        for _ in range(self.timesteps):
+            value = poisson(x)
+            k = 0
+            for layer in self.layers:
+                if not isinstance(layer, stdb.SpikingNeuron):
+                    value = layer(value)
+                    continue
+                if k not in membranes:
+                    membranes[k] = spikes[k] = torch.zeros_like(value)
+                    ages[k] = torch.full_like(value, 1e9)
+                threshold = self.thresholds[k]
+                membranes[k] = membranes[k] + value - threshold * spikes[k].detach()
+                value = spikes[k] = _Spike.apply(membranes[k], threshold, ages[k])
+                ages[k] = torch.where(value.detach() > 0, 0.0, ages[k] + 1)
+                k += 1
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+
+class SnnTorch(nn.Module):
+    """snnTorch's neurons in a loop over time."""
+
+    def __init__(self, snn: stdb.SpikingNetwork, timesteps: int) -> None:
+        import snntorch
+        from snntorch import surrogate
+
+        super().__init__()
+        thresholds = iter(snn.thresholds.values())
+        self.timesteps = timesteps
+        self.layers = nn.ModuleList(
+            snntorch.Leaky(
+                beta=1.0,
+                threshold=next(thresholds),
+                reset_mechanism="subtract",
+                spike_grad=surrogate.fast_sigmoid(),
+            )
+            if isinstance(layer, stdb.SpikingNeuron)
+            else layer
+            for layer in snn.net.children()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → logits."""
+        membranes: dict[int, Tensor] = {}
+        total: Tensor | float = 0.0
+        for _ in range(self.timesteps):
+            value = poisson(x)
+            for k, layer in enumerate(self.layers):
+                if hasattr(layer, "spike_grad"):
+                    if k not in membranes:
+                        membranes[k] = torch.zeros_like(value)
+                    value, membranes[k] = layer(value, membranes[k])
+                else:
+                    value = layer(value)
+            total = total + value
+        assert isinstance(total, Tensor)
+        return total
+
+
+class SpikingJelly(nn.Module):
+    """SpikingJelly's multi-step neurons; other layers see all steps as one batch."""
+
+    def __init__(self, snn: stdb.SpikingNetwork, timesteps: int) -> None:
+        from spikingjelly.activation_based import functional, layer, neuron, surrogate
+
+        super().__init__()
+        self.timesteps, self.clear = timesteps, functional.reset_net
+        thresholds = iter(snn.thresholds.values())
+        self.layers = nn.Sequential(
+            *(
+                neuron.IFNode(
+                    v_threshold=next(thresholds),
+                    v_reset=None,
+                    detach_reset=True,
+                    surrogate_function=surrogate.ATan(),
+                    step_mode="m",
+                )
+                if isinstance(module, stdb.SpikingNeuron)
+                else layer.SeqToANNContainer(module)
+                for module in snn.net.children()
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → logits."""
+        self.clear(self)
+        return self.layers(torch.stack([poisson(x) for _ in range(self.timesteps)])).sum(0)
+
+
+class Engine(nn.Module):
+    """This project's engine."""
+
+    def __init__(self, snn: stdb.SpikingNetwork, timesteps: int) -> None:
+        super().__init__()
+        self.snn, self.timesteps = snn, timesteps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → logits."""
+        return self.snn(x, self.timesteps)
+
+
+CONTENDERS: dict[str, Callable[[stdb.SpikingNetwork, int], nn.Module]] = {
+    "stdb": Engine,
+    "step-by-step": StepByStep,
+    "snntorch": SnnTorch,
+    "spikingjelly": SpikingJelly,
+}
+
+
+def products(ann: nn.Module, timesteps: int, batch: int, train: bool) -> Callable[[], None]:
+    """The layers' bare products over T·B images, in pieces of 256, on random dense inputs."""
+    inputs: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        m.register_forward_hook(lambda m, i, o: inputs.append((m, i[0].detach())))
+        for m in ann.modules()
+        if isinstance(m, WEIGHTED)
+    ]
+    count = min(256, timesteps * batch)
+    with torch.no_grad():
+        ann.eval()(images(count).contiguous(memory_format=torch.channels_last))
+    for hook in hooks:
+        hook.remove()
+    rounds = timesteps * batch / count
+
+    def run() -> None:
+        for k, (module, x) in enumerate(inputs):
+            last = k == len(inputs) - 1  # its input sums over time, so it is one product a step
+            for _ in range(1 if last else round(rounds)):
+                if train:
+                    x.requires_grad_(k > 0)
+                    out = module(x)
+                    out.backward(torch.ones_like(out))
+                    x.grad = None
+                else:
+                    with torch.no_grad():
+                        module(x)
+
+    return run
+
+
+def balance(contender: str, snn: stdb.SpikingNetwork, workload: Workload) -> Callable[[], None]:
+    """Threshold balancing: one pass over the layers, or every layer again from the input."""
+    x = images(workload.batch)
+    if contender == "stdb":
+        return lambda: void(stdb.balance_thresholds(snn, x, workload.timesteps))
+
+    @torch.no_grad()
+    def run() -> None:
+        layers = list(snn.net.children())
+        neurons = [k for k, m in enumerate(layers) if isinstance(m, stdb.SpikingNeuron)]
+        thresholds: dict[int, float] = {}
+        for stop in neurons:
+            membranes: dict[int, Tensor] = {}
+            largest = 0.0
+            for _ in range(workload.timesteps):
+                value = poisson(x)
+                for k, layer in enumerate(layers[:stop]):
+                    if k in thresholds:
+                        u = membranes.get(k, torch.zeros_like(value)) + value
+                        value = (u > thresholds[k]).float()
+                        membranes[k] = u - thresholds[k] * value
+                    else:
+                        value = layer(value)
+                largest = max(largest, float(value.max()))
+            thresholds[stop] = largest
+
+    return run
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def step(contender: str, workload: Workload, phase: str, batch: int) -> Callable[[], None]:
+    """One training step, presentation or balancing, as a function."""
+    if contender == "products":
+        return products(plain(workload), workload.timesteps, batch, phase == "train")
+    snn = network(workload)
+    if phase == "balance":
+        snn.eval()
+        return balance(contender, snn, workload)
+    model = CONTENDERS[contender](snn, workload.timesteps)
+    x, y = images(batch), labels(batch)
+    if phase == "infer":
+        model.eval()
+        return lambda: void(torch.no_grad()(model)(x))
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], amsgrad=True)
+    for group in optimizer.param_groups:  # state and gradients belong to the base
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return run
+
+
+def memory(key: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def main(contender: str, name: str, phase: str, repeats: int) -> None:
+    """Measure one contender, and print a JSON line."""
+    workload = next(w for w in [*WORKLOADS, *QUICK] if w.name == name and phase in w.phases)
+    batch = workload.batch if contender in ("stdb", "products") else workload.peer_batch
+    run = step(contender, workload, phase, batch)
+    base = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    steps = neuron_steps(network(workload), workload, batch)
+    print(
+        json.dumps(
+            {
+                "seconds": min(seconds),
+                "batch": batch,
+                "peak_bytes": memory("VmHWM") - base,
+                "neuron_steps": steps,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]) if len(sys.argv) > 4 else 2)
