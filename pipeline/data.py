@@ -230,7 +230,7 @@ def _class_folders(root: Path, params: DataParams) -> tuple[np.ndarray, np.ndarr
         )
     mode = "L" if params.grayscale else "RGB"
     images, labels = [], []
-    size = (params.size, params.size) if params.size else None
+    size = (params.image_size, params.image_size) if params.image_size else None
     for label, folder in enumerate(folders):
         files = sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p))
         if not files:
@@ -244,7 +244,7 @@ def _class_folders(root: Path, params: DataParams) -> tuple[np.ndarray, np.ndarr
             if size is None:
                 size = image.size
             if image.size != size:
-                if params.size is None:
+                if params.image_size is None:
                     raise DataError(
                         f"{file} is {image.size[0]}×{image.size[1]} pixels and the images before "
                         f"it {size[0]}×{size[1]}; set data.image_size to bring them to one size"

@@ -39,8 +39,8 @@ class DataParams(Section):
     """The data set; ``folder`` is any folder or archive of class folders."""
     path: str | None
     """``folder``: the folder or archive. Others: where downloads are kept (data/downloads)."""
-    image_size: Count | Literal["auto"] | None
-    """Images are resized to this many pixels square; None leaves them, ``auto`` all but digits."""
+    image_size: Count | None
+    """Images are resized to this many pixels square; None leaves them."""
     grayscale: bool
     """``folder`` only: read images as one grey channel."""
     train_limit: Count | None
@@ -51,13 +51,6 @@ class DataParams(Section):
     """Of the training images."""
     seed: Seed
     """Draws the splits."""
-
-    @property
-    def size(self) -> int | None:
-        """Pixels to resize to. Few spikes of 8×8 pixels make too noisy a picture at small T."""
-        if self.image_size == "auto":
-            return 12 if self.source == "digits" else None
-        return self.image_size
 
     @model_validator(mode="after")
     def _folder_has_path(self) -> "DataParams":

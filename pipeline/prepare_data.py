@@ -63,7 +63,7 @@ def split(
     parts["train"] = images[ids], labels[ids], ids
     return {
         name: Split(
-            _resize(torch.from_numpy(parts[name][0]), params.size),
+            _resize(torch.from_numpy(parts[name][0]), params.image_size),
             torch.from_numpy(parts[name][1]).long(),
             torch.from_numpy(parts[name][2]),
             classes,

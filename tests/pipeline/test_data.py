@@ -46,7 +46,7 @@ def test_digits_are_split_by_class_completely_and_by_seed():
         assert shares.min() > 0.08, name
         assert torch.equal(part.ids, again[name].ids)
         assert not torch.equal(part.ids, other[name].ids)
-    assert parts["train"].shape == (1, 12, 12)
+    assert parts["train"].shape == (1, 8, 8)
     assert len(parts["test"]) == 450
 
 

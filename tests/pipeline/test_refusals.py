@@ -310,7 +310,7 @@ def test_each_split_has_its_share_of_every_class():
 
 def test_a_samples_id_is_its_place_in_the_source():
     """Ids name random streams: pixels and label of an id are those of the source."""
-    data = load_params(ROOT / "params.yaml").data.model_copy(update={"image_size": None})
+    data = load_params(ROOT / "params.yaml").data
     source = read_source(data)
     for part in split(data, *source).values():
         assert np.array_equal(part.images.numpy(), source[0][0][part.ids.numpy()])
@@ -319,7 +319,7 @@ def test_a_samples_id_is_its_place_in_the_source():
 
 def test_a_sources_own_test_images_stay_the_test_split():
     """They are neither drawn from nor mixed in, and their ids are their own."""
-    data = load_params(ROOT / "params.yaml").data.model_copy(update={"image_size": None})
+    data = load_params(ROOT / "params.yaml").data
     (images, labels), _, classes = read_source(data)
     own = images[1000:], labels[1000:]
     parts = split(data, (images[:1000], labels[:1000]), own, classes)
@@ -329,7 +329,7 @@ def test_a_sources_own_test_images_stay_the_test_split():
     assert set(parts["test"].ids.tolist()) == set(range(1000, 1797))
 
 
-@pytest.mark.parametrize(("image_size", "pixels"), [(9, 9), ("auto", 12), (None, 8)])
+@pytest.mark.parametrize(("image_size", "pixels"), [(9, 9), (12, 12), (None, 8)])
 def test_images_are_resized_to_image_size(image_size, pixels):
     """To any size, uint8, and a flat image stays as it is."""
     data = load_params(ROOT / "params.yaml").data.model_copy(update={"image_size": image_size})
