@@ -1,7 +1,7 @@
 # What a person can do here: `make help`. Needs make, git and Python 3.11 or newer, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench repro test test-slow test-all lint format lock ui clean
+.PHONY: help setup setup-bench repro test test-slow test-all bench lint format lock ui clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
@@ -39,6 +39,9 @@ test-slow: $(READY) ## Run the slow tests
 
 test-all: $(READY_BENCH) ## Run every test: fast, slow, and those against peers
 	@$(IN_ENV) pytest --quiet $(ARGS)
+
+bench: $(READY_BENCH) ## Compare the engine with its peers: benchmarks/README.md (hours; ARGS=--quick)
+	@$(IN_ENV) python -m benchmarks.run $(ARGS)
 
 lint: $(READY) ## Check style, formatting and types: ruff and mypy
 	@$(IN_ENV) ruff check .

@@ -34,12 +34,12 @@ def test_the_defaults_are_valid_and_complete():
         ("source: digits", "source: imagenot", "data.source is 'imagenot'; allowed: 'digits'"),
         ("source: digits", "source: folder", "data.path is null"),
         ("validation_fraction: 0.2", "validation_fraction: 1.0", "data.validation_fraction is 1.0"),
-        ("vgg5 ", "vgg6 ", "network.architecture is 'vgg6'; allowed: vgg5, vgg9"),
+        ("resnet12 ", "vgg6 ", "network.architecture is 'vgg6'; allowed: vgg5, vgg9"),
         ("width: 0.25", "width: 0", "network.width is 0; allowed: greater than 0"),
         ("hidden: 128", "hidden: true", "network.hidden is True; allowed: integer"),
-        ("epochs: 60", "epochs: 6.5", "train_ann.epochs is 6.5; allowed: integer"),
+        ("epochs: 50", "epochs: 6.5", "train_ann.epochs is 6.5; allowed: integer"),
         ("momentum: 0.9", "momentum: much", "train_ann.momentum is 'much'; allowed: number"),
-        ("timesteps: 3 ", "timesteps: 0 ", "stdb.timesteps is 0; allowed: greater than or equal"),
+        ("timesteps: 8 ", "timesteps: 0 ", "stdb.timesteps is 0; allowed: greater than or equal"),
         ("alpha: 0.3", "alpha: 0", "stdb.alpha is 0; allowed: greater than 0"),
         ("alpha: 0.3", "alpha: .inf", "stdb.alpha is inf; allowed: a finite number"),
         ("beta: 0.01", "beta: -1", "stdb.beta is -1; allowed: greater than or equal to 0"),
@@ -72,8 +72,8 @@ def test_all_mistakes_are_said_at_once(tmp_path):
 
 def test_scientific_notation_is_a_number(tmp_path):
     """1e-4 is a string in YAML 1.1; people and DVC write it."""
-    params = load(tmp_path, "learning_rate: 3.0e-4", "learning_rate: 1e-4")
-    assert params.stdb.learning_rate == 1e-4
+    params = load(tmp_path, "learning_rate: 1.0e-4", "learning_rate: 2e-4")
+    assert params.stdb.learning_rate == 2e-4
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

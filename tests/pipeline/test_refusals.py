@@ -152,7 +152,7 @@ def test_a_file_that_is_no_parameter_file_is_refused(tmp_path, content):
 def test_a_number_may_be_written_as_people_write_it(tmp_path, text):
     """YAML 1.1 takes some of these for strings."""
     path = tmp_path / "params.yaml"
-    before = "learning_rate: 3.0e-4"
+    before = "learning_rate: 1.0e-4"
     assert before in TEXT
     path.write_text(TEXT.replace(before, f"learning_rate: {text}"))
     assert load_params(path).stdb.learning_rate == pytest.approx(1e-4)

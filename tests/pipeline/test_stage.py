@@ -169,7 +169,7 @@ def test_a_stage_knows_what_dvc_yaml_says(project):
     stage = Stage("work", load_params())
     assert [str(out) for out in stage.outs] == ["out/x.json", "plain.json", "metrics/m.json"]
     assert stage.tracked == {
-        "network.architecture": "vgg5",
+        "network.architecture": "resnet12",
         "network.width": 0.25,
         "network.hidden": 128,
         "network.dropout": 0.2,
