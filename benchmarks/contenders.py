@@ -267,7 +267,7 @@ def step(contender: str, workload: Workload, phase: str, batch: int) -> Callable
     optimizer.step()
 
     def run() -> None:
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()  # gives the gradients' memory back, for the new ones
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 

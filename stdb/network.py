@@ -324,7 +324,7 @@ class Presentation:
             few = events(x)
             return few.masked(mask) if few is not None else dense(x) * mask
         operator = OPERATORS[kind]
-        few = events(x) if operator.takes_events(module) else None
+        few = operator.events(module, x)
         if few is not None:
             return operator.of_events(module, few, self._prepared(i))
         return operator.forward(module, dense(x))

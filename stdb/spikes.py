@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from . import bits, kernels
 from .layout import from_matrix
 
-# Events times this many products cost what all products cost in a dense convolution or linear
-# layer (measured, `make bench`); above it the dense form is faster.
+# Below this share of events among values, working on events is faster than the dense form, which
+# gets more out of a processor the larger its matrices are.
 DENSITY_LIMIT = 0.25
+LINEAR_DENSITY_LIMIT = 0.1
 
 
 class Spikes:
@@ -65,10 +66,10 @@ class Spikes:
         return int(self._image_counts.sum())
 
     @property
-    def sparse(self) -> bool:
-        """Whether working on events is worth it."""
-        cpu = self.packed.device.type == "cpu"
-        return cpu and self.total < DENSITY_LIMIT * self.shape.numel()
+    def density(self) -> float:
+        """Spikes per neuron and step, which decides for events; 1 where they have no kernels."""
+        on_cpu = self.packed.device.type == "cpu"
+        return self.total / self.shape.numel() if on_cpu else 1.0
 
     @cached_property
     def _image_counts(self) -> np.ndarray:
@@ -131,9 +132,9 @@ class Events:
         return int((self.ends - self.begins).sum(dtype=np.int64))
 
     @property
-    def sparse(self) -> bool:
-        """Whether working on events is worth it."""
-        return self.total < DENSITY_LIMIT * self.shape.numel()
+    def density(self) -> float:
+        """Events per value."""
+        return self.total / self.shape.numel()
 
     def dense(self) -> Tensor:
         """As a tensor in channels-last order."""

@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_input
 
 from . import kernels
 from .layout import from_matrix, to_matrix
-from .spikes import Events, Spikes, column_blocks, tap_rows
+from .spikes import DENSITY_LIMIT, LINEAR_DENSITY_LIMIT, Events, Spikes, column_blocks, tap_rows
 
 INPUT, NEURON, DROPOUT, SUM, FLATTEN = "input", "neuron", "dropout", "sum", "flatten"
 
@@ -40,11 +40,11 @@ def dense(x: Value) -> Tensor:
     return x if isinstance(x, Tensor) else x.dense()
 
 
-def events(x: Value) -> Events | None:
-    """A value as events, where that is worth it."""
-    if isinstance(x, Spikes):
-        return x.events if x.sparse else None
-    return x if isinstance(x, Events) and x.sparse else None
+def events(x: Value, limit: float = DENSITY_LIMIT) -> Events | None:
+    """A value as events, where there are few enough."""
+    if isinstance(x, Tensor) or x.density >= limit:
+        return None
+    return x.events if isinstance(x, Spikes) else x
 
 
 def per_image(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ class Convolution:
         )
 
     @staticmethod
-    def takes_events(module: nn.Conv2d) -> bool:
-        """Groups have no kernel."""
-        return module.groups == 1
+    def events(module: nn.Conv2d, x: Value) -> Events | None:
+        """The input as events, where that is worth it; groups have no kernel."""
+        return events(x) if module.groups == 1 else None
 
     prepare = staticmethod(tap_rows)
 
@@ -110,7 +110,7 @@ class Convolution:
     @staticmethod
     def backward_weight(module: nn.Conv2d, grad: Tensor, x: Value, total: Tensor) -> None:
         """Add to ``total`` ∂L/∂W summed over time and batch, given ∂L/∂I."""
-        few = events(x) if module.groups == 1 else None
+        few = Convolution.events(module, x)
         if few is not None:
             total += few.convolved_weight(module, grad)
             return
@@ -155,9 +155,9 @@ class Dense:
         return F.linear(x, module.weight)
 
     @staticmethod
-    def takes_events(module: nn.Linear) -> bool:
-        """Always."""
-        return True
+    def events(module: nn.Linear, x: Value) -> Events | None:
+        """The input as events, where that is worth it."""
+        return events(x, LINEAR_DENSITY_LIMIT)
 
     prepare = staticmethod(column_blocks)
 
@@ -193,11 +193,16 @@ class AveragePool:
         return per_image(module, x)
 
     @staticmethod
-    def takes_events(module: nn.AvgPool2d) -> bool:
+    def plain(module: nn.AvgPool2d) -> bool:
         """Square windows side by side."""
         size = _pair(module.kernel_size)
         plain = size[0] == size[1] and _pair(module.stride) == size and not module.ceil_mode
         return plain and _pair(module.padding) == [0, 0] and module.divisor_override is None
+
+    @staticmethod
+    def events(module: nn.AvgPool2d, x: Value) -> Events | None:
+        """The input as events, where that is worth it."""
+        return events(x) if AveragePool.plain(module) else None
 
     @staticmethod
     def of_events(module: nn.AvgPool2d, x: Events, prepared: None) -> Events:
@@ -208,7 +213,7 @@ class AveragePool:
     def backward_input(module: nn.AvgPool2d, grad: Tensor, shape: torch.Size) -> Tensor:
         """Spread the gradient evenly over the window."""
         size = _pair(module.kernel_size)[0]
-        whole = AveragePool.takes_events(module) and shape[1] % size == 0
+        whole = AveragePool.plain(module) and shape[1] % size == 0
         if grad.device.type == "cpu" and whole:
             return _spread(to_matrix(grad), size, (*grad.shape[:2], *shape))
         images = grad.flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -264,9 +269,9 @@ class Flatten:
         return x.flatten(2)
 
     @staticmethod
-    def takes_events(module: nn.Module | None) -> bool:
-        """Always."""
-        return True
+    def events(module: nn.Module | None, x: Value) -> Events | None:
+        """The input as events, where that is worth it."""
+        return events(x)
 
     @staticmethod
     def of_events(module: nn.Module | None, x: Events, prepared: None) -> Events:
