@@ -83,9 +83,10 @@ def balance_loop(config: dict[str, Any]) -> None:
         normalise(share.images),
         params.timesteps,
         batch_size=params.batch_size,
+        percentile=params.percentile,
         residual_blocks=params.residual_blocks,
         sample_ids=share.ids,
-        reduce_max=lambda value: total(value, "max"),
+        reduce=total,
         progress=progress,
     )
     kept = [] if params.residual_blocks else sorted(residual_layers(snn))

@@ -125,6 +125,8 @@ class BalanceThresholdsParams(Section):
     """Calibration images, from the training split."""
     batch_size: Count
     """Images presented at once."""
+    percentile: Annotated[float, Field(gt=0, le=100)]
+    """V is this percentile of a layer's weighted inputs; 100, the paper's way, is the maximum."""
     residual_blocks: bool
     """Balance the layers in basic blocks too."""
     seed: Seed

@@ -2,10 +2,11 @@
 
 V_l is the largest weighted input W·O^{l−1}_t that layer l sees over the calibration images and all
 t, with λ = 1, no dropout, and all lower layers already at their V. The spike trains of the layers
-below are kept as bits, so every layer is computed twice (once for its maximum, once for its spikes)
-and not once for every layer above it.
+below are kept as bits, as far as memory allows, so every layer is computed twice (once for its
+maximum, once for its spikes) and not once for every layer above it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,6 +19,9 @@ from .neuron import fire
 from .spikes import Spikes
 from .synapse import INPUT, NEURON, Value, dense
 
+NOT_FINITE = 0x7F800000  # infinity's bits; NaN's are above
+DROPPED_BITS = 13  # of a float32's mantissa; the rest tells values 0.1 % apart from each other
+
 
 @torch.no_grad()
 def balance_thresholds(
@@ -26,9 +30,11 @@ def balance_thresholds(
     timesteps: int,
     *,
     batch_size: int = 64,
+    percentile: float = 100.0,
+    memory: int = 1 << 30,
     residual_blocks: bool = False,
     sample_ids: Tensor | None = None,
-    reduce_max: Callable[[Tensor], Tensor] | None = None,
+    reduce: Callable[[Tensor, str], Tensor] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, float]:
     """Set every V of ``snn`` by Algorithm 1; returns layer name → V.
@@ -38,10 +44,14 @@ def balance_thresholds(
         images: (N, C, H, W), calibration images from the training split, shuffled.
         timesteps: T of the calibration.
         batch_size: images presented at once; does not change the result.
+        percentile: V is this percentile of a layer's weighted inputs over images, neurons and time;
+            100 is the paper's maximum. Others are found to 0.1 %, from a histogram.
+        memory: bytes that spike trains may take. Those that find no room are made again when they
+            are needed, so that any number of images and steps fits; it does not change the result.
         residual_blocks: balance the layers in basic blocks too; the paper leaves them at 1 (§4.2).
         sample_ids: (N,) int64, the images' random streams.
-        reduce_max: maximum over several workers that each hold a part of the images; given and
-            returning a 0-d tensor.
+        reduce: ``(tensor, "max" or "sum")`` → the same over several workers that each hold a part
+            of the images.
         progress: called with (layer, V) as each is found.
 
     Raises:
@@ -51,38 +61,38 @@ def balance_thresholds(
         raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
     if len(images) < 1:
         raise ValueError("no calibration images")
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile is {percentile}; allowed: above 0, at most 100 (the maximum)")
     keep_at_one = set() if residual_blocks else residual_layers(snn)
     training = snn.training
     snn.eval()
     try:
-        batches = _present(snn, images, batch_size, sample_ids)
+        batches = _present(snn, images, batch_size, sample_ids, _Room(memory))
         found = {}
         labels = snn.graph.labels
         for position, i in enumerate(snn.graph.neurons):
             if labels[i] in keep_at_one:
                 value = 1.0
             else:
-                maxima = [
-                    to_matrix(batch.current(i, start, stop)).max()
+                currents = (
+                    to_matrix(batch.current(i, start, stop))
                     for batch in batches
                     for start, stop in batch.chunks(timesteps)
-                ]
-                largest = torch.stack(maxima).max()  # NaN if any is
-                if reduce_max is not None:
-                    largest = reduce_max(largest)
-                value = float(largest)
+                )
+                value = _percentile(currents, percentile, reduce)
                 if not 0 < value < float("inf"):
+                    which = (
+                        "largest weighted input" if percentile == 100 else f"{percentile} % point"
+                    )
                     raise ValueError(
-                        f"layer {labels[i]} has a largest weighted input of {value}, so no "
+                        f"layer {labels[i]} has a {which} of {value}, so no "
                         "threshold can be balanced; it is dead or has diverged: present more "
                         "steps, or look at the ANN's weights and the layers below it"
                     )
             found[labels[i]] = value
             last = position == len(snn.graph.neurons) - 1
             for batch in batches:
-                if not last:
-                    batch.keep_spikes(i, value, timesteps)
-                batch.forget(i)
+                batch.finish(i, value, timesteps, last)
             if progress is not None:
                 progress(labels[i], value)
         snn.set_thresholds(found, balanced=set(found) - keep_at_one)
@@ -91,8 +101,40 @@ def balance_thresholds(
     return found
 
 
+def _percentile(
+    currents: Iterator[Tensor],
+    percentile: float,
+    reduce: Callable[[Tensor, str], Tensor] | None,
+) -> float:
+    """A percentile of all values of some tensors; NaN if a value is and 100 is asked for."""
+    if percentile == 100:
+        largest = torch.stack([current.max() for current in currents]).max()
+        return float(largest if reduce is None else reduce(largest, "max"))
+    # floats above 0 are in the order of their bits; the upper ones make a histogram
+    counts = torch.zeros(1 << (31 - DROPPED_BITS), dtype=torch.int64)
+    for current in currents:
+        bins = current.float().clamp_(min=0).view(torch.int32).bitwise_right_shift_(DROPPED_BITS)
+        counts = counts.to(bins.device)
+        counts += torch.bincount(bins.flatten(), minlength=len(counts))
+    if reduce is not None:
+        counts = reduce(counts, "sum")
+    if int(counts[NOT_FINITE >> DROPPED_BITS :].sum()):
+        return math.nan
+    below = counts.cumsum(0)
+    wanted = math.ceil(int(below[-1]) * percentile / 100)
+    place = int(torch.searchsorted(below, torch.tensor(wanted, device=below.device)))
+    if place == 0:
+        return 0.0
+    upper = torch.tensor((place + 1) << DROPPED_BITS, dtype=torch.int32)
+    return float(upper.view(torch.float32))
+
+
 def _present(
-    snn: SpikingNetwork, images: Tensor, batch_size: int, sample_ids: Tensor | None
+    snn: SpikingNetwork,
+    images: Tensor,
+    batch_size: int,
+    sample_ids: Tensor | None,
+    room: "_Room",
 ) -> list["_Calibration"]:
     """The calibration images in batches, each a presentation at t = 0."""
     if sample_ids is None:
@@ -100,18 +142,39 @@ def _present(
     # V = 1 is a placeholder until a layer's own is known
     snn.set_thresholds(dict.fromkeys(snn.thresholds, 1.0), balanced=())
     return [
-        _Calibration(snn.present(part, sample_ids=ids))
+        _Calibration(snn.present(part, sample_ids=ids), room)
         for part, ids in zip(images.split(batch_size), sample_ids.split(batch_size), strict=True)
     ]
 
 
-class _Calibration:
-    """The spike trains of one batch, as bits: node → one packed matrix a chunk."""
+class _Room:
+    """Bytes that spike trains may still take."""
 
-    def __init__(self, presentation: Presentation) -> None:
-        self.presentation = presentation
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    def take(self, size: int) -> bool:
+        """Whether there was room for ``size`` bytes, now taken."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+class _Calibration:
+    """The spike trains of one batch, as bits: node → one packed matrix a chunk.
+
+    Where there is no room for a layer's train, it is run again in every pass; chunks come in order.
+    """
+
+    def __init__(self, presentation: Presentation, room: _Room) -> None:
+        self.presentation, self.room = presentation, room
+        self.graph = presentation.network.graph
         self.trains: dict[int, list[Tensor]] = {}
-        self.shapes: dict[int, tuple[int, ...]] = {}
+        self.thresholds: dict[int, float] = {}  # of the layers that are done
+        self.shapes: dict[int, torch.Size] = {}
+        self.membranes: dict[int, Tensor] = {}  # of layers that run, and their last chunk
+        self.running: dict[int, tuple[int, Spikes]] = {}
 
     def chunks(self, timesteps: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of every chunk."""
@@ -120,44 +183,58 @@ class _Calibration:
             yield start, min(start + size, timesteps)
 
     def value(self, i: int, start: int, stop: int) -> Value:
-        """A node's value in a chunk, from the spike trains below it."""
+        """A node's value in a chunk."""
         presentation = self.presentation
-        node = presentation.network.graph.nodes[i]
+        node = self.graph.nodes[i]
         if node.kind == INPUT:
             return presentation.network.encoder(presentation.images, start, stop, presentation.keys)
-        if node.kind == NEURON:
-            size = presentation.network._chunk_size(presentation)
-            packed = self.trains[i][start // size]
+        if node.kind != NEURON:
+            return presentation.apply(i, [self.value(j, start, stop) for j in node.inputs])
+        if i in self.trains:
+            packed = self.trains[i][start // presentation.network._chunk_size(presentation)]
             shape = torch.Size((stop - start, *self.shapes[i]))
             return Spikes(packed, shape, presentation.images.dtype)
-        return presentation.apply(i, [self.value(j, start, stop) for j in node.inputs])
+        if i not in self.running or self.running[i][0] != start:
+            self.running[i] = start, self._run(i, start, stop)
+        return self.running[i][1]
+
+    def _run(self, i: int, start: int, stop: int) -> Spikes:
+        """Run a layer at its threshold with λ = 1 through a chunk."""
+        current = self.current(i, start, stop)
+        self.shapes[i] = current.shape[1:]
+        matrix = to_matrix(current, copy=current.device.type != "cpu")
+        if start == 0:
+            self.membranes[i] = torch.zeros_like(matrix[0])
+        packed = fire(matrix, self.membranes[i], self.thresholds[i], 1.0)
+        return Spikes(packed, current.shape, current.dtype)
 
     def current(self, neuron: int, start: int, stop: int) -> Tensor:
         """The weighted input of a spiking layer in a chunk."""
-        source = self.presentation.network.graph.nodes[neuron].inputs[0]
-        return dense(self.value(source, start, stop))
+        return dense(self.value(self.graph.nodes[neuron].inputs[0], start, stop))
 
-    def keep_spikes(self, neuron: int, threshold: float, timesteps: int) -> None:
-        """Run a layer at its threshold with λ = 1, and keep its spikes."""
-        membrane: Tensor | None = None
-        self.trains[neuron] = []
-        for start, stop in self.chunks(timesteps):
-            current = self.current(neuron, start, stop)
-            self.shapes[neuron] = tuple(current.shape[1:])
-            matrix = to_matrix(current, copy=True)
-            membrane = torch.zeros_like(matrix[0]) if membrane is None else membrane
-            self.trains[neuron].append(fire(matrix, membrane, threshold, 1.0))
-
-    def forget(self, done: int) -> None:
-        """Drop the spike trains that no layer above ``done`` reads."""
-        nodes = self.presentation.network.graph.nodes
+    def finish(self, neuron: int, threshold: float, timesteps: int, last: bool) -> None:
+        """A layer's V is known: keep its spikes, if there is room, and drop what is done with."""
+        self.thresholds[neuron] = threshold
+        self.running.clear()
+        self.membranes.clear()
+        if not last:
+            train: list[Tensor] = []
+            for start, stop in self.chunks(timesteps):
+                packed = self._run(neuron, start, stop).packed
+                if not train and not self.room.take(timesteps * packed.shape[1]):
+                    break
+                train.append(packed)
+            if train:
+                self.trains[neuron] = train
+        self.running.clear()
+        self.membranes.clear()
         needed: set[int] = set()
-        frontier = [nodes[i].inputs[0] for i in self.presentation.network.graph.neurons if i > done]
+        frontier = [self.graph.nodes[i].inputs[0] for i in self.graph.neurons if i > neuron]
         while frontier:
             i = frontier.pop()
-            if nodes[i].kind == NEURON:
+            if i in self.trains:
                 needed.add(i)
-            else:
-                frontier.extend(nodes[i].inputs)
+            else:  # made again from what is below it
+                frontier.extend(self.graph.nodes[i].inputs)
         for i in [i for i in self.trains if i not in needed]:
-            del self.trains[i]
+            self.room.left += sum(packed.numel() for packed in self.trains.pop(i))

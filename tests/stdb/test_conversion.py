@@ -340,31 +340,69 @@ def test_balancing_against_algorithm_1(residual_blocks, batch_size, chunk):
     assert snn.training
 
 
-def test_balancing_over_workers():
-    """Two workers with half of the images each, exchanging maxima, find the V of all images."""
+@pytest.mark.parametrize("percentile", [100, 99])
+def test_balancing_over_workers(percentile):
+    """Two workers with half of the images each, exchanging what they saw, find the V of all."""
     ann, images = build("resnet8"), torch.rand(6, 1, 8, 8)
-    expected = stdb.balance_thresholds(convert(ann), images, 20)
+    expected = stdb.balance_thresholds(convert(ann), images, 20, percentile=percentile)
     barrier, values = threading.Barrier(2, timeout=30), {}
 
     def work(rank):
-        def reduce_max(value):
-            assert value.dim() == 0
+        def reduce(value, op):
             values[rank] = value
             barrier.wait()
-            largest = torch.maximum(values[0], values[1])
+            merged = torch.stack([values[0], values[1]])
+            merged = merged.amax(0) if op == "max" else merged.sum(0)
             barrier.wait()
-            return largest
+            return merged
 
         part = slice(3 * rank, 3 * rank + 3)
         return stdb.balance_thresholds(
-            convert(ann), images[part], 20, sample_ids=torch.arange(6)[part], reduce_max=reduce_max
-        )
+            convert(ann), images[part], 20, sample_ids=torch.arange(6)[part], reduce=reduce,
+            percentile=percentile,
+        )  # fmt: skip
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(work, range(2)))
     assert found == [expected, expected]
     alone = stdb.balance_thresholds(convert(ann), images[:3], 20)
     assert alone != expected
+
+
+@pytest.mark.parametrize("memory", [0, 1500, 40_000])
+def test_balancing_in_little_memory(memory):
+    """Spike trains that find no room are made again: the same thresholds, bit for bit."""
+    ann, images = build("resnet8"), torch.rand(6, 1, 8, 8)
+    expected = stdb.balance_thresholds(convert(ann), images, 25, batch_size=2)
+    assert (
+        stdb.balance_thresholds(convert(ann), images, 25, batch_size=2, memory=memory) == expected
+    )
+
+
+@pytest.mark.parametrize("percentile", [50, 90, 99.9])
+def test_percentile_of_the_weighted_inputs(percentile):
+    """V of the first layer is the quantile of all its inputs, to 0.1 %; higher layers follow."""
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Linear(5, 40, bias=False), nn.ReLU(), nn.Linear(40, 3, bias=False))
+    with torch.no_grad():
+        net[0].weight.abs_()
+    images = torch.rand(30, 5).view(30, 5, 1, 1)
+    ann = nn.Sequential(nn.Flatten(), *net)
+    snn = stdb.convert(ann, stdb.PoissonEncoder(0))
+    inputs = stdb.PoissonEncoder(0)(images, 0, 40, snn.present(images).keys).flatten(2)
+    currents = (inputs @ net[0].weight.t()).flatten().double()
+    found = stdb.balance_thresholds(snn, images, 40, percentile=percentile, batch_size=7)
+    wanted = currents.detach().quantile(percentile / 100, interpolation="higher")
+    assert next(iter(found.values())) == pytest.approx(float(wanted), rel=1.1e-3)
+
+
+@pytest.mark.parametrize("percentile", [0, -1, 100.1, float("nan")])
+def test_an_impossible_percentile(percentile):
+    """The message says what is allowed."""
+    with pytest.raises(ValueError, match=r"percentile is .*allowed: above 0, at most 100"):
+        stdb.balance_thresholds(
+            convert(build("resnet8")), torch.rand(2, 1, 8, 8), 5, percentile=percentile
+        )
 
 
 @pytest.mark.parametrize("place", [0, 3])
