@@ -19,8 +19,7 @@ from .layout import from_matrix
 
 # Below this share of events among values, working on events is faster than the dense form, which
 # gets more out of a processor the larger its matrices are.
-DENSITY_LIMIT = 0.25
-LINEAR_DENSITY_LIMIT = 0.1
+DENSITY_LIMITS = {"convolution": 0.25, "linear": 0.1}
 
 
 class Spikes:

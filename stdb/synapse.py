@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_input
 
 from . import kernels
 from .layout import from_matrix, to_matrix
-from .spikes import DENSITY_LIMIT, LINEAR_DENSITY_LIMIT, Events, Spikes, column_blocks, tap_rows
+from .spikes import DENSITY_LIMITS, Events, Spikes, column_blocks, tap_rows
 
 INPUT, NEURON, DROPOUT, SUM, FLATTEN = "input", "neuron", "dropout", "sum", "flatten"
 
@@ -40,9 +40,9 @@ def dense(x: Value) -> Tensor:
     return x if isinstance(x, Tensor) else x.dense()
 
 
-def events(x: Value, limit: float = DENSITY_LIMIT) -> Events | None:
-    """A value as events, where there are few enough."""
-    if isinstance(x, Tensor) or x.density >= limit:
+def events(x: Value, purpose: str = "convolution") -> Events | None:
+    """A value as events, where there are few enough for the purpose."""
+    if isinstance(x, Tensor) or x.density >= DENSITY_LIMITS[purpose]:
         return None
     return x.events if isinstance(x, Spikes) else x
 
@@ -157,7 +157,7 @@ class Dense:
     @staticmethod
     def events(module: nn.Linear, x: Value) -> Events | None:
         """The input as events, where that is worth it."""
-        return events(x, LINEAR_DENSITY_LIMIT)
+        return events(x, "linear")
 
     prepare = staticmethod(column_blocks)
 

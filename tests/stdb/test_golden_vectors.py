@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import stdb
+from stdb.spikes import DENSITY_LIMITS
 
 FOLDER = Path(os.environ.get("STDB_VECTORS", Path(__file__).parents[1] / "vectors"))
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -46,7 +47,7 @@ def resnet():
 class Case:
     """One file as a network with its weights, thresholds and surrogate."""
 
-    def __init__(self, path: Path, dtype: torch.dtype):
+    def __init__(self, path: Path, dtype: torch.dtype, learn: bool = False):
         with np.load(path) as arrays:
             self.arrays = {name: arrays[name] for name in arrays.files}
         self.dtype = dtype
@@ -67,7 +68,7 @@ class Case:
         self.labels = torch.from_numpy(self.arrays["labels"])
         self.snn = stdb.convert(
             net, stdb.SpikeTrain(train), surrogate, float(self.arrays["leak"]),
-            learn_thresholds=True, learn_leaks=True,
+            learn_thresholds=learn, learn_leaks=learn,
         ).train()  # fmt: skip
         self.snn.set_thresholds(
             dict(zip(self.snn.thresholds, self.arrays["thresholds"].tolist(), strict=True))
@@ -101,18 +102,27 @@ def test_there_are_vectors():
     assert FILES, f"no *.npz in {FOLDER}"
 
 
+# Every product from events and the fused backward pass of STDB; or every product dense, and the
+# backward pass that learns V and λ too.
+FORMS = {"events": (2.0, False), "dense": (0.0, True)}
 CASES = [
-    pytest.param(path, dtype, position, id=f"{path.stem}-{str(dtype)[6:]}-chunk{position}")
+    pytest.param(
+        path, dtype, position, form, id=f"{path.stem}-{str(dtype)[6:]}-chunk{position}-{form}"
+    )
     for path in FILES
     for dtype in (torch.float32, torch.float64)
     for position in range(4)
+    for form in FORMS
 ]
 
 
-@pytest.mark.parametrize(("path", "dtype", "position"), CASES)
-def test_presentation(path, dtype, position):
+@pytest.mark.parametrize(("path", "dtype", "position", "form"), CASES)
+def test_presentation(monkeypatch, path, dtype, position, form):
     """Spikes equal, logits and loss to 1e-5, gradients to 1e-4 relative, whatever the chunk."""
-    case = Case(path, dtype)
+    limit, learn = FORMS[form]
+    for purpose in DENSITY_LIMITS:
+        monkeypatch.setitem(DENSITY_LIMITS, purpose, limit)
+    case = Case(path, dtype, learn)
     case.snn.chunk = chunks(case.timesteps)[position]
     with stdb.record_spikes(case.snn, trains=True) as statistics:
         presentation = case.snn.present(case.images, masks=case.masks)
@@ -130,6 +140,8 @@ def test_presentation(path, dtype, position):
     weights = [p for n, p in case.snn.net.named_parameters() if n.endswith("weight")]
     for parameter, name in zip(weights, case.weights, strict=True):
         close(parameter.grad, case.arrays[name.replace("weight", "grad")], 1e-4)
+    if not learn:
+        return
     neurons = list(case.snn.neurons.values())
     close(torch.stack([n.threshold.grad for n in neurons]), case.arrays["grad_thresholds"], 1e-4)
     close(torch.stack([n.leak.grad for n in neurons]), case.arrays["grad_leaks"], 1e-4)

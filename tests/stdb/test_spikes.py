@@ -1,0 +1,148 @@
+"""Spikes and events of a chunk, against torch's dense operators; one thread and several."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from stdb import bits, kernels, neuron
+from stdb.layout import to_matrix
+from stdb.spikes import Spikes, column_blocks, tap_rows
+from stdb.surrogate import STDB
+from stdb.synapse import AveragePool
+
+STEPS, BATCH = 3, 2
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"], autouse=True)
+def threads(request, monkeypatch):
+    """However little there is to do."""
+    monkeypatch.setattr(kernels, "WORK_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def spikes(channels, size, density=0.2, dtype=torch.float64, seed=0):
+    """Spikes (STEPS, BATCH, channels, size, size), as both forms."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (STEPS, BATCH, channels, size, size)
+    dense = (torch.rand(shape, generator=generator) < density).to(dtype)
+    return dense, Spikes(bits.pack(to_matrix(dense)), dense.shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("channels", "size"), [(1, 1), (3, 5), (8, 4), (70, 3)])
+def test_forms_of_spikes(channels, size, density, dtype):
+    """Bits, events and dense tensor say the same; so do counts."""
+    dense, few = spikes(channels, size, density, dtype)
+    assert torch.equal(few.dense(), dense)
+    assert torch.equal(few.counts(), dense.sum(0))
+    assert few.total == few.events.total == dense.sum()
+    assert few.density == pytest.approx(float(dense.mean()))
+    assert torch.equal(few.events.dense(), dense)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_convolution(data):
+    """Any kernel, stride, padding, dilation; product and weight gradient, to rounding."""
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    channels, filters, kernel = draw(1, 9), draw(1, 80), draw(1, 3)
+    module = nn.Conv2d(
+        channels, filters, kernel, draw(1, 2), draw(0, 2), draw(1, 2), bias=False
+    ).double()
+    dense, few = spikes(channels, draw(5, 8), data.draw(st.sampled_from([0.05, 0.3, 1.0])))
+    mask = (torch.rand(dense.shape[1:]) < 0.7).double() / 0.7
+    events = few.events.masked(mask)
+    x = (dense * mask).flatten(0, 1)
+    expected = module(x)
+    product = events.convolved(module, tap_rows(module))
+    torch.testing.assert_close(product.flatten(0, 1), expected)
+    grad = torch.randn_like(product)
+    expected.backward(grad.flatten(0, 1))
+    torch.testing.assert_close(events.convolved_weight(module, grad), module.weight.grad)
+
+
+@pytest.mark.parametrize("outputs", [1, 64, 77, 300])
+def test_linear_after_flatten(outputs):
+    """Channels first as torch flattens, blocks of columns and the rest."""
+    dense, few = spikes(6, 4)
+    module = nn.Linear(6 * 16, outputs, bias=False).double()
+    flat = few.events.flattened()
+    assert torch.equal(flat.dense(), dense.flatten(2))
+    product = flat.multiplied(module, column_blocks(module))
+    torch.testing.assert_close(product, module(dense.flatten(2)).detach())
+
+
+@pytest.mark.parametrize(("window", "size"), [(2, 4), (2, 5), (3, 6), (4, 4)])
+@pytest.mark.parametrize("density", [0.1, 0.9])
+def test_average_pooling(window, size, density):
+    """Each channel is one event a window, whatever of it fires; the gradient spreads back."""
+    dense, few = spikes(5, size, density)
+    module = nn.AvgPool2d(window)
+    x = dense.flatten(0, 1).requires_grad_()
+    expected = module(x)
+    events = few.events.pooled(window)
+    torch.testing.assert_close(events.dense().flatten(0, 1), expected.detach())
+    assert events.total == int((expected > 0).sum())
+    grad = torch.randn(STEPS, BATCH, *expected.shape[1:], dtype=torch.float64)
+    expected.backward(grad.flatten(0, 1))
+    spread = AveragePool.backward_input(module, grad, dense.shape[2:])
+    torch.testing.assert_close(spread.flatten(0, 1), x.grad)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 1000, 4099])
+@pytest.mark.parametrize("leak", [1.0, 0.75])
+def test_neurons(count, leak):
+    """Fire, latest spikes and the fused backward pass, against torch step after step."""
+    generator = torch.Generator().manual_seed(count)
+    current = torch.randn(9, count, generator=generator, dtype=torch.float64)
+    membrane = torch.randn(count, generator=generator, dtype=torch.float64)
+    times = torch.randint(0, 5, (count,), generator=generator).to(torch.int16)
+    u, expected = membrane.clone(), []
+    fired = (u > 0.5).double()
+    for t in range(9):
+        u = leak * u - 0.5 * fired + current[t]
+        fired = (u > 0.5).double()
+        expected.append(fired)
+    dense = torch.stack(expected)
+    packed = neuron.fire(current, membrane, 0.5, leak)
+    assert torch.equal(bits.unpack(packed, count, torch.float64), dense)
+    assert torch.equal(membrane, u)
+    surrogate = STDB(0.3, 0.05)
+    slope = surrogate.of_spikes(dense, times, 4)
+    grad = torch.randn(9, count, generator=generator, dtype=torch.float64)
+    for carry in (None, torch.randn(count, generator=generator, dtype=torch.float64)):
+        for temporal in (True, False):
+            wanted = neuron.backpropagate(grad * slope, carry, leak, temporal)
+            found = neuron.backpropagate_stdb(
+                grad.clone(), packed, times, 4, surrogate, 0.5, carry, leak, temporal
+            )
+            torch.testing.assert_close(found, wanted)
+    later = times.clone()
+    neuron.latest(packed, later, 4)
+    steps = torch.arange(5, 14, dtype=torch.int16)[:, None]
+    assert torch.equal(later, torch.maximum(times, (dense.to(torch.int16) * steps).amax(0)))
+
+
+def test_a_group_of_channels_has_no_kernel():
+    """It is computed densely, with the same result."""
+    torch.manual_seed(0)
+    import stdb
+
+    ann = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False), nn.ReLU(),
+        nn.Flatten(), nn.Linear(8 * 36, 3, bias=False),
+    )  # fmt: skip
+    snn = stdb.convert(ann, stdb.PoissonEncoder(0))
+    images = torch.rand(2, 2, 6, 6)
+    stdb.balance_thresholds(snn, images, 10)
+    logits = snn(images, 10)
+    F.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None for p in snn.parameters() if p.requires_grad)
