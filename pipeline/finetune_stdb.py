@@ -128,7 +128,7 @@ def train_loop(config: dict[str, Any]) -> None:
     )
     state = fit(
         "finetune_stdb", snn.net, model, windows, optimizer, train, params, validate, rank, world,
-        params.clip,
+        params.clip, params.micro_batch, snn.constrain,
     )  # fmt: skip
     snn.net.load_state_dict(state["best_network"])
     found = evaluate_snn(snn, test, params.timesteps, 128, rank, world)

@@ -55,6 +55,8 @@ def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetw
         surrogate,
         params.leak,
         temporal_gradient=params.temporal_gradient,
+        learn_thresholds=params.learn_thresholds,
+        learn_leaks=params.learn_leaks,
         chunk=params.chunk,
         dropout_seed=seed,
     )

@@ -163,6 +163,10 @@ class StdbParams(Schedule):
     """The surrogate over U/V instead of U."""
     temporal_gradient: bool
     """Keep the leak path in the backward pass."""
+    learn_thresholds: bool
+    """V of every layer learns too (DIET-SNN)."""
+    learn_leaks: bool
+    """λ of every layer learns too (DIET-SNN)."""
     truncate: Count | None
     """t' of truncated BPTT (§2.2)."""
     threshold_scale: Positive | None
@@ -171,6 +175,8 @@ class StdbParams(Schedule):
     """Of every dropout layer while fine-tuning."""
     clip: Positive | None
     """Largest norm of the gradient."""
+    micro_batch: Count | None
+    """Images that a worker presents at once; their gradients add up to the batch's."""
     chunk: Count | None
     """Time steps computed at once."""
 

@@ -56,6 +56,8 @@ def fit(
     rank: int,
     world: int,
     clip: float | None = None,
+    micro_batch: int | None = None,
+    constrain: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train, epoch by epoch, and report the state after each.
 
@@ -72,6 +74,8 @@ def fit(
         rank: of this worker.
         world: number of workers.
         clip: largest norm of the gradient.
+        micro_batch: images that a worker presents at once; None for its whole share.
+        constrain: called after every step of the optimiser.
 
     Returns:
         The state: ``history`` (metrics by epoch), ``best`` (validation accuracy), ``best_epoch``,
@@ -109,8 +113,9 @@ def fit(
             images = share.images.to(device)
             if params.augment:
                 images = augment(images, share.ids.to(device), params.seed, epoch)
-            loss, correct = _step(
-                model, windows, optimizer, normalise(images), share, epoch, len(batch), world
+            optimizer.zero_grad(set_to_none=True)
+            loss, correct = _backward(
+                model, windows, normalise(images), share, epoch, world / len(batch), micro_batch
             )
             norm = float(nn.utils.clip_grad_norm_(network.parameters(), clip or float("inf")))
             if not (torch.isfinite(loss) and norm < float("inf")):
@@ -120,6 +125,8 @@ def fit(
                     "fewer timesteps may help"
                 )
             optimizer.step()
+            if constrain is not None:
+                constrain()
             sums += torch.stack([loss.double() * len(share), correct.double()])
             if rank == 0 and time.monotonic() - said > STEPS_EVERY:
                 said = time.monotonic()
@@ -158,31 +165,36 @@ def fit(
     return state
 
 
-def _step(
+def _backward(
     model: nn.Module,
     windows: Windows,
-    optimizer: torch.optim.Optimizer,
     images: Tensor,
     share: Split,
     epoch: int,
-    batch_size: int,
-    world: int,
+    weight: float,
+    micro_batch: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward; the gradient is that of the global batch's mean loss.
+    """Forward and backward; the gradient is ``weight`` times the sum of the images' losses.
 
     Returns:
         The last window's mean loss over this worker's share, and the number of correct predictions.
     """
-    labels = share.labels.to(images.device)
-    optimizer.zero_grad(set_to_none=True)
-    presentations = list(windows(images, share.ids.to(images.device), epoch))
-    for position, present in enumerate(presentations, start=1):
-        if isinstance(model, DistributedDataParallel):  # average once, after the last window
-            model.require_backward_grad_sync = position == len(presentations)
-        logits = present()
-        loss = F.cross_entropy(logits, labels)
-        (loss * (len(share) * world / batch_size)).backward()
-    return loss.detach(), (logits.argmax(1) == labels).sum()
+    labels, ids = share.labels.to(images.device), share.ids.to(images.device)
+    parts = torch.arange(len(images), device=images.device).split(micro_batch or len(images))
+    losses = torch.zeros((), device=images.device, dtype=images.dtype)
+    correct = torch.zeros((), device=images.device, dtype=torch.int64)
+    for part in parts:
+        presentations = list(windows(images[part], ids[part], epoch))
+        for position, present in enumerate(presentations, start=1):
+            if isinstance(model, DistributedDataParallel):  # average once, after all else
+                last = part is parts[-1] and position == len(presentations)
+                model.require_backward_grad_sync = last
+            logits = present()
+            loss = F.cross_entropy(logits, labels[part], reduction="sum")
+            (loss * weight).backward()
+        losses += loss.detach()
+        correct += (logits.argmax(1) == labels[part]).sum()
+    return losses / len(images), correct
 
 
 def _gradient_norms(network: nn.Module) -> dict[str, float]:

@@ -39,6 +39,7 @@ Encoder = Callable[[Tensor, int, int, Tensor], Tensor]
 Observer = Callable[["Presentation", str, Value], None]
 
 IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at
+SMALLEST_THRESHOLD, SMALLEST_LEAK = 0.01, 0.01  # of what is learned
 STEPS_PER_SNAPSHOT = 32  # last spike times are kept this often; those in between are found again
 DROPOUT_STREAM = 1 << 40  # no step t of an encoder with the same seed comes here
 
@@ -217,6 +218,19 @@ class SpikingNetwork(nn.Module):
                 neuron.balanced_threshold.fill_(
                     thresholds[name] if name in chosen else float("nan")
                 )
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Bring learned V and λ back to where they have a meaning; after an optimiser's step.
+
+        V stays at ``SMALLEST_THRESHOLD`` of its balanced value or above, λ within (0, 1].
+        """
+        for neuron in self.neurons.values():
+            if neuron.threshold.requires_grad:
+                balanced = neuron.balanced_threshold.nan_to_num(nan=1.0)
+                neuron.threshold.clamp_(min=SMALLEST_THRESHOLD * balanced)
+            if neuron.leak.requires_grad:
+                neuron.leak.clamp_(SMALLEST_LEAK, 1.0)
 
     @torch.no_grad()
     def scale_thresholds(self, factor: float) -> None:

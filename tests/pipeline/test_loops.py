@@ -25,7 +25,7 @@ NETWORK = NetworkParams(
     architecture="vgg5", width=0.1, hidden=16, dropout=0.3, classifier_dropout=0.5
 )
 STDB = PARAMS.stdb.model_copy(
-    update={"epochs": 1, "batch_size": 24, "learning_rate": 1e-3, "milestones": []}
+    update={"timesteps": 3, "epochs": 1, "batch_size": 24, "learning_rate": 1e-3, "milestones": []}
 )
 THRESHOLDS = {"conv1": 2.0, "conv2": 0.7, "conv3": 0.6, "fc1": 0.5, "fc2": 0.4}
 
@@ -206,7 +206,10 @@ UNTRACKED_BY_BALANCING = {
     "beta": 0.9,
     "over_threshold": True,
     "temporal_gradient": False,
+    "learn_thresholds": True,
+    "learn_leaks": True,
     "truncate": 1,
+    "micro_batch": 2,
     "threshold_scale": 0.3,
     "dropout": 0.9,
     "seed": 7,

@@ -11,7 +11,7 @@ from torch import nn
 import pipeline.training
 from pipeline.data import Split, augment, normalise
 from pipeline.params import Schedule
-from pipeline.training import DivergenceError, _step, fit, learning_rate, order
+from pipeline.training import DivergenceError, _backward, fit, learning_rate, order
 
 
 def schedule(**changes) -> Schedule:
@@ -65,7 +65,17 @@ def job(monkeypatch) -> Job:
     return Job(monkeypatch)
 
 
-def train(network, params, *, split=None, windows=None, validate=None, world=1, clip=None):
+def train(
+    network,
+    params,
+    *,
+    split=None,
+    windows=None,
+    validate=None,
+    world=1,
+    clip=None,
+    micro_batch=None,
+):
     """fit() with Adam, whose state has to survive too."""
     optimizer = torch.optim.Adam(network.parameters(), lr=params.learning_rate)
 
@@ -75,6 +85,7 @@ def train(network, params, *, split=None, windows=None, validate=None, world=1, 
     return fit(
         "a_stage", network, network, windows or simple, optimizer, split or images(), params,
         validate or (lambda epoch: {"accuracy/validation": epoch / 100}), 0, world, clip,
+        micro_batch,
     )  # fmt: skip
 
 
@@ -280,11 +291,27 @@ def test_the_mean_of_the_workers_gradients_is_that_of_the_global_batch(count, wo
 
     def gradients(rank, of):
         share = split.share(rank, of)
-        _step(network, windows, optimizer, normalise(share.images), share, 1, count, of)
+        optimizer.zero_grad()
+        _backward(network, windows, normalise(share.images), share, 1, of / count, None)
         return torch.cat([p.grad.flatten() for p in network.parameters()])
 
     mean = torch.stack([gradients(rank, world) for rank in range(world)]).mean(0)
     torch.testing.assert_close(mean, gradients(0, 1), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 8, 100])
+def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(job, micro_batch):
+    """A training in little memory learns the same, to rounding; loss and accuracy too."""
+    torch.manual_seed(0)
+    whole = tiny().eval()
+    parts = copy.deepcopy(whole)
+    one = train(whole, schedule())
+    other = train(parts, schedule(), micro_batch=micro_batch)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    for a, b in zip(one["history"], other["history"], strict=True):
+        assert a["loss/train"] == pytest.approx(b["loss/train"], rel=1e-4)
+        assert a["accuracy/train"] == b["accuracy/train"]
 
 
 def test_fewer_images_in_a_batch_than_workers_is_refused(job):

@@ -473,3 +473,26 @@ def test_only_the_output_learns():
         gradients.append(snn.net[10].weight.grad)
     assert gradients[0].abs().max() > 0
     assert torch.equal(*gradients)
+
+
+def test_learned_thresholds_and_leaks_stay_where_they_have_a_meaning():
+    """However large the step: V above 0, λ in (0, 1]; what does not learn is left alone."""
+    ann = nn.Sequential(
+        nn.Flatten(), linear(4, 5), nn.ReLU(), linear(5, 5), nn.ReLU(), linear(5, 2)
+    )
+    snn = stdb.convert(ann, stdb.PoissonEncoder(0), learn_thresholds=True, learn_leaks=True)
+    snn.set_thresholds(dict.fromkeys(snn.thresholds, 2.0))
+    first, second = snn.neurons.values()
+    with torch.no_grad():
+        first.threshold.fill_(-3.0), second.threshold.fill_(0.5)
+        first.leak.fill_(1.5), second.leak.fill_(-0.1)
+    snn.constrain()
+    assert (first.threshold.item(), second.threshold.item()) == (pytest.approx(0.02), 0.5)
+    assert (first.leak.item(), second.leak.item()) == (1.0, pytest.approx(0.01))
+    snn(torch.rand(2, 1, 2, 2), 3).sum().backward()  # presents without complaint
+    for neuron in snn.neurons.values():
+        neuron.threshold.requires_grad_(False)
+    with torch.no_grad():
+        first.threshold.fill_(1e-9)
+    snn.constrain()
+    assert first.threshold.item() == pytest.approx(1e-9)
