@@ -146,7 +146,8 @@ def spikes_per_layer(converted: dict, tuned: dict) -> Figure:
     x = range(len(before))
     axes.bar([i - 0.2 for i in x], list(before.values()), 0.4, color=CONVERTED, label="converted")
     axes.bar([i + 0.2 for i in x], list(after.values()), 0.4, color=FINETUNED, label="STDB")
-    axes.set_xticks(list(x), list(before), rotation=45 if len(before) > 8 else 0)
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(list(x), list(before), **(slanted if len(before) > 8 else {}))
     axes.legend(frameon=False)
     return figure
 
