@@ -7,6 +7,7 @@ Reads what the other stages wrote; trains and evaluates nothing. Out: report/REA
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -146,7 +147,7 @@ def spikes_per_layer(converted: dict, tuned: dict) -> Figure:
     x = range(len(before))
     axes.bar([i - 0.2 for i in x], list(before.values()), 0.4, color=CONVERTED, label="converted")
     axes.bar([i + 0.2 for i in x], list(after.values()), 0.4, color=FINETUNED, label="STDB")
-    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(list(x), list(before), **(slanted if len(before) > 8 else {}))
     axes.legend(frameon=False)
     return figure
