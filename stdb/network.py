@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from . import bits
 from .encoding import check_images, derive, sample_keys, uniform
 from .layout import from_matrix, to_layout, to_matrix
-from .neuron import SpikingNeuron, backpropagate, backpropagate_stdb, fire, latest, membranes
+from .neuron import SpikingNeuron, backpropagate, backpropagate_stdb, fire, fuses, latest, membranes
 from .spikes import Spikes
 from .surrogate import STDB
 from .synapse import (
@@ -587,7 +587,7 @@ class Presentation:
         neuron, v, leak = self.modules[i], self.threshold[i], self.leak[i]
         surrogate, temporal = neuron.surrogate, neuron.temporal_gradient
         learn_v, learn_leak = id(neuron.threshold) in gradients, id(neuron.leak) in gradients
-        if isinstance(surrogate, STDB) and grad.device.type == "cpu" and not learn_v | learn_leak:
+        if isinstance(surrogate, STDB) and fuses(grad.device) and not learn_v | learn_leak:
             grad = backpropagate_stdb(
                 grad, chunk.bits[i], chunk.last_spike[i], chunk.start, surrogate, v, carry.get(i),
                 leak, temporal,

@@ -5,7 +5,8 @@ r"""The spiking neuron: Eq. 2 as a scan over a chunk of time steps, forward and 
 λ = 1 is the IF neuron, λ < 1 the LIF neuron; the reset is soft: it subtracts V, after the leak.
 A chunk is a matrix (T, M) in memory order: T steps of M = batch × neurons of one layer. State goes
 in and comes out explicitly; O_{t−1} is not stored, it is U_{t−1} > V. A CPU runs a kernel over all
-steps of a strip of neurons while they are in the cache; elsewhere torch runs step after step.
+steps of a strip of neurons while they are in the cache, a GPU one launch for all steps
+(:mod:`stdb.fused`); elsewhere torch runs step after step.
 """
 
 import math
@@ -13,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import bits, kernels
+from . import bits, fused, kernels
 from .surrogate import STDB, Surrogate
 
 
@@ -88,6 +89,8 @@ def fire(current: Tensor, membrane: Tensor, threshold: float, leak: float) -> Te
             real(threshold), real(leak), packed.numpy(),
         )  # fmt: skip
         return packed
+    if fused.available(current.device):
+        return fused.fire(current, membrane, threshold, leak)
     fired = (membrane > threshold).to(membrane.dtype)
     for t in range(steps):
         if leak != 1.0:
@@ -108,6 +111,9 @@ def latest(packed: Tensor, last_spike: Tensor, start: int) -> None:
     if packed.device.type == "cpu":
         arguments = (packed.numpy(), start, last_spike.numpy())
         kernels.run(kernels.latest, packed.shape[1], packed.numel(), *arguments)
+        return
+    if fused.available(packed.device):
+        fused.latest(packed, last_spike, start)
         return
     spikes = bits.unpack(packed, len(last_spike), torch.bool)
     for t in range(len(spikes)):
@@ -150,11 +156,16 @@ def backpropagate(grad: Tensor, carry: Tensor | None, leak: float, temporal: boo
     return grad
 
 
+def fuses(device: torch.device) -> bool:
+    """Whether :func:`backpropagate_stdb` runs on a device."""
+    return device.type == "cpu" or fused.available(device)
+
+
 def backpropagate_stdb(
     grad: Tensor, packed: Tensor, last_spike: Tensor, start: int, surrogate: STDB, threshold: float,
     carry: Tensor | None, leak: float, temporal: bool,
 ) -> Tensor:  # fmt: skip
-    """Eq. 11 and :func:`backpropagate` in one pass, from the spikes' bits; on a CPU, in place.
+    """Eq. 11 and :func:`backpropagate` in one pass, from the spikes' bits, where :func:`fuses`.
 
     Args:
         grad: (T, M) ∂L/∂O_t; becomes ∂L/∂U_t.
@@ -167,6 +178,11 @@ def backpropagate_stdb(
         leak: λ.
         temporal: False drops the leak path.
     """
+    if grad.device.type != "cpu":
+        alpha = surrogate.alpha / threshold if surrogate.over_threshold else surrogate.alpha
+        return fused.backpropagate_stdb(
+            grad, packed, last_spike, start, alpha, surrogate.beta, carry, leak, temporal
+        )
     ages = torch.arange(start + 1, dtype=torch.float64)
     table = surrogate.alpha * torch.exp(-surrogate.beta * ages)
     if surrogate.over_threshold:
