@@ -109,20 +109,21 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Parse the command line, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="tiny networks: does it run at all")
+    parser.add_argument("--quick", action="store_true", help="tiny networks, no files: does it run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--phases", default="train,infer,balance")
     options = parser.parse_args()
-    path = FOLDER / ("quick.json" if options.quick else "results.json")
-    rows = json.loads(path.read_text()) if path.exists() else []
+    path = FOLDER / "results.json"
+    rows = json.loads(path.read_text()) if path.exists() and not options.quick else []
     for workload in QUICK if options.quick else WORKLOADS:
         for phase in workload.phases:
             if options.only in workload.name and phase in options.phases.split(","):
                 here = (workload.name, phase)
                 rows = [r for r in rows if (r["workload"], r["phase"]) != here]
                 rows += compare(workload, phase, options.rounds)
-                path.write_text(json.dumps(rows, indent=1) + "\n")
+                if not options.quick:
+                    path.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
     if not options.quick:
         facts = ", ".join(f"{key} {value}" for key, value in machine().items())
