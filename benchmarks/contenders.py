@@ -259,7 +259,9 @@ def step(contender: str, workload: Workload, phase: str, batch: int) -> Callable
         model.eval()
         return lambda: void(torch.no_grad()(model)(x))
     model.train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], amsgrad=True)
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad], amsgrad=True, fused=True
+    )
     for group in optimizer.param_groups:  # state and gradients belong to the base
         for p in group["params"]:
             p.grad = torch.zeros_like(p)

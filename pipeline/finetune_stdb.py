@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
+import stdb
 from pipeline.balance_thresholds import load_thresholds
 from pipeline.data import load_split, load_splits
 from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
@@ -109,6 +111,8 @@ def train_loop(config: dict[str, Any]) -> None:
     snn.scale_thresholds(config["scale"])
     model = data_parallel(snn)
 
+    snn.chunk = fitting_chunk(snn, params, train.shape, world, free_memory(device) // world)
+
     def windows(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
         presentation = snn.present(images, sample_ids=ids, epoch=epoch)
         size = params.truncate or params.timesteps
@@ -135,6 +139,32 @@ def train_loop(config: dict[str, Any]) -> None:
     longer = evaluate_snn(snn, test, longest(params.timesteps), 128, rank, world)
     state |= {"test": vars(found), "curve": longer.accuracy}
     report(state)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def fitting_chunk(
+    snn: stdb.SpikingNetwork,
+    params: StdbParams,
+    shape: tuple[int, int, int],
+    world: int,
+    available: int,
+) -> int | None:
+    """The chunk of ``params``, or one with which a training step fits; says where none does."""
+    images = min(params.micro_batch or params.batch_size, -(-params.batch_size // world))
+    steps = min(params.truncate or params.timesteps, params.timesteps)
+    chunk = params.chunk or stdb.largest_chunk(snn, shape, steps, images, available)
+    needed = stdb.training_memory(snn, shape, steps, images, chunk or 1)
+    text = f"a training step takes about {needed / 1e9:.1f} GB of {available / 1e9:.1f} GB free"
+    if needed > available:
+        text = f"warning: {text}; a smaller stdb.micro_batch (or truncate) may save it"
+    print(f"[finetune_stdb] {text}", flush=True)
+    return chunk or 1
 
 
 def longest(timesteps: int) -> int:

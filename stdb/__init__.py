@@ -11,6 +11,7 @@ from .architectures import ARCHITECTURES, ResidualBlock, build
 from .balancing import balance_thresholds
 from .conversion import ConversionError, convert
 from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain
+from .memory import largest_chunk, training_memory
 from .network import Presentation, SpikingNetwork
 from .neuron import SpikingNeuron
 from .statistics import SpikeStatistics, fan_out, record_spikes
@@ -37,5 +38,7 @@ __all__ = [
     "build",
     "convert",
     "fan_out",
+    "largest_chunk",
     "record_spikes",
+    "training_memory",
 ]

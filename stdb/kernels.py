@@ -175,9 +175,23 @@ def list_bits(first, last, bits, images_per_step, pixels, channels, offsets, beg
     stride = bits.shape[1]
     flat = bits.reshape(-1)
     per_image = pixels * channels
+    whole_bytes = channels % 8 == 0
     for n in range(first, last):
         t, b = divmod(n, images_per_step)
         e = offsets[n]
+        if whole_bytes:
+            byte = t * stride + b * (per_image >> 3)
+            for p in range(pixels):
+                begins[n, p] = e
+                for c in range(0, channels, 8):
+                    value = np.uint32(flat[byte])
+                    byte += 1
+                    while value != 0:
+                        names[e] = c + np.int64(trailing_zeros(value))
+                        value &= value - np.uint32(1)
+                        e += 1
+                ends[n, p] = e
+            continue
         p = 0
         limit = channels  # the first bit of the next pixel
         begins[n, 0] = e
@@ -452,8 +466,12 @@ STRIP = 512  # neurons whose steps are worked on while they are in the cache
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def fire(first, last, current, membrane, threshold, leak, bits):
-    """Eq. 2 over a chunk: membranes move on, spikes are written as bits. Ranges over 8 neurons."""
+def fire(first, last, current, membrane, threshold, leak, bits, times, note_times, start):
+    """Eq. 2 over a chunk: membranes move on, spikes are written as bits. Ranges over 8 neurons.
+
+    ``times`` (count,): brought to each neuron's latest spike, as :func:`latest` does, if
+    ``note_times``; steps count from 1.
+    """
     steps, count = current.shape
     for strip in range(first * 8, min(last * 8, count), STRIP):
         end = min(strip + STRIP, last * 8, count)
@@ -468,6 +486,11 @@ def fire(first, last, current, membrane, threshold, leak, bits):
                 v = leak * u[m] - threshold * fired[m] + row[m]
                 u[m] = v
                 fired[m] = v > threshold
+            if note_times:
+                now = np.int16(start + t + 1)
+                latest_times = times[strip:end]
+                for m in range(end - strip):
+                    latest_times[m] = now if fired[m] else latest_times[m]
             for byte in range((end - strip + 7) >> 3):
                 value = np.uint8(0)
                 for j in range(8):

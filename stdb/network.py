@@ -40,8 +40,13 @@ Observer = Callable[["Presentation", str, Value], None]
 
 IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at
 SMALLEST_THRESHOLD, SMALLEST_LEAK = 0.01, 0.01  # of what is learned
-STEPS_PER_SNAPSHOT = 32  # last spike times are kept this often; those in between are found again
+STEPS_PER_SNAPSHOT = 16  # last spike times are kept this often; those in between are found again
 DROPOUT_STREAM = 1 << 40  # no step t of an encoder with the same seed comes here
+
+
+def default_chunk(batch_size: int) -> int:
+    """Time steps computed at once where nobody says how many."""
+    return max(8, IMAGES_PER_CHUNK // max(1, batch_size))
 
 
 class SpikingNetwork(nn.Module):
@@ -162,7 +167,20 @@ class SpikingNetwork(nn.Module):
         return torch.stack(logits)
 
     def _chunk_size(self, presentation: "Presentation") -> int:
-        return self.chunk or max(8, IMAGES_PER_CHUNK // max(1, len(presentation.images)))
+        return self.chunk or default_chunk(len(presentation.images))
+
+    @torch.no_grad()
+    def shapes(self, image_shape: tuple[int, int, int]) -> list[torch.Size]:
+        """(C, H, W) or (n,) of every node's value, for images (C, H, W)."""
+        like = next(self.net.parameters())
+        values = [like.new_zeros(1, 1, *image_shape)]
+        for node in self.graph.nodes[1:]:
+            value = values[node.inputs[0]]
+            if node.kind in OPERATORS:
+                module = None if node.kind == FLATTEN else self.net.get_submodule(node.name)
+                value = OPERATORS[node.kind].forward(module, value)
+            values.append(value)
+        return [value.shape[2:] for value in values]
 
     def _body_parameters(self) -> Iterator[nn.Parameter]:
         for i in self.graph.body:
@@ -460,13 +478,13 @@ class Presentation:
         neuron = self.modules[i]
         if keep and neuron.needs_membrane:
             chunk.membrane[i] = self.membrane[i].clone()
-        packed = fire(matrix, self.membrane[i], self.threshold[i], self.leak[i])
+        times = self.last_spike[i] if keep and isinstance(neuron.surrogate, STDB) else None
+        if times is not None and chunk.snapshot:
+            chunk.last_spike[i] = times.clone()
+        v, leak = self.threshold[i], self.leak[i]
+        packed = fire(matrix, self.membrane[i], v, leak, times, chunk.start)
         if keep:
             chunk.bits[i] = packed
-            if isinstance(neuron.surrogate, STDB):
-                if chunk.snapshot:
-                    chunk.last_spike[i] = self.last_spike[i].clone()
-                latest(packed, self.last_spike[i], chunk.start)
         spikes = None if on_cpu else from_matrix(matrix, shape)
         return Spikes(packed, shape, current.dtype, spikes)
 

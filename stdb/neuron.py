@@ -11,11 +11,14 @@ steps of a strip of neurons while they are in the cache, a GPU one launch for al
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import bits, fused, kernels
 from .surrogate import STDB, Surrogate
+
+NO_TIMES = np.zeros(0, np.int16)
 
 
 class SpikingNeuron(nn.Module):
@@ -67,7 +70,14 @@ class SpikingNeuron(nn.Module):
         return f"V={self.threshold.item():.4g}, leak={self.leak.item():.4g}, {self.surrogate}"
 
 
-def fire(current: Tensor, membrane: Tensor, threshold: float, leak: float) -> Tensor:
+def fire(
+    current: Tensor,
+    membrane: Tensor,
+    threshold: float,
+    leak: float,
+    last_spike: Tensor | None = None,
+    start: int = 0,
+) -> Tensor:
     """Eq. 2 over a chunk; ``membrane`` (M,) becomes U_T.
 
     Args:
@@ -76,6 +86,8 @@ def fire(current: Tensor, membrane: Tensor, threshold: float, leak: float) -> Te
         membrane: (M,) membrane potential of the step before the chunk.
         threshold: V.
         leak: λ.
+        last_spike: (M,) int16, brought to the end of the chunk as by :func:`latest`, if given.
+        start: the number of steps before the chunk.
 
     Returns:
         The spikes as bits, (T, ⌈M/8⌉).
@@ -87,12 +99,22 @@ def fire(current: Tensor, membrane: Tensor, threshold: float, leak: float) -> Te
         kernels.run(
             kernels.fire, packed.shape[1], current.numel(), current.numpy(), membrane.numpy(),
             real(threshold), real(leak), packed.numpy(),
+            NO_TIMES if last_spike is None else last_spike.numpy(), last_spike is not None, start,
         )  # fmt: skip
         return packed
     if fused.available(current.device):
-        return fused.fire(current, membrane, threshold, leak)
+        packed = fused.fire(current, membrane, threshold, leak)
+    else:
+        packed = _fire_in_torch(current, membrane, threshold, leak)
+    if last_spike is not None:
+        latest(packed, last_spike, start)
+    return packed
+
+
+def _fire_in_torch(current: Tensor, membrane: Tensor, threshold: float, leak: float) -> Tensor:
+    """Step after step; ``current`` becomes the spikes."""
     fired = (membrane > threshold).to(membrane.dtype)
-    for t in range(steps):
+    for t in range(len(current)):
         if leak != 1.0:
             membrane.mul_(leak)
         membrane.add_(fired, alpha=-threshold).add_(current[t])

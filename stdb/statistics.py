@@ -115,15 +115,7 @@ def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str,
     """
     graph = snn.graph
     modules = dict(snn.net.named_modules())
-    like = next(snn.parameters())
-    values = {0: like.new_zeros(1, 1, *image_shape)}
-    for i in range(1, len(graph.nodes)):
-        node = graph.nodes[i]
-        x = values[node.inputs[0]]
-        if node.kind in OPERATORS:
-            x = OPERATORS[node.kind].forward(modules.get(node.name), x)
-        values[i] = x
-    shapes = {i: value.shape[2:] for i, value in values.items()}
+    like, shapes = next(snn.parameters()), dict(enumerate(snn.shapes(image_shape)))
     driven = {i: like.new_zeros(shape, dtype=torch.float64) for i, shape in shapes.items()}
     driven[len(graph.nodes) - 1] += 1  # what is added to the output drives it
     for i in reversed(range(1, len(graph.nodes))):

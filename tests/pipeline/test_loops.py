@@ -304,3 +304,19 @@ def test_the_anns_energy_is_a_multiply_accumulate_at_every_synapse(files):
     ann.add_module("fc2", torch.nn.Linear(12, 10, bias=False))
     each = stdb.statistics.MULTIPLY_ACCUMULATE_PJ
     assert ann_energy(ann, images.shape) == pytest.approx(each * (64 * 12 + 12 * 10))
+
+
+def test_a_training_that_will_not_fit_is_said_before_it_starts(files, capsys):
+    """The chunk shrinks first, which changes no result; where that is not enough, a warning."""
+    snn, shape = starting(files, STDB), files[1]["train"].shape
+    choose = pipeline.finetune_stdb.fitting_chunk
+    params = STDB.model_copy(update={"timesteps": 100})
+    assert choose(snn, params, shape, 1, 1 << 40) == 10  # about 256 images at once
+    assert "a training step takes about 0.1 GB of 1099.5 GB free" in capsys.readouterr().out
+    little = stdb.training_memory(snn, shape, 100, 24, 4)
+    assert choose(snn, params, shape, 1, little) in (2, 4, 5)
+    assert "warning" not in capsys.readouterr().out
+    assert choose(snn, params, shape, 1, 1000) == 1
+    assert "warning: a training step takes about" in capsys.readouterr().out
+    one = params.model_copy(update={"micro_batch": 1, "chunk": 3})
+    assert choose(snn, one, shape, 1, 1 << 40) == 3

@@ -104,7 +104,7 @@ def test_neurons(count, leak):
     current = torch.randn(9, count, generator=generator, dtype=torch.float64)
     membrane = torch.randn(count, generator=generator, dtype=torch.float64)
     times = torch.randint(0, 5, (count,), generator=generator).to(torch.int16)
-    u, expected = membrane.clone(), []
+    u, start, expected = membrane.clone(), membrane.clone(), []
     fired = (u > 0.5).double()
     for t in range(9):
         u = leak * u - 0.5 * fired + current[t]
@@ -124,8 +124,10 @@ def test_neurons(count, leak):
                 grad.clone(), packed, times, 4, surrogate, 0.5, carry, leak, temporal
             )
             torch.testing.assert_close(found, wanted)
-    later = times.clone()
+    later, noted = times.clone(), times.clone()
     neuron.latest(packed, later, 4)
+    neuron.fire(current, start, 0.5, leak, noted, 4)
+    assert torch.equal(noted, later)
     steps = torch.arange(5, 14, dtype=torch.int16)[:, None]
     assert torch.equal(later, torch.maximum(times, (dense.to(torch.int16) * steps).amax(0)))
 

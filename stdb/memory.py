@@ -1,0 +1,69 @@
+"""How much memory a training step will take, before it takes it.
+
+What stays until the backward pass grows with T: spikes as bits and a snapshot of spike times now
+and then, 1/8 + 2/16 byte a neuron-step. What is only there while a chunk is worked on grows with
+the chunk: inputs and outputs of the largest layer and their gradients. So a smaller chunk, or fewer
+images at once, makes room for a longer presentation.
+"""
+
+from .network import STEPS_PER_SNAPSHOT, SpikingNetwork, default_chunk
+from .surrogate import STDB
+from .synapse import OPERATORS
+
+OVERHEAD = 64 << 20  # what allocators and libraries keep beside, measured
+
+
+def training_memory(
+    snn: SpikingNetwork,
+    image_shape: tuple[int, int, int],
+    timesteps: int,
+    batch_size: int,
+    chunk: int | None = None,
+) -> int:
+    """Peak bytes of a training step over model, gradients and optimiser state, to about 20 %.
+
+    Args:
+        snn: the network.
+        image_shape: (C, H, W).
+        timesteps: T; with truncated BPTT the steps between two backward passes.
+        batch_size: images presented at once.
+        chunk: time steps computed at once; by default what the network would choose.
+    """
+    graph, sizes = snn.graph, [shape.numel() for shape in snn.shapes(image_shape)]
+    real = next(snn.parameters()).element_size()
+    chunk = min(chunk or snn.chunk or default_chunk(batch_size), timesteps)
+    per_image = 0.0
+    for i, neuron in zip(graph.neurons, snn.neurons.values(), strict=True):
+        per_image += sizes[i] * (2 * real + 2)  # membrane and its gradient, spike time
+        per_image += sizes[i] * timesteps / 8
+        if isinstance(neuron.surrogate, STDB):
+            per_image += sizes[i] * timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
+        if neuron.needs_membrane:
+            per_image += sizes[i] * real * timesteps / chunk
+    for i in graph.dropouts:
+        if snn.net.get_submodule(graph.nodes[i].name).p > 0:  # type: ignore[operator]
+            per_image += sizes[i] * real
+    largest, weights = 0, 0
+    for i in graph.body:
+        node = graph.nodes[i]
+        if node.kind in OPERATORS and OPERATORS[node.kind].learns:
+            largest = max(largest, 2 * (sizes[node.inputs[0]] + sizes[i]))
+            layer = snn.net.get_submodule(node.name)
+            weights += layer.weight.numel() * real  # type: ignore[operator,union-attr]
+    return int(batch_size * (per_image + chunk * largest * real) + weights + OVERHEAD)
+
+
+def largest_chunk(
+    snn: SpikingNetwork,
+    image_shape: tuple[int, int, int],
+    timesteps: int,
+    batch_size: int,
+    available: int,
+) -> int | None:
+    """The largest chunk, up to the default, with which a step fits ``available`` bytes; or None."""
+    chunk = min(default_chunk(batch_size), timesteps)
+    while training_memory(snn, image_shape, timesteps, batch_size, chunk) > available:
+        if chunk == 1:
+            return None
+        chunk //= 2
+    return chunk

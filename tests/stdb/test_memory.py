@@ -1,0 +1,86 @@
+"""The predicted peak of a training step, against what a process really takes."""
+
+import subprocess
+import sys
+
+import pytest
+
+import stdb
+
+PROGRAM = """
+import sys, ctypes
+from pathlib import Path
+import torch, torch.nn.functional as F
+import stdb
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+arch, steps, batch, chunk, hidden = sys.argv[1], *map(int, sys.argv[2:])
+torch.manual_seed(0)
+snn = stdb.convert(stdb.build(arch, 3, 32, 10, hidden=hidden), stdb.PoissonEncoder(0)).train()
+images = torch.rand(batch, 3, 32, 32) * 2 - 1
+stdb.balance_thresholds(snn.eval(), images[:2], 10, percentile=98)
+snn.train().chunk = chunk
+weights = [p for p in snn.parameters() if p.requires_grad]
+F.cross_entropy(snn(images[:1], 1), torch.zeros(1, dtype=torch.long)).backward()
+for p in weights:
+    p.grad = torch.zeros_like(p)
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+base = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+for p in weights:
+    p.grad = None
+F.cross_entropy(snn(images, steps), torch.arange(batch) % 10).backward()
+print((status("VmHWM") - base) / stdb.training_memory(snn, (3, 32, 32), steps, batch))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "setting",
+    [("vgg5", 16, 32, 8, 256), ("vgg5", 64, 32, 8, 256), ("vgg16", 16, 32, 8, 512),
+     ("resnet20", 16, 16, 8, 512)],
+    ids=lambda s: "-".join(map(str, s)),
+)  # fmt: skip
+def test_the_predicted_peak_is_right_within_a_fifth(setting):
+    """Over model and gradients, in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, setting)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert 0.8 < float(result.stdout) < 1.2
+
+
+def network(**options):
+    return stdb.convert(
+        stdb.build("vgg5", 3, 32, 10, width=0.25, hidden=64), stdb.PoissonEncoder(0), **options
+    )
+
+
+def test_memory_grows_with_what_it_should_grow_with():
+    """With T by a quarter byte a neuron-step; with the chunk; with what has to be recomputed."""
+    snn, shape = network(), (3, 32, 32)
+    neurons = sum(
+        size.numel() for i, size in enumerate(snn.shapes(shape)) if i in snn.graph.neurons
+    )
+    few, many = (stdb.training_memory(snn, shape, t, 4, 8) for t in (100, 1100))
+    assert (many - few) / (1000 * 4 * neurons) == pytest.approx(0.25)
+    sizes = [stdb.training_memory(snn, shape, 100, 4, c) for c in (1, 4, 16)]
+    assert sizes == sorted(set(sizes))
+    linear = network(surrogate=stdb.Linear())
+    assert stdb.training_memory(linear, shape, 100, 4, 8) > stdb.training_memory(
+        snn, shape, 100, 4, 8
+    )
+
+
+def test_the_largest_chunk_that_fits():
+    """The default where there is room, less where there is little, None where there is none."""
+    snn, shape = network(), (3, 32, 32)
+    assert stdb.largest_chunk(snn, shape, 100, 32, 1 << 40) == 8
+    assert stdb.largest_chunk(snn, shape, 5, 32, 1 << 40) == 5
+    enough = stdb.training_memory(snn, shape, 100, 32, 2)
+    assert stdb.largest_chunk(snn, shape, 100, 32, enough) == 2
+    assert stdb.largest_chunk(snn, shape, 100, 32, 1000) is None
