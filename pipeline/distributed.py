@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,17 @@ ENVIRONMENT = {
 }
 
 
+Loop = Callable[[dict[str, Any]], None]
+
+
+class Plan(NamedTuple):
+    """The workers of a job: how many, whether each has a GPU, and the cores of each."""
+
+    workers: int
+    use_gpu: bool
+    cpus: int
+
+
 class _Job:
     """The job that this process works for: a worker's, or the stage's own in local mode."""
 
@@ -43,7 +54,7 @@ class _Job:
 _job = _Job()
 
 
-def run_job(stage: Stage, loop: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> dict:
+def run_job(stage: Stage, loop: Loop, config: dict[str, Any]) -> dict:
     """Run ``loop(config)`` on every worker; returns the state that it reported last.
 
     Args:
@@ -58,40 +69,36 @@ def run_job(stage: Stage, loop: Callable[[dict[str, Any]], None], config: dict[s
         os.environ.setdefault(key, value)
     cluster = stage.params.cluster
     checkpoints = Checkpoints(cluster.storage, stage.name, stage.key)
+    config = config | {"checkpoints": checkpoints}
     address = os.environ.get("RAY_ADDRESS")
     plan = None if address else plan_workers(cluster, *machine())
-    if plan is not None and plan[0] == 1:
-        _run_here(stage, loop, config, checkpoints, plan)
+    if plan is not None and plan.workers == 1:
+        _run_here(stage, loop, config | plan._asdict())
     else:
         with _ray(address) as available:
-            _run_on_ray(stage, loop, config, checkpoints, plan or plan_workers(cluster, *available))
+            plan = plan or plan_workers(cluster, *available)
+            _run_on_ray(stage, loop, config | plan._asdict())
     state = checkpoints.load()
     if state is None:
         raise StageError("the job ended without a result")
     return state
 
 
-def _run_here(
-    stage: Stage,
-    loop: Callable[[dict[str, Any]], None],
-    config: dict[str, Any],
-    checkpoints: Checkpoints,
-    plan: tuple[int, bool, int],
-) -> None:
+def _run_here(stage: Stage, loop: Loop, config: dict[str, Any]) -> None:
     """One worker, in this process."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
     for name in ("ray.train", "ray.air"):  # they would repeat every report
         logging.getLogger(name).setLevel(logging.WARNING)
-    _, use_gpu, cpus = plan
-    stage.say(f"one worker, {'a GPU' if use_gpu else f'{cpus} core(s)'}")
+    where = "a GPU" if config["use_gpu"] else f"{config['cpus']} core(s)"
+    stage.say(f"one worker, {where}")
     _job.reporter = Reporter(stage.tracker.run_id)
     try:
         TorchTrainer(
             loop,
-            train_loop_config=_config(config, checkpoints, plan),
-            scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=use_gpu),
+            train_loop_config=config,
+            scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=config["use_gpu"]),
         ).fit()
     except ValueError as error:
         raise StageError(str(error)) from error
@@ -99,23 +106,17 @@ def _run_here(
         _job.reporter = None
 
 
-def _run_on_ray(
-    stage: Stage,
-    loop: Callable[[dict[str, Any]], None],
-    config: dict[str, Any],
-    checkpoints: Checkpoints,
-    plan: tuple[int, bool, int],
-) -> None:
+def _run_on_ray(stage: Stage, loop: Loop, config: dict[str, Any]) -> None:
     """Several workers, each a process."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    workers, use_gpu, cpus = plan
+    workers, use_gpu, cpus = (config[key] for key in Plan._fields)
     what = f"{workers} GPU worker(s)" if use_gpu else f"{workers} CPU worker(s) × {cpus} core(s)"
     stage.say(f"Ray Train job on {what}")
     trainer = TorchTrainer(
         loop,
-        train_loop_config=_config(config, checkpoints, plan),
+        train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
@@ -123,8 +124,8 @@ def _run_on_ray(
             resources_per_worker={"CPU": cpus} if not use_gpu else {"CPU": cpus, "GPU": 1},
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=checkpoints.job,
-            storage_path=checkpoints.storage,
+            name=config["checkpoints"].job,
+            storage_path=config["checkpoints"].storage,
             callbacks=[_callback(Reporter(stage.tracker.run_id))],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
@@ -133,12 +134,6 @@ def _run_on_ray(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise StageError(_reason(error)) from error
-
-
-def _config(
-    config: dict[str, Any], checkpoints: Checkpoints, plan: tuple[int, bool, int]
-) -> dict[str, Any]:
-    return config | {"use_gpu": plan[1], "cpus": plan[2], "checkpoints": checkpoints}
 
 
 def forget_job(stage: Stage) -> None:
@@ -218,8 +213,8 @@ def machine() -> tuple[int, int]:
     return joblib.cpu_count(), torch.cuda.device_count()
 
 
-def plan_workers(params: ClusterParams, cpus: int, gpus: int) -> tuple[int, bool, int]:
-    """Workers, whether each has a GPU, and cores of each.
+def plan_workers(params: ClusterParams, cpus: int, gpus: int) -> Plan:
+    """The workers for what a machine or a cluster has.
 
     Raises:
         StageError: ``cluster`` asks for more than there is.
@@ -237,7 +232,7 @@ def plan_workers(params: ClusterParams, cpus: int, gpus: int) -> tuple[int, bool
         raise StageError(
             f"cluster.workers is {workers}, with {each} core(s) each; there are {cpus} cores"
         )
-    return workers, use_gpu, each
+    return Plan(workers, use_gpu, each)
 
 
 def _callback(reporter: Reporter) -> Any:

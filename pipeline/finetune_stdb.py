@@ -111,10 +111,10 @@ def train_loop(config: dict[str, Any]) -> None:
     snn.scale_thresholds(config["scale"])
     model = data_parallel(snn)
 
-    snn.chunk = fitting_chunk(snn, params, train.shape, world, free_memory(device) // world)
+    chunk = fitting_chunk(snn, params, train.shape, world, free_memory(device, world))
 
     def windows(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
-        presentation = snn.present(images, sample_ids=ids, epoch=epoch)
+        presentation = snn.present(images, sample_ids=ids, epoch=epoch, chunk=chunk)
         size = params.truncate or params.timesteps
         for start in range(0, params.timesteps, size):
             steps = min(size, params.timesteps - start)
@@ -141,11 +141,11 @@ def train_loop(config: dict[str, Any]) -> None:
     report(state)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+def free_memory(device: torch.device, world: int) -> int:
+    """Bytes that are free for a worker: on its GPU, or its share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // world
 
 
 def fitting_chunk(
@@ -154,17 +154,17 @@ def fitting_chunk(
     shape: tuple[int, int, int],
     world: int,
     available: int,
-) -> int | None:
+) -> int:
     """The chunk of ``params``, or one with which a training step fits; says where none does."""
     images = min(params.micro_batch or params.batch_size, -(-params.batch_size // world))
     steps = min(params.truncate or params.timesteps, params.timesteps)
-    chunk = params.chunk or stdb.largest_chunk(snn, shape, steps, images, available)
-    needed = stdb.training_memory(snn, shape, steps, images, chunk or 1)
+    chunk = params.chunk or stdb.largest_chunk(snn, shape, steps, images, available) or 1
+    needed = stdb.training_memory(snn, shape, steps, images, chunk)
     text = f"a training step takes about {needed / 1e9:.1f} GB of {available / 1e9:.1f} GB free"
     if needed > available:
         text = f"warning: {text}; a smaller stdb.micro_batch (or truncate) may save it"
     print(f"[finetune_stdb] {text}", flush=True)
-    return chunk or 1
+    return chunk
 
 
 def longest(timesteps: int) -> int:

@@ -180,20 +180,21 @@ def _backward(
         The last window's mean loss over this worker's share, and the number of correct predictions.
     """
     labels, ids = share.labels.to(images.device), share.ids.to(images.device)
-    parts = torch.arange(len(images), device=images.device).split(micro_batch or len(images))
+    size = micro_batch or len(images)
+    parts = list(zip(images.split(size), labels.split(size), ids.split(size), strict=True))
     losses = torch.zeros((), device=images.device, dtype=images.dtype)
     correct = torch.zeros((), device=images.device, dtype=torch.int64)
-    for part in parts:
-        presentations = list(windows(images[part], ids[part], epoch))
+    for number, (images_, labels_, ids_) in enumerate(parts, start=1):
+        presentations = list(windows(images_, ids_, epoch))
         for position, present in enumerate(presentations, start=1):
             if isinstance(model, DistributedDataParallel):  # average once, after all else
-                last = part is parts[-1] and position == len(presentations)
+                last = number == len(parts) and position == len(presentations)
                 model.require_backward_grad_sync = last
             logits = present()
-            loss = F.cross_entropy(logits, labels[part], reduction="sum")
+            loss = F.cross_entropy(logits, labels_, reduction="sum")
             (loss * weight).backward()
         losses += loss.detach()
-        correct += (logits.argmax(1) == labels[part]).sum()
+        correct += (logits.argmax(1) == labels_).sum()
     return losses / len(images), correct
 
 

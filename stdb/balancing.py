@@ -178,7 +178,7 @@ class _Calibration:
 
     def chunks(self, timesteps: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of every chunk."""
-        size = self.presentation.network._chunk_size(self.presentation)
+        size = self.presentation.chunk
         for start in range(0, timesteps, size):
             yield start, min(start + size, timesteps)
 
@@ -191,7 +191,7 @@ class _Calibration:
         if node.kind != NEURON:
             return presentation.apply(i, [self.value(j, start, stop) for j in node.inputs])
         if i in self.trains:
-            packed = self.trains[i][start // presentation.network._chunk_size(presentation)]
+            packed = self.trains[i][start // presentation.chunk]
             shape = torch.Size((stop - start, *self.shapes[i]))
             return Spikes(packed, shape, presentation.images.dtype)
         if i not in self.running or self.running[i][0] != start:
@@ -215,8 +215,6 @@ class _Calibration:
     def finish(self, neuron: int, threshold: float, timesteps: int, last: bool) -> None:
         """A layer's V is known: keep its spikes, if there is room, and drop what is done with."""
         self.thresholds[neuron] = threshold
-        self.running.clear()
-        self.membranes.clear()
         if not last:
             train: list[Tensor] = []
             for start, stop in self.chunks(timesteps):

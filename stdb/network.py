@@ -90,6 +90,7 @@ class SpikingNetwork(nn.Module):
         sample_ids: Tensor | None = None,
         epoch: int = 0,
         masks: Sequence[Tensor] | None = None,
+        chunk: int | None = None,
     ) -> "Presentation":
         """Start a presentation at t = 0, every membrane at 0.
 
@@ -99,6 +100,7 @@ class SpikingNetwork(nn.Module):
             epoch: another epoch draws other spikes and masks.
             masks: one (B, …) mask for each dropout, in order, already scaled, in the place of
                 drawn ones.
+            chunk: time steps that are computed at once; the network's by default.
 
         Raises:
             ValueError: pixels out of range, a threshold that is not a positive number.
@@ -111,7 +113,8 @@ class SpikingNetwork(nn.Module):
                 f"sample_ids are {tuple(sample_ids.shape)} for {len(images)} images; "
                 "allowed: one for each"
             )
-        return Presentation(self, images, sample_keys(sample_ids, epoch), masks)
+        chunk = chunk or self.chunk or default_chunk(len(images))
+        return Presentation(self, images, sample_keys(sample_ids, epoch), chunk, masks)
 
     def forward(
         self,
@@ -158,16 +161,13 @@ class SpikingNetwork(nn.Module):
         )
         logits: list[Tensor] = []
         while len(logits) < timesteps:
-            steps = min(self._chunk_size(presentation), timesteps - len(logits))
+            steps = min(presentation.chunk, timesteps - len(logits))
             trains: list[list[Tensor]] = [[] for _ in self.graph.entries]
             presentation.advance(steps, trains=trains)
             for t in range(steps):
                 inputs = [train[0][t % len(train[0])] for train in trains]
                 logits.append(presentation.integrate(inputs))
         return torch.stack(logits)
-
-    def _chunk_size(self, presentation: "Presentation") -> int:
-        return self.chunk or default_chunk(len(presentation.images))
 
     @torch.no_grad()
     def shapes(self, image_shape: tuple[int, int, int]) -> list[torch.Size]:
@@ -279,6 +279,7 @@ class Presentation:
     """The state of a network that is being shown a batch of images.
 
     Attributes:
+        chunk: time steps that are computed at once.
         t: the number of steps so far.
         logits: U_t of the output layer (B, classes), None before the first step.
     """
@@ -288,10 +289,11 @@ class Presentation:
         network: SpikingNetwork,
         images: Tensor,
         keys: Tensor,
+        chunk: int,
         masks: Sequence[Tensor] | None = None,
     ) -> None:
         graph = network.graph
-        self.network, self.images, self.keys = network, images, keys
+        self.network, self.images, self.keys, self.chunk = network, images, keys, chunk
         self.t = 0
         self.logits: Tensor | None = None
         self.modules: list[Any] = [
@@ -416,11 +418,10 @@ class Presentation:
             )
         counts: list[Any] = [None] * len(self.network.graph.entries)
         stop = self.t + steps
-        size = self.network._chunk_size(self)
         last_snapshot = self.t
         while self.t < stop:
             due = not tape or self.t - last_snapshot >= STEPS_PER_SNAPSHOT
-            chunk = _Chunk(self.t, min(size, stop - self.t), due)
+            chunk = _Chunk(self.t, min(self.chunk, stop - self.t), due)
             last_snapshot = self.t if due else last_snapshot
             values = self._forward_chunk(chunk, keep=tape is not None)
             for k, i in enumerate(self.network.graph.entries):

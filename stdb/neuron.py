@@ -200,15 +200,13 @@ def backpropagate_stdb(
         leak: λ.
         temporal: False drops the leak path.
     """
+    alpha = surrogate.alpha / threshold if surrogate.over_threshold else surrogate.alpha
     if grad.device.type != "cpu":
-        alpha = surrogate.alpha / threshold if surrogate.over_threshold else surrogate.alpha
         return fused.backpropagate_stdb(
             grad, packed, last_spike, start, alpha, surrogate.beta, carry, leak, temporal
         )
     ages = torch.arange(start + 1, dtype=torch.float64)
-    table = surrogate.alpha * torch.exp(-surrogate.beta * ages)
-    if surrogate.over_threshold:
-        table /= threshold
+    table = alpha * torch.exp(-surrogate.beta * ages)
     real = grad[:0].numpy().dtype.type
     following = carry if carry is not None else grad[:1].new_zeros(0)
     kernels.run(

@@ -92,19 +92,9 @@ class Convolution:
     def backward_input(module: nn.Conv2d, grad: Tensor, shape: torch.Size) -> Tensor:
         """∂L/∂O, given ∂L/∂I; ``shape`` is O's (C, H, W) or (n,)."""
         images = grad.flatten(0, 1)
-        grad_x, _, _ = torch.ops.aten.convolution_backward(
-            images,
-            images.new_empty(1).expand(len(images), *shape),  # only its shape is looked at
-            module.weight.contiguous(memory_format=torch.channels_last),
-            None,
-            module.stride,
-            module.padding,
-            module.dilation,
-            False,
-            [0, 0],
-            module.groups,
-            [True, False, False],
-        )
+        x = images.new_empty(1).expand(len(images), *shape)  # only its shape is looked at
+        weight = module.weight.contiguous(memory_format=torch.channels_last)
+        grad_x, _ = _convolution_backward(module, images, x, weight, (True, False))
         return grad_x.unflatten(0, grad.shape[:2])
 
     @staticmethod
@@ -114,18 +104,9 @@ class Convolution:
         if few is not None:
             total += few.convolved_weight(module, grad)
             return
-        _, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad.flatten(0, 1),
-            dense(x).flatten(0, 1).contiguous(memory_format=torch.channels_last),
-            module.weight,
-            None,
-            module.stride,
-            module.padding,
-            module.dilation,
-            False,
-            [0, 0],
-            module.groups,
-            [False, True, False],
+        images = dense(x).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        _, grad_weight = _convolution_backward(
+            module, grad.flatten(0, 1), images, module.weight, (False, True)
         )
         total += grad_weight
 
@@ -142,6 +123,25 @@ class Convolution:
             module.dilation,
             module.groups,
         )[0]
+
+
+def _convolution_backward(
+    module: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Those of ∂L/∂O and ∂L/∂W that are wanted, of images (N, …)."""
+    return torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        module.stride,
+        module.padding,
+        module.dilation,
+        False,
+        [0, 0],
+        module.groups,
+        [*wanted, False],
+    )[:2]
 
 
 class Dense:
