@@ -411,18 +411,46 @@ def by_channel(
 
 
 @njit(nogil=True, cache=True)
-def multiply(first, last, begins, ends, names, factors, matrix, wide, columns, images, out):
+def by_rows(first, last, begins, ends, names, factors, rows, edges, new_names, new_factors):
+    """The events of every image (one pixel) again, sorted by block of ``rows`` names.
+
+    edges[n, r] … edges[n, r + 1] are those of block r.
+    """
+    blocks = edges.shape[1] - 1
+    for n in range(first, last):
+        edges[n, :] = 0
+        for k in range(begins[n, 0], ends[n, 0]):
+            edges[n, names[k] // rows + 1] += 1
+        edges[n, 0] = begins[n, 0]
+        for r in range(blocks):
+            edges[n, r + 1] += edges[n, r]
+        for k in range(begins[n, 0], ends[n, 0]):
+            r = names[k] // rows
+            e = edges[n, r]
+            new_names[e] = names[k]
+            new_factors[e] = factors[k]
+            edges[n, r] = e + 1
+        for r in range(blocks, 0, -1):
+            edges[n, r] = edges[n, r - 1]
+        edges[n, 0] = begins[n, 0]
+
+
+@njit(nogil=True, cache=True)
+def multiply(first, last, edges, names, factors, matrix, wide, columns, images, out):
     """out[n, :] = Σ over events of matrix[name, :], over blocks of ``columns`` columns.
 
-    Ranges over blocks, outermost, so that a block of the matrix stays in the cache for all images.
-    ``matrix`` is (blocks, names, columns), ``out`` (blocks, N, columns), on zeros.
+    Ranges over blocks, outermost, and within each goes by blocks of rows (:func:`by_rows`), so that
+    a tile of the matrix stays in the first cache for all images. ``matrix`` is (blocks, names,
+    columns), ``out`` (blocks, N, columns), on zeros.
     """
     for block in range(first, last):
-        for n in range(images):
-            gather_rows(
-                out, (block * images + n) * columns, matrix[block * wide :], columns, names,
-                factors, begins[n, 0], ends[n, 0],
-            )  # fmt: skip
+        part = matrix[block * wide :]
+        for r in range(edges.shape[1] - 1):
+            for n in range(images):
+                gather_rows(
+                    out, (block * images + n) * columns, part, columns, names, factors,
+                    edges[n, r], edges[n, r + 1],
+                )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -432,32 +460,12 @@ def blocks_of_columns(first, last, weight, columns, out):
     for block in range(first, last):
         low = block * columns
         high = min(low + columns, outputs)
-        for n in range(inputs):
+        for begin in range(0, inputs, 16):  # a cache line of the weights at once
+            end = min(begin + 16, inputs)
             for j in range(low, high):
-                out[block, n, j - low] = weight[j, n]
-            for j in range(high, low + columns):
-                out[block, n, j - low] = 0
-
-
-@njit(nogil=True, cache=True)
-def spread(first, last, grad, width, channels, size, share, out):
-    """Backward of average pooling over windows of size × size that do not overlap.
-
-    ``grad`` is (N·H'·W', C), ``out`` (N·H'·size·W, C) with W ≥ W'·size, zeros where no window is.
-    Ranges over the rows of ``grad``'s pixels, N·H'.
-    """
-    new_width = width // size
-    for row in range(first, last):
-        for top in range(size):
-            line = (row * size + top) * width
-            for x in range(new_width):
-                source = grad[row * new_width + x]
-                for left in range(size):
-                    target = out[line + x * size + left]
-                    for c in range(channels):
-                        target[c] = share * source[c]
-            for x in range(new_width * size, width):
-                out[line + x, :] = 0
+                for n in range(begin, end):
+                    out[block, n, j - low] = weight[j, n]
+            out[block, begin:end, high - low :] = 0
 
 
 # -- neurons ---------------------------------------------------------------------------------------
@@ -526,22 +534,48 @@ def count_spikes(first, last, bits, counts):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def backpropagate(
-    first, last, grad, bits, times, start, table, decay, carry, has_carry, leak, temporal
-):
-    """∂L/∂U_t = s_t·∂L/∂O_t + λ·∂L/∂U_{t+1} over a chunk in place, s of STDB from the spikes.
+    first, last, above, share, size, channels, width, mask, grad, bits, times, start, table, decay,
+    carry, has_carry, leak, temporal,
+):  # fmt: skip
+    """∂L/∂U_t = s_t·∂L/∂O_t + λ·∂L/∂U_{t+1} over a chunk, s of STDB from the spikes.
 
-    ``times``: last spike before the chunk, 0 for never; ``table[Δt]`` = α·exp(−β·Δt), ``decay`` =
-    exp(−β); ``carry`` is ∂L/∂U of the step after the chunk. Ranges over 8 neurons.
+    ``grad`` (T, M) becomes ∂L/∂U. ∂L/∂O is what it holds; or, for ``size`` > 0, it comes from
+    ``above`` (T, M/size²), of which every pixel of a window of size × size gets ``share``, in
+    images of ``channels`` and ``width`` that the windows fill. ``mask`` (M,), if not empty, is
+    multiplied to it. ``times``: last spike before the chunk, 0 for never; ``table[Δt]`` =
+    α·exp(−β·Δt), ``decay`` = exp(−β); ``carry`` is ∂L/∂U of the step after the chunk. Ranges over
+    8 neurons.
     """
     steps, count = grad.shape
     slope = np.empty(STRIP, grad.dtype)
+    begins = np.empty(STRIP + 1, np.int64)  # of the strip's pixels …
+    sources = np.empty(STRIP, np.int64)  # … and what they are taken from
     for strip in range(first * 8, min(last * 8, count), STRIP):
         end = min(strip + STRIP, last * 8, count)
+        pixels = 0
+        if size > 0:
+            m = strip
+            while m < end:
+                p, c = divmod(m, channels)
+                y, x = divmod(p, width)
+                begins[pixels] = m - strip
+                sources[pixels] = (y // size * (width // size) + x // size) * channels + c
+                m += channels - c
+                pixels += 1
+            begins[pixels] = end - strip
         for m in range(end - strip):
             then = times[strip + m]
             slope[m] = table[start - then] if then > 0 else 0.0
         for t in range(steps):
             row = grad[t, strip:end]
+            for p in range(pixels):
+                source = above[t, sources[p] :]
+                target = row[begins[p] : begins[p + 1]]
+                for m in range(len(target)):
+                    target[m] = share * source[m]
+            if len(mask) > 0:
+                for m in range(end - strip):
+                    row[m] *= mask[strip + m]
             for byte in range((end - strip + 7) >> 3):
                 value = bits[t, (strip >> 3) + byte]
                 for j in range(min(8, end - strip - byte * 8)):

@@ -9,7 +9,7 @@ asks for them, membrane potentials are computed again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,10 @@ from .synapse import (
     NEURON,
     OPERATORS,
     SUM,
+    Gradient,
     Graph,
     Value,
+    Windows,
     dense,
     events,
 )
@@ -498,13 +500,15 @@ class Presentation:
 
         The output only accumulates: its gradient is the same at every t. Consumes ``tape``.
         """
-        gradients = {id(p): torch.zeros_like(p) for p in parameters}
+        # those of weights are made by their first product
+        gradients = {id(p): None if p.dim() else torch.zeros_like(p) for p in parameters}
         carry: dict[int, Tensor] = {}
         while tape:
             chunk = tape.pop()
             self._find_last_spikes(chunk, tape)
             self._backward_chunk(chunk, grad_counts, carry, gradients)
-        return [gradients[id(p)] for p in parameters]
+        found = [gradients[id(p)] for p in parameters]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
     def _find_last_spikes(self, chunk: _Chunk, tape: list[_Chunk]) -> None:
         """Last spike times before a chunk, from the latest snapshot and the spikes since."""
@@ -521,7 +525,7 @@ class Presentation:
         chunk: _Chunk,
         grad_counts: Sequence[Tensor],
         carry: dict[int, Tensor],
-        gradients: dict[int, Tensor],
+        gradients: dict[int, Tensor | None],
     ) -> None:
         graph = self.network.graph
         values: dict[int, Value] = {}
@@ -539,16 +543,18 @@ class Presentation:
                     values[i] = self.apply(i, [value(j) for j in node.inputs])
             return values[i]
 
-        grads: dict[int, Tensor] = {}
+        grads: dict[int, Gradient] = {}
 
-        def pass_on(i: int, grad: Tensor) -> None:
+        def pass_on(i: int, grad: Gradient) -> None:
             """Add to the gradient of a node's value; ``grad`` may be changed in place later."""
             if i not in grads:
                 grads[i] = grad
-            elif len(grad) == len(grads[i]):
-                grads[i].add_(grad)
+                return
+            first, second = dense(grads[i]), dense(grad)
+            if len(first) == len(second):
+                grads[i] = first.add_(second)
             else:  # a constant value: what is summed over time meets what is not
-                grads[i] = grads[i].sum(0, keepdim=True) + grad.sum(0, keepdim=True)
+                grads[i] = first.sum(0, keepdim=True) + second.sum(0, keepdim=True)
 
         for i, grad in zip(graph.entries, grad_counts, strict=True):
             if graph.reaches_weights[i]:
@@ -568,23 +574,32 @@ class Presentation:
                     )
                     values.pop(node.inputs[0], None)
                 shape = grad.shape
-                matrix = self._backward_neuron(i, to_matrix(grad), current, chunk, carry, gradients)
+                matrix = self._backward_neuron(i, grad, current, chunk, carry, gradients)
                 pass_on(node.inputs[0], from_matrix(matrix, shape))
+            elif node.kind == DROPOUT:
+                mask = self.masks[i]
+                if mask is not None:
+                    if isinstance(grad, Windows) and grad.mask is None:
+                        grad = replace(grad, mask=mask)
+                    else:
+                        grad = dense(grad).mul_(mask)
+                pass_on(node.inputs[0], grad)
             elif node.kind == SUM:
+                grad = dense(grad)
                 for k, j in enumerate(node.inputs):
                     if graph.reaches_weights[j]:
                         pass_on(j, grad if k == 0 else grad.clone())
-            elif node.kind == DROPOUT:
-                mask = self.masks[i]
-                pass_on(node.inputs[0], grad if mask is None else grad.mul_(mask))
             else:
+                grad = dense(grad)
                 module, operator, below = self.modules[i], OPERATORS[node.kind], node.inputs[0]
                 weight = id(module.weight) if operator.learns else None
                 if weight in gradients:
                     x = value(below)
                     if x.shape[0] == 1:  # constant input: the weights see the summed gradient
                         grad = grad.sum(0, keepdim=True)
-                    operator.backward_weight(module, grad, x, gradients[weight])
+                    gradients[weight] = operator.backward_weight(
+                        module, grad, x, gradients[weight]
+                    )
                 if graph.reaches_weights[below]:
                     shape = self.shapes[below][1:]
                     pass_on(below, operator.backward_input(module, grad, shape))
@@ -593,27 +608,33 @@ class Presentation:
     def _backward_neuron(
         self,
         i: int,
-        grad: Tensor,
+        above: Gradient,
         current: Tensor | None,
         chunk: _Chunk,
         carry: dict[int, Tensor],
-        gradients: dict[int, Tensor],
+        gradients: dict[int, Tensor | None],
     ) -> Tensor:
-        """∂L/∂I (T, M) of a layer from ∂L/∂O, in place of ``grad``; gradients of V and λ too.
+        """∂L/∂I (T, M) of a layer from ∂L/∂O, maybe in its place; gradients of V and λ too.
 
         ∂U_t/∂V = −O_{t−1}, ∂U_t/∂λ = U_{t−1}; ∂O/∂V = −s over U and −s·U/V² over U/V.
         """
         neuron, v, leak = self.modules[i], self.threshold[i], self.leak[i]
         surrogate, temporal = neuron.surrogate, neuron.temporal_gradient
         learn_v, learn_leak = id(neuron.threshold) in gradients, id(neuron.leak) in gradients
-        if isinstance(surrogate, STDB) and fuses(grad.device) and not learn_v | learn_leak:
+        packed = chunk.bits[i]
+        if isinstance(surrogate, STDB) and fuses(packed.device) and not learn_v | learn_leak:
+            if isinstance(above, Windows):
+                windows, grad = above, above.above.new_empty(above.shape[0], above.shape[1:].numel())
+            else:
+                windows, grad = None, to_matrix(above)
             grad = backpropagate_stdb(
-                grad, chunk.bits[i], chunk.last_spike[i], chunk.start, surrogate, v, carry.get(i),
-                leak, temporal,
+                grad, packed, chunk.last_spike[i], chunk.start, surrogate, v, carry.get(i), leak,
+                temporal, windows,
             )  # fmt: skip
             carry[i] = grad[0].clone()
             return grad
-        spikes = bits.unpack(chunk.bits[i], grad.shape[1], grad.dtype)
+        grad = to_matrix(dense(above))
+        spikes = bits.unpack(packed, grad.shape[1], grad.dtype)
         membrane: Any = None
         before: Any = None
         if current is not None:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import bits, fused, kernels
+from .layout import to_matrix
 from .surrogate import STDB, Surrogate
+from .synapse import Windows
 
 NO_TIMES = np.zeros(0, np.int16)
 
@@ -185,12 +187,13 @@ def fuses(device: torch.device) -> bool:
 
 def backpropagate_stdb(
     grad: Tensor, packed: Tensor, last_spike: Tensor, start: int, surrogate: STDB, threshold: float,
-    carry: Tensor | None, leak: float, temporal: bool,
+    carry: Tensor | None, leak: float, temporal: bool, windows: Windows | None = None,
 ) -> Tensor:  # fmt: skip
     """Eq. 11 and :func:`backpropagate` in one pass, from the spikes' bits, where :func:`fuses`.
 
     Args:
         grad: (T, M) ∂L/∂O_t; becomes ∂L/∂U_t.
+        windows: ∂L/∂O_t, where it is not in ``grad`` yet; on a CPU.
         packed: (T, ⌈M/8⌉) the chunk's spikes.
         last_spike: (M,) latest spike time before the chunk, 0 for never.
         start: the number of steps before the chunk.
@@ -208,10 +211,18 @@ def backpropagate_stdb(
     ages = torch.arange(start + 1, dtype=torch.float64)
     table = alpha * torch.exp(-surrogate.beta * ages)
     real = grad[:0].numpy().dtype.type
-    following = carry if carry is not None else grad[:1].new_zeros(0)
+    none = grad[:1, :0]
+    following = carry if carry is not None else none[0]
+    above, size, channels, width, mask = none, 0, 0, 0, none[0]
+    if windows is not None:
+        above, size = to_matrix(windows.above), windows.size
+        channels, width = windows.shape[2], windows.shape[4]
+        if windows.mask is not None:
+            mask = to_matrix(windows.mask[None])[0]
     kernels.run(
-        kernels.backpropagate, packed.shape[1], grad.numel(), grad.numpy(), packed.numpy(),
-        last_spike.numpy(), start, table.to(grad.dtype).numpy(),
+        kernels.backpropagate, packed.shape[1], grad.numel(), above.numpy(),
+        real(1 / size**2 if size else 1), size, channels, width, mask.numpy(), grad.numpy(),
+        packed.numpy(), last_spike.numpy(), start, table.to(grad.dtype).numpy(),
         real(math.exp(-surrogate.beta)), following.numpy(), carry is not None, real(leak), temporal,
     )  # fmt: skip
     return grad

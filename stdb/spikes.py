@@ -19,7 +19,8 @@ from .layout import from_matrix
 
 # Below this share of events among values, working on events is faster than the dense form, which
 # gets more out of a processor the larger its matrices are.
-DENSITY_LIMITS = {"convolution": 0.25, "linear": 0.1}
+DENSITY_LIMITS = {"convolution": 0.25, "linear": 0.4}
+ROWS_PER_TILE = 128  # of a linear layer's weights; with BLOCK vectors of columns they fit a cache
 
 
 class Spikes:
@@ -225,9 +226,13 @@ class Events:
         """W·O: (T, B, m); ``blocks`` is :func:`column_blocks` of the weights."""
         images = len(self.begins)
         count, _, columns = blocks.shape
+        edges = np.empty((images, -(-self.shape[2] // ROWS_PER_TILE) + 1), np.int32)
+        names, factors = np.empty_like(self.names), np.empty_like(self.factors)
+        new = edges, names, factors
+        kernels.run(kernels.by_rows, images, self._work, *self._lists, ROWS_PER_TILE, *new)
         out = np.zeros((count, images, columns), self.factors.dtype)
         kernels.run(
-            kernels.multiply, count, self.total * columns * count, *self._lists,
+            kernels.multiply, count, self.total * columns * count, *new,
             blocks.numpy().reshape(-1), self.shape[2] * columns, columns, images, out.reshape(-1),
         )  # fmt: skip
         whole = torch.from_numpy(out).transpose(0, 1).reshape(images, -1)

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from . import kernels
-from .layout import from_matrix, to_matrix
+from .layout import to_layout
 from .spikes import DENSITY_LIMITS, Events, Spikes, column_blocks, tap_rows
 
 INPUT, NEURON, DROPOUT, SUM, FLATTEN = "input", "neuron", "dropout", "sum", "flatten"
@@ -35,8 +34,38 @@ class Node:
 Value = Tensor | Spikes | Events
 
 
-def dense(x: Value) -> Tensor:
-    """A value as a tensor."""
+@dataclass(frozen=True)
+class Windows:
+    """∂L/∂O (T, B, C, H, W) below an average pooling, not yet spread over the windows; on a CPU.
+
+    Attributes:
+        above: ∂L/∂ of the pooled values, (T, B, C, H/size, W/size).
+        size: of a window, which fill the image.
+        mask: (B, C, H, W) of a dropout between, or None.
+    """
+
+    above: Tensor
+    size: int
+    mask: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the dense form."""
+        *rest, height, width = self.above.shape
+        return torch.Size((*rest, height * self.size, width * self.size))
+
+    def dense(self) -> Tensor:
+        """Spread: every pixel of a window gets 1/size² of its gradient."""
+        images = F.interpolate(self.above.flatten(0, 1), scale_factor=self.size) / self.size**2
+        grad = images.unflatten(0, self.above.shape[:2])
+        return to_layout(grad if self.mask is None else grad * self.mask)
+
+
+Gradient = Tensor | Windows
+
+
+def dense(x: Value | Gradient) -> Tensor:
+    """A value or gradient as a tensor."""
     return x if isinstance(x, Tensor) else x.dense()
 
 
@@ -98,17 +127,17 @@ class Convolution:
         return grad_x.unflatten(0, grad.shape[:2])
 
     @staticmethod
-    def backward_weight(module: nn.Conv2d, grad: Tensor, x: Value, total: Tensor) -> None:
-        """Add to ``total`` ∂L/∂W summed over time and batch, given ∂L/∂I."""
+    def backward_weight(module: nn.Conv2d, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
+        """``total`` (None: nothing yet) + ∂L/∂W summed over time and batch, given ∂L/∂I."""
         few = Convolution.events(module, x)
         if few is not None:
-            total += few.convolved_weight(module, grad)
-            return
-        images = dense(x).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        _, grad_weight = _convolution_backward(
-            module, grad.flatten(0, 1), images, module.weight, (False, True)
-        )
-        total += grad_weight
+            grad_weight = few.convolved_weight(module, grad)
+        else:
+            images = dense(x).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            _, grad_weight = _convolution_backward(
+                module, grad.flatten(0, 1), images, module.weight, (False, True)
+            )
+        return grad_weight if total is None else total.add_(grad_weight)
 
     @staticmethod
     def fan_out(module: nn.Conv2d, targets: Tensor, shape: torch.Size) -> Tensor:
@@ -172,9 +201,10 @@ class Dense:
         return grad @ module.weight
 
     @staticmethod
-    def backward_weight(module: nn.Linear, grad: Tensor, x: Value, total: Tensor) -> None:
-        """Add to ``total`` ∂L/∂W summed over time and batch, given ∂L/∂I."""
-        total.addmm_(grad.flatten(0, 1).t(), dense(x).flatten(0, 1))
+    def backward_weight(module: nn.Linear, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
+        """``total`` (None: nothing yet) + ∂L/∂W summed over time and batch, given ∂L/∂I."""
+        rows, columns = grad.flatten(0, 1).t(), dense(x).flatten(0, 1)
+        return rows @ columns if total is None else total.addmm_(rows, columns)
 
     @staticmethod
     def fan_out(module: nn.Linear, targets: Tensor, shape: torch.Size) -> Tensor:
@@ -210,12 +240,12 @@ class AveragePool:
         return x.pooled(_pair(module.kernel_size)[0])
 
     @staticmethod
-    def backward_input(module: nn.AvgPool2d, grad: Tensor, shape: torch.Size) -> Tensor:
-        """Spread the gradient evenly over the window."""
+    def backward_input(module: nn.AvgPool2d, grad: Tensor, shape: torch.Size) -> Gradient:
+        """Spread the gradient evenly over the window; later, where someone can do it on the way."""
         size = _pair(module.kernel_size)[0]
-        whole = AveragePool.plain(module) and shape[1] % size == 0
+        whole = AveragePool.plain(module) and shape[1] % size == 0 and shape[2] % size == 0
         if grad.device.type == "cpu" and whole:
-            return _spread(to_matrix(grad), size, (*grad.shape[:2], *shape))
+            return Windows(grad, size)
         images = grad.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         blank = torch.empty_like(images[:, :, :1, :1]).expand(len(images), *shape)
         grad_x = torch.ops.aten.avg_pool2d_backward(
@@ -243,19 +273,6 @@ class AveragePool:
             True,
             1,  # the divisor: sum over the windows, undivided
         )[0]
-
-
-def _spread(grad: Tensor, size: int, shape: Sequence[int]) -> Tensor:
-    """Undo the averaging over windows that fill the height, on a CPU."""
-    channels, height, width = shape[2:]
-    rows = shape[0] * shape[1] * height
-    out = torch.empty(rows * width, channels, dtype=grad.dtype)
-    share = grad[:0].numpy().dtype.type(1 / size**2)
-    kernels.run(
-        kernels.spread, rows // size, out.numel(), grad.view(-1, channels).numpy(), width,
-        channels, size, share, out.numpy(),
-    )  # fmt: skip
-    return from_matrix(out.view(shape[0], -1), shape)
 
 
 class Flatten:

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stdb import bits, kernels, neuron
+from stdb import bits, kernels, neuron, synapse
 from stdb.layout import to_matrix
 from stdb.spikes import Spikes, column_blocks, tap_rows
 from stdb.surrogate import STDB
-from stdb.synapse import AveragePool
+from stdb.synapse import AveragePool, Windows
 
 STEPS, BATCH = 3, 2
 
@@ -69,10 +69,11 @@ def test_convolution(data):
 
 
 @pytest.mark.parametrize("outputs", [1, 64, 77, 300])
-def test_linear_after_flatten(outputs):
-    """Channels first as torch flattens, blocks of columns and the rest."""
-    dense, few = spikes(6, 4)
-    module = nn.Linear(6 * 16, outputs, bias=False).double()
+@pytest.mark.parametrize("channels", [6, 20])
+def test_linear_after_flatten(outputs, channels):
+    """Channels first as torch flattens; blocks of columns, of rows, and the rest."""
+    dense, few = spikes(channels, 4)
+    module = nn.Linear(channels * 16, outputs, bias=False).double()
     flat = few.events.flattened()
     assert torch.equal(flat.dense(), dense.flatten(2))
     product = flat.multiplied(module, column_blocks(module))
@@ -93,7 +94,7 @@ def test_average_pooling(window, size, density):
     grad = torch.randn(STEPS, BATCH, *expected.shape[1:], dtype=torch.float64)
     expected.backward(grad.flatten(0, 1))
     spread = AveragePool.backward_input(module, grad, dense.shape[2:])
-    torch.testing.assert_close(spread.flatten(0, 1), x.grad)
+    torch.testing.assert_close(synapse.dense(spread).flatten(0, 1), x.grad)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 1000, 4099])
@@ -148,3 +149,24 @@ def test_a_group_of_channels_has_no_kernel():
     logits = snn(images, 10)
     F.cross_entropy(logits, torch.tensor([0, 1])).backward()
     assert all(p.grad is not None for p in snn.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("size", "channels"), [(1, 3), (2, 1), (2, 40), (3, 7)])
+def test_neurons_below_a_pool(size, channels, masked):
+    """The gradient that is spread on the way is the one that is spread before."""
+    generator = torch.Generator().manual_seed(size)
+    shape = (STEPS, BATCH, channels, 4 * size, 6 * size)
+    above = torch.randn(STEPS, BATCH, channels, 4, 6, generator=generator, dtype=torch.float64)
+    mask = (torch.rand(shape[1:], generator=generator) < 0.7).double() / 0.7 if masked else None
+    windows = Windows(above, size, mask)
+    spread = above.repeat_interleave(size, 3).repeat_interleave(size, 4) / size**2
+    torch.testing.assert_close(windows.dense(), spread if mask is None else spread * mask)
+    assert windows.shape == shape
+    dense = to_matrix(windows.dense())
+    packed = bits.pack((torch.rand(dense.shape, generator=generator) < 0.2).double())
+    times = torch.randint(0, 5, dense.shape[1:], generator=generator).to(torch.int16)
+    rest = packed, times, 4, STDB(0.3, 0.05), 0.5, None, 0.9, True
+    wanted = neuron.backpropagate_stdb(dense.clone(), *rest)
+    found = neuron.backpropagate_stdb(torch.empty_like(dense), *rest, windows)
+    torch.testing.assert_close(found, wanted)
