@@ -150,6 +150,9 @@ def setup(config: dict[str, Any]) -> tuple[int, int, torch.device]:
 
     _job.checkpoints = config["checkpoints"]
     torch.set_num_threads(config["cpus"])
+    if config["use_gpu"]:
+        tf32 = config.get("stdb", {}).get("precision") != "float32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if config["use_gpu"] else torch.device("cpu")
     return context.get_world_rank(), context.get_world_size(), device

@@ -67,7 +67,7 @@ def _merge(statistics: stdb.SpikeStatistics, device: torch.device) -> None:
     """Sum the workers' spike counts."""
     statistics.images = int(total(torch.tensor(statistics.images, device=device)))
     for name, counts in statistics.maps.items():
-        statistics.maps[name] = total(counts.to(device)).cpu()
+        statistics.maps[name] = total(counts)
 
 
 def spike_metrics(spikes: dict[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@
 
 Algorithms 2 and 3: the balanced thresholds, scaled for the reduced T, and Adam with amsgrad. The
 best epoch is chosen on the validation split; the test split is read once, at the end.
+With ``stdb.from_scratch`` random weights are trained in the same way, the baseline of Appendix B.
 Out: models/snn.safetensors, metrics/finetune_stdb.json, plots/finetune_stdb.csv,
 plots/finetuned_spikes.csv, plots/finetuned_accuracy.csv.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import stdb
 from pipeline.balance_thresholds import load_thresholds
-from pipeline.data import load_split, load_splits
+from pipeline.data import Split, load_split, load_splits, normalise
 from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
 from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
 from pipeline.network import build_ann, build_snn, load_weights, save_weights
@@ -36,7 +37,9 @@ from pipeline.stage import (
     write_csv,
     write_json,
 )
-from pipeline.training import fit
+from pipeline.training import fit, order
+
+SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 98.0
 
 
 def main(stage: Stage) -> None:
@@ -46,8 +49,10 @@ def main(stage: Stage) -> None:
     ann = build_ann(params.network, train)
     load_weights(ann, ANN)
     load_thresholds(build_snn(ann, params.stdb, params.stdb.seed))
-    scale = params.stdb.threshold_scale or read_json(CONVERSION)["scale"]
-    stage.say(f"T = {params.stdb.timesteps}, threshold scale {scale}, {len(train)} images")
+    found = 1.0 if params.stdb.from_scratch else read_json(CONVERSION)["scale"]
+    scale = params.stdb.threshold_scale or found
+    start = "random weights, " if params.stdb.from_scratch else ""
+    stage.say(f"{start}T = {params.stdb.timesteps}, threshold scale {scale}, {len(train)} images")
     state = run_job(
         stage,
         train_loop,
@@ -100,14 +105,19 @@ def train_loop(config: dict[str, Any]) -> None:
     train, validation, test = load_splits(
         Path(config["data"]), device, "train", "validation", "test"
     )
+    torch.manual_seed(params.seed)
     ann = build_ann(NetworkParams(**config["network"]), train)
-    load_weights(ann, Path(config["weights"]))
+    if not params.from_scratch:
+        load_weights(ann, Path(config["weights"]))
     if params.dropout is not None:
         for module in ann.modules():
             if isinstance(module, nn.Dropout):
                 module.p = params.dropout
     snn = build_snn(ann, params, params.seed).to(device)
-    load_thresholds(snn, Path(config["thresholds"]))
+    if params.from_scratch:
+        balance_random(snn, train, params)
+    else:
+        load_thresholds(snn, Path(config["thresholds"]))
     snn.scale_thresholds(config["scale"])
     model = data_parallel(snn)
 
@@ -139,6 +149,22 @@ def train_loop(config: dict[str, Any]) -> None:
     longer = evaluate_snn(snn, test, longest(params.timesteps), 128, rank, world)
     state |= {"test": vars(found), "curve": longer.accuracy}
     report(state)
+
+
+def balance_random(snn: stdb.SpikingNetwork, train: Split, params: StdbParams) -> None:
+    """Thresholds for random weights, from a few images, the same in every worker.
+
+    At a percentile: at the maximum, layer after layer passes on less, and the highest are silent.
+    """
+    few = train.take(order(len(train), SCRATCH_IMAGES, params.seed, 0)[0])
+    stdb.balance_thresholds(
+        snn,
+        normalise(few.images),
+        params.timesteps,
+        percentile=SCRATCH_PERCENTILE,
+        residual_blocks=True,
+        sample_ids=few.ids,
+    )
 
 
 def free_memory(device: torch.device, world: int) -> int:

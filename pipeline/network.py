@@ -59,6 +59,7 @@ def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetw
         learn_leaks=params.learn_leaks,
         chunk=params.chunk,
         dropout_seed=seed,
+        precision=torch.bfloat16 if params.precision == "bf16" else None,
     )
 
 

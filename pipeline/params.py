@@ -167,6 +167,10 @@ class StdbParams(Schedule):
     """V of every layer learns too (DIET-SNN)."""
     learn_leaks: bool
     """λ of every layer learns too (DIET-SNN)."""
+    precision: Literal["float32", "tf32", "bf16"]
+    """Of convolutions and matrix products; membranes stay float32. TF32 is a GPU's."""
+    from_scratch: bool
+    """Random weights instead of the ANN's: the baseline of Appendix B."""
     truncate: Count | None
     """t' of truncated BPTT (§2.2)."""
     threshold_scale: Positive | None

@@ -74,6 +74,7 @@ def convert(
     learn_leaks: bool = False,
     chunk: int | None = None,
     dropout_seed: int = 0,
+    precision: torch.dtype | None = None,
 ) -> SpikingNetwork:
     """Convert an ANN to a spiking network with all thresholds 1 (paper §2.3, Algorithm 1).
 
@@ -88,6 +89,7 @@ def convert(
         learn_leaks: λ of every layer is a parameter that learns.
         chunk: time steps computed at once; None chooses.
         dropout_seed: chooses the dropout masks of training.
+        precision: of dense products, see ``SpikingNetwork``.
 
     Raises:
         ConversionError: names the layer that has no spiking counterpart, and the remedy.
@@ -101,7 +103,7 @@ def convert(
         net.set_submodule(graph.nodes[i].name, neuron)
     parameter = next(ann.parameters())  # not of net: a neuron's V may come first there
     net.to(device=parameter.device, dtype=parameter.dtype)
-    snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed)
+    snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed, precision)
     snn.train(ann.training)
     return snn
 

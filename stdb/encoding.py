@@ -29,7 +29,9 @@ def mix(word: Tensor) -> Tensor:
 
 def derive(keys: Tensor, number: int | Tensor) -> Tensor:
     """Derive stream keys from ``keys`` and a further coordinate (seed, epoch, sample, t, layer)."""
-    return mix((keys + _GOLDEN) ^ mix(torch.as_tensor(number, device=keys.device) + _GOLDEN))
+    if isinstance(number, int):
+        number = torch.full((), number, device=keys.device)
+    return mix((keys + _GOLDEN) ^ mix(number + _GOLDEN))
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:

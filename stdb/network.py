@@ -61,6 +61,8 @@ class SpikingNetwork(nn.Module):
         chunk: time steps that are computed at once; None chooses by batch size. It changes memory
             and time, not results.
         dropout_seed: chooses the dropout masks of training.
+        precision: what dense convolutions and matrix products are made in, ``torch.bfloat16`` say,
+            with membranes and sums in the type of the weights; None: in that type as well.
         observers: called with (presentation, layer, its value over the chunk) for every chunk; see
             ``record_spikes``.
     """
@@ -72,6 +74,7 @@ class SpikingNetwork(nn.Module):
         encoder: Encoder,
         chunk: int | None = None,
         dropout_seed: int = 0,
+        precision: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
@@ -81,6 +84,7 @@ class SpikingNetwork(nn.Module):
         self.encoder = encoder
         self.chunk = chunk
         self.dropout_seed = dropout_seed
+        self.precision = precision
         self.observers: list[Observer] = []
 
     # -- presenting ----------------------------------------------------------------------------
@@ -363,7 +367,11 @@ class Presentation:
         few = operator.events(module, x)
         if few is not None:
             return operator.of_events(module, few, self._prepared(i))
-        return operator.forward(module, dense(x))
+        return operator.forward(module, self._lowered(dense(x)) if operator.learns else dense(x))
+
+    def _lowered(self, x: Tensor) -> Tensor:
+        """In the precision of the network's products."""
+        return x if self.network.precision is None else x.to(self.network.precision)
 
     def _prepared(self, i: int) -> Tensor | None:
         """What an operator makes of its weights for events, made again when they change."""
@@ -597,11 +605,13 @@ class Presentation:
                     x = value(below)
                     if x.shape[0] == 1:  # constant input: the weights see the summed gradient
                         grad = grad.sum(0, keepdim=True)
+                    grad = self._lowered(grad)
                     gradients[weight] = operator.backward_weight(
                         module, grad, x, gradients[weight]
                     )
                 if graph.reaches_weights[below]:
                     shape = self.shapes[below][1:]
+                    grad = self._lowered(grad) if operator.learns else grad
                     pass_on(below, operator.backward_input(module, grad, shape))
             values.pop(i, None)
 

@@ -27,11 +27,11 @@ class SpikeStatistics:
     Attributes:
         network: the network that was presented.
         maps: layer (``input`` first) → spikes of every neuron, summed over time and images,
-            (C, H, W) or (n,), float64. A signed input spike counts as one; so does a nonzero pixel
-            of an analogue input, at every step.
+            (C, H, W) or (n,), float64, on the network's device. A signed input spike counts as one;
+            so does a nonzero pixel of an analogue input, at every step.
         images: number of images presented.
         timesteps: steps of a presentation.
-        analogue_input: the input was no spike train.
+        analogue: whether the input was no spike train, as a tensor, so that nobody waits for it.
         trains: layer → spikes (T, B, …) uint8, if they were asked for.
     """
 
@@ -39,7 +39,7 @@ class SpikeStatistics:
     maps: dict[str, Tensor] = field(default_factory=dict)
     images: int = 0
     timesteps: int = 0
-    analogue_input: bool = False
+    analogue: Tensor | None = None
     trains: dict[str, list[Tensor]] | None = None
 
     def observe(self, presentation: Presentation, name: str, spikes: Value) -> None:
@@ -48,14 +48,20 @@ class SpikeStatistics:
             if presentation.t == 0:
                 self.images += spikes.shape[1]
             self.timesteps = max(self.timesteps, presentation.t + spikes.shape[0])
-            self.analogue_input |= bool((dense(spikes).frac() != 0).any())
+            found = (dense(spikes).frac() != 0).any()
+            self.analogue = found if self.analogue is None else self.analogue | found
         if isinstance(spikes, Spikes):
-            total = spikes.counts().sum(0, dtype=torch.float64).cpu()
+            total = spikes.counts().sum(0, dtype=torch.float64)
         else:
-            total = (dense(spikes) != 0).sum((0, 1), dtype=torch.float64).cpu()
+            total = (dense(spikes) != 0).sum((0, 1), dtype=torch.float64)
         self.maps[name] = self.maps[name] + total if name in self.maps else total
         if self.trains is not None:
             self.trains.setdefault(name, []).append(dense(spikes).clone())
+
+    @property
+    def analogue_input(self) -> bool:
+        """The input was no spike train."""
+        return self.analogue is not None and bool(self.analogue)
 
     def spikes_per_neuron(self) -> dict[str, float]:
         """Spikes of a layer summed over T ÷ neurons of the layer, averaged over images (Fig. 3)."""
@@ -128,4 +134,4 @@ def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str,
                 driven[j] += operator.fan_out(modules.get(node.name), driven[i], shapes[j])
             else:
                 driven[j] += driven[i]
-    return {name: driven[i].cpu() for i, name in {0: INPUT, **graph.labels}.items()}
+    return {name: driven[i] for i, name in {0: INPUT, **graph.labels}.items()}

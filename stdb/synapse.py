@@ -4,7 +4,8 @@ A network is a graph of nodes: the input, spiking neurons, and linear operators 
 are the same at every time step. A node's value has a leading time dimension: (T, B, C, H, W) or
 (T, B, n), kept in channels-last order; T = 1 stands for a value that is constant over the chunk.
 Each operator knows its product, the gradients of it, and its fan-out; most know the product of a
-few events (:mod:`stdb.spikes`) too, for where most values are zero.
+few events (:mod:`stdb.spikes`) too, for where most values are zero. A dense product is made in the
+type of the values it is given, and its result has the type of the weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,13 +96,13 @@ class Convolution:
         return per_image(
             lambda n: F.conv2d(
                 n.contiguous(memory_format=torch.channels_last),
-                module.weight,
+                module.weight.to(n.dtype),
                 None,
                 module.stride,
                 module.padding,
                 module.dilation,
                 module.groups,
-            ),
+            ).to(module.weight.dtype),
             x,
         )
 
@@ -122,21 +123,23 @@ class Convolution:
         """∂L/∂O, given ∂L/∂I; ``shape`` is O's (C, H, W) or (n,)."""
         images = grad.flatten(0, 1)
         x = images.new_empty(1).expand(len(images), *shape)  # only its shape is looked at
-        weight = module.weight.contiguous(memory_format=torch.channels_last)
+        weight = module.weight.to(grad.dtype, memory_format=torch.channels_last)
         grad_x, _ = _convolution_backward(module, images, x, weight, (True, False))
-        return grad_x.unflatten(0, grad.shape[:2])
+        return grad_x.to(module.weight.dtype).unflatten(0, grad.shape[:2])
 
     @staticmethod
     def backward_weight(module: nn.Conv2d, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
         """``total`` (None: nothing yet) + ∂L/∂W summed over time and batch, given ∂L/∂I."""
         few = Convolution.events(module, x)
         if few is not None:
-            grad_weight = few.convolved_weight(module, grad)
+            grad_weight = few.convolved_weight(module, grad.to(module.weight.dtype))
         else:
-            images = dense(x).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            images = dense(x).flatten(0, 1).to(grad.dtype, memory_format=torch.channels_last)
+            weight = module.weight.to(grad.dtype)
             _, grad_weight = _convolution_backward(
-                module, grad.flatten(0, 1), images, module.weight, (False, True)
+                module, grad.flatten(0, 1), images, weight, (False, True)
             )
+            grad_weight = grad_weight.to(module.weight.dtype)
         return grad_weight if total is None else total.add_(grad_weight)
 
     @staticmethod
@@ -181,7 +184,7 @@ class Dense:
     @staticmethod
     def forward(module: nn.Linear, x: Tensor) -> Tensor:
         """(T, B, n) → (T, B, m)."""
-        return F.linear(x, module.weight)
+        return F.linear(x, module.weight.to(x.dtype)).to(module.weight.dtype)
 
     @staticmethod
     def events(module: nn.Linear, x: Value) -> Events | None:
@@ -198,13 +201,16 @@ class Dense:
     @staticmethod
     def backward_input(module: nn.Linear, grad: Tensor, shape: torch.Size) -> Tensor:
         """∂L/∂O, given ∂L/∂I; ``shape`` is O's (C, H, W) or (n,)."""
-        return grad @ module.weight
+        return (grad @ module.weight.to(grad.dtype)).to(module.weight.dtype)
 
     @staticmethod
     def backward_weight(module: nn.Linear, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
         """``total`` (None: nothing yet) + ∂L/∂W summed over time and batch, given ∂L/∂I."""
-        rows, columns = grad.flatten(0, 1).t(), dense(x).flatten(0, 1)
-        return rows @ columns if total is None else total.addmm_(rows, columns)
+        rows, columns = grad.flatten(0, 1).t(), dense(x).flatten(0, 1).to(grad.dtype)
+        if total is not None and total.dtype == grad.dtype:
+            return total.addmm_(rows, columns)
+        grad_weight = (rows @ columns).to(module.weight.dtype)
+        return grad_weight if total is None else total.add_(grad_weight)
 
     @staticmethod
     def fan_out(module: nn.Linear, targets: Tensor, shape: torch.Size) -> Tensor:

@@ -137,6 +137,8 @@ def test_windows_of_truncated_bptt_change_the_result(run):
         {"alpha": 0.5},
         {"beta": 0.5},
         {"over_threshold": True},
+        {"precision": "bf16"},
+        {"from_scratch": True},
         {"truncate": 1},
         {"dropout": 0.0},
         {"dropout": None},
@@ -187,6 +189,21 @@ def test_the_fine_tuning_reports_the_best_networks_accuracy(run, files):
     assert len(state["curve"]) == 16
 
 
+def test_from_scratch_nothing_of_the_ann_is_left(run, files, tmp_path):
+    """Other weights and thresholds of the ANN give the same network; another seed another one."""
+    params = STDB.model_copy(update={"from_scratch": True})
+    first = finetune(run, params, scale=1.0)["network"]
+    folder, parts = files
+    torch.manual_seed(99)
+    save_weights(build_ann(NETWORK, parts["train"]).state_dict(), tmp_path / "ann.safetensors")
+    module = pipeline.finetune_stdb
+    paths = {"weights": str(tmp_path / "ann.safetensors"), "thresholds": "none"}
+    again = run(module, module.train_loop, stdb=params.model_dump(), scale=1.0, **paths)["network"]
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    other = finetune(run, params.model_copy(update={"seed": 5}), scale=1.0)["network"]
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+
+
 def balance(run, params: StdbParams, **changes):
     module = pipeline.balance_thresholds
     own = PARAMS.balance_thresholds.model_copy(update={"timesteps": 10, "images": 20} | changes)
@@ -208,6 +225,7 @@ UNTRACKED_BY_BALANCING = {
     "temporal_gradient": False,
     "learn_thresholds": True,
     "learn_leaks": True,
+    "from_scratch": True,
     "truncate": 1,
     "micro_batch": 2,
     "threshold_scale": 0.3,
@@ -218,14 +236,15 @@ UNTRACKED_BY_BALANCING = {
 
 @pytest.mark.parametrize("name", UNTRACKED_BY_BALANCING)
 def test_balancing_depends_on_no_parameter_that_it_does_not_track(run, name):
-    """dvc.yaml lists stdb.encoder only: anything else of stdb must not change the thresholds."""
+    """dvc.yaml lists encoder and precision of stdb: nothing else may change the thresholds."""
     changed = STDB.model_copy(update={name: UNTRACKED_BY_BALANCING[name]})
     assert balance(run, changed) == balance(run, STDB)
 
 
 def test_balancing_depends_on_what_it_tracks(run):
-    """Encoder, T, number of images and seed reach Algorithm 1; the batch size does not matter."""
+    """What is tracked reaches Algorithm 1; the batch size does not matter."""
     first = balance(run, STDB)
+    assert balance(run, STDB.model_copy(update={"precision": "bf16"})) != first
     assert balance(run, STDB.model_copy(update={"encoder": "direct"})) != first
     assert balance(run, STDB, timesteps=40) != first
     assert balance(run, STDB, images=45) != first
@@ -248,7 +267,7 @@ def evaluate(run, params: StdbParams):
     "name", sorted(set(UNTRACKED_BY_BALANCING) - {"timesteps", "leak", "seed"})
 )
 def test_evaluation_depends_on_no_parameter_that_it_does_not_track(run, name):
-    """dvc.yaml lists T, leak, encoder and seed of stdb: nothing else may change the metrics."""
+    """dvc.yaml lists T, leak, encoder, precision, seed: nothing else may change the metrics."""
     changed = STDB.model_copy(update={name: UNTRACKED_BY_BALANCING[name]})
     assert evaluate(run, changed) == evaluate(run, STDB)
 
