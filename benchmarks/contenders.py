@@ -7,8 +7,10 @@ step-by-step   one time step after the other, autograd through everything, as th
 snntorch       ``snntorch.Leaky`` with subtractive reset, step after step
 spikingjelly   ``IFNode`` with soft reset, multi-step, convolutions over all steps at once
 products       the bare convolutions and matrix products of a training step, no neurons: the floor
+recorded       this project's engine with spike statistics, in turns with it without
+ann            the ANN that the network is converted from
 
-    python -m benchmarks.contenders CONTENDER WORKLOAD PHASE
+    python -m benchmarks.contenders CONTENDER WORKLOAD PHASE [REPEATS]
 
 prints one JSON line: seconds of a step and its peak memory over the process with model, gradients
 and optimiser state. One process each, so that no contender finds another's memory or caches.
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -173,12 +176,28 @@ class Engine(nn.Module):
         return self.snn(x, self.timesteps)
 
 
+class Ann(nn.Module):
+    """The ANN: the module tree with ReLUs, in one pass."""
+
+    def __init__(self, snn: stdb.SpikingNetwork, timesteps: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.ReLU() if isinstance(m, stdb.SpikingNeuron) else m for m in snn.net.children())
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → logits."""
+        return self.layers(x)
+
+
 CONTENDERS: dict[str, Callable[[stdb.SpikingNetwork, int], nn.Module]] = {
     "stdb": Engine,
     "step-by-step": StepByStep,
     "snntorch": SnnTorch,
     "spikingjelly": SpikingJelly,
+    "ann": Ann,
 }
+OWN_BATCH = ("step-by-step", "snntorch", "spikingjelly")  # these keep everything
 
 
 def products(ann: nn.Module, timesteps: int, batch: int, train: bool) -> Callable[[], None]:
@@ -241,6 +260,25 @@ def balance(contender: str, snn: stdb.SpikingNetwork, workload: Workload) -> Cal
     return run
 
 
+def recording(snn: stdb.SpikingNetwork, workload: Workload, repeats: int) -> tuple[float, float]:
+    """Seconds of a presentation without and with spike statistics: medians, taking turns."""
+    x, seconds = images(workload.batch), ([], [])  # type: tuple[Tensor, tuple[list, list]]
+    snn.eval()
+    for _ in range(1 + 2 * repeats):
+        for with_statistics, found in enumerate(seconds):
+            start = time.perf_counter()
+            with torch.no_grad():
+                if with_statistics:
+                    with stdb.record_spikes(snn) as statistics:
+                        snn(x, workload.timesteps)
+                    statistics.energy_delay()
+                else:
+                    snn(x, workload.timesteps)
+            found.append(time.perf_counter() - start)
+    plain, recorded = (median(found[1:]) for found in seconds)
+    return plain, recorded
+
+
 def void(_: object) -> None:
     """Drop a result."""
 
@@ -287,7 +325,11 @@ def memory(key: str) -> int:
 def main(contender: str, name: str, phase: str, repeats: int) -> None:
     """Measure one contender, and print a JSON line."""
     workload = next(w for w in [*WORKLOADS, *QUICK] if w.name == name and phase in w.phases)
-    batch = workload.batch if contender in ("stdb", "products") else workload.peer_batch
+    if phase == "record":
+        plain, recorded = recording(network(workload), workload, repeats)
+        print(json.dumps({"plain": plain, "seconds": recorded, "batch": workload.batch}))
+        return
+    batch = workload.peer_batch if contender in OWN_BATCH else workload.batch
     run = step(contender, workload, phase, batch)
     base = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -296,13 +338,14 @@ def main(contender: str, name: str, phase: str, repeats: int) -> None:
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
+    peak = memory("VmHWM") - base
     steps = neuron_steps(network(workload), workload, batch)
     print(
         json.dumps(
             {
                 "seconds": min(seconds),
                 "batch": batch,
-                "peak_bytes": memory("VmHWM") - base,
+                "peak_bytes": peak,
                 "neuron_steps": steps,
             }
         )

@@ -5,6 +5,7 @@
 Every measurement is a process of its own (:mod:`benchmarks.contenders`); contenders take turns, and
 the median of the rounds counts. Figures are per image, since contenders that keep everything get a
 smaller batch. Rows that are measured already are kept, so that a long run can be done in parts.
+Beside the table, Appendix B's Fig. 5 is drawn.
 """
 
 import argparse
@@ -22,8 +23,18 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.workloads import QUICK, WORKLOADS, Workload
 
 FOLDER = Path(__file__).parent
-TRAIN = ["stdb", "products", *(name for name in CONTENDERS if name != "stdb")]
-OF_PHASE = {"train": TRAIN, "infer": TRAIN, "balance": ["stdb", "step-by-step"]}
+EPOCHS = {"ANN": 250, "STDB": 20}  # the paper's recipe
+IMAGES = 50_000  # of CIFAR-10
+
+
+def contenders(workload: Workload, phase: str) -> list[str]:
+    """Who takes part."""
+    if phase == "record":
+        return ["recorded"]
+    if phase == "balance":
+        return ["stdb", "step-by-step"]
+    peers = [name for name in CONTENDERS if name not in ("stdb", "ann")]
+    return ["stdb", "products", *peers, *(["ann"] if workload.ann else [])]
 
 
 def measure(contender: str, workload: Workload, phase: str) -> dict[str, Any] | None:
@@ -40,18 +51,23 @@ def measure(contender: str, workload: Workload, phase: str) -> dict[str, Any] | 
 def compare(workload: Workload, phase: str, rounds: int) -> list[dict[str, Any]]:
     """The rows of one workload and phase."""
     print(f"{workload.name}, {phase}", flush=True)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in OF_PHASE[phase]}
+    found: dict[str, list[dict[str, Any]]] = {n: [] for n in contenders(workload, phase)}
     for _ in range(rounds):
         for contender in list(found):
             if (one := measure(contender, workload, phase)) is None:
                 del found[contender]
                 continue
             found[contender].append(one)
+            if phase == "record":
+                print(f"    statistics take {one['seconds'] / one['plain'] - 1:+.1%}", flush=True)
+                continue
             print(
                 f"    {contender:14} {one['seconds'] / one['batch']:8.3f} s an image, "
                 f"{one['peak_bytes'] / 2**20:8.0f} MiB over the base at batch {one['batch']}",
                 flush=True,
             )
+    if phase == "record":
+        return recorded(workload, found["recorded"])
     rows = []
     for contender, ones in found.items():
         seconds = statistics.median(one["seconds"] / one["batch"] for one in ones)
@@ -62,6 +78,7 @@ def compare(workload: Workload, phase: str, rounds: int) -> list[dict[str, Any]]
                 "phase": phase,
                 "contender": contender,
                 "batch": ones[0]["batch"],
+                "rounds": len(ones),
                 "seconds": seconds,
                 "peak_bytes": int(peak),
                 "bytes_per_neuron_step": peak / ones[0]["neuron_steps"],
@@ -71,6 +88,23 @@ def compare(workload: Workload, phase: str, rounds: int) -> list[dict[str, Any]]
     ours = next(row["seconds"] for row in rows if row["contender"] == "stdb")
     for row in rows:
         row["ratio_to_stdb"] = row["seconds"] / ours
+    return rows
+
+
+def recorded(workload: Workload, ones: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an inference with spike statistics and of the same without."""
+    common = {"workload": workload.name, "phase": "record", "batch": workload.batch}
+    rows = []
+    for contender, key in (("stdb", "plain"), ("recorded", "seconds")):
+        rows.append(
+            common
+            | {
+                "contender": contender,
+                "seconds": statistics.median(one[key] / one["batch"] for one in ones),
+                "ratio_to_stdb": statistics.median(one[key] / one["plain"] for one in ones),
+                "machine": machine(),
+            }
+        )
     return rows
 
 
@@ -97,13 +131,77 @@ def table(rows: list[dict[str, Any]]) -> str:
         "bytes a neuron-step |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    lines += [
-        f"| {r['workload']} | {r['phase']} | {r['contender']} | {1e3 * r['seconds']:,.1f} "
-        f"| {r['ratio_to_stdb']:.2f} | {r['peak_bytes'] / 2**20:,.0f} | {r['batch']} "
-        f"| {r['bytes_per_neuron_step']:.2f} |"
-        for r in rows
-    ]
+    for r in rows:
+        memory = ("", "")
+        if "peak_bytes" in r:
+            memory = f"{r['peak_bytes'] / 2**20:,.0f}", f"{r['bytes_per_neuron_step']:.2f}"
+        lines.append(
+            f"| {r['workload']} | {r['phase']} | {r['contender']} | {1e3 * r['seconds']:,.1f} "
+            f"| {r['ratio_to_stdb']:.2f} | {memory[0]} | {r['batch']} | {memory[1]} |"
+        )
     return "\n".join(lines)
+
+
+def figure(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Appendix B's Fig. 5: time and memory of ANN, SNN from scratch and hybrid, of VGG16, T = 100.
+
+    Times of training are seconds an image × images × the recipe's epochs; from scratch an SNN is
+    given as many as the ANN. False where something is not measured yet.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {
+        (r["phase"], r["contender"]): r
+        for r in rows
+        if r["workload"] == "vgg16 T=100" and r["contender"] in ("stdb", "ann")
+    }
+    if len(found) < 4:
+        return False
+    epoch = {c: found["train", c]["seconds"] * IMAGES / 3600 for c in ("ann", "stdb")}
+    ann = EPOCHS["ANN"] * epoch["ann"]
+    labels = ["ANN", "SNN from\nscratch", "hybrid"]
+    both = ["ann", "stdb", "stdb"]
+    batch = found["train", "stdb"]["batch"]
+    panels = [
+        (f"training, hours\n{IMAGES:,} images, {EPOCHS['ANN']} epochs; hybrid: and "
+         f"{EPOCHS['STDB']} of STDB",
+         [ann, EPOCHS["ANN"] * epoch["stdb"], ann + EPOCHS["STDB"] * epoch["stdb"]]),
+        ("inference, ms an image", [1e3 * found["infer", c]["seconds"] for c in both]),
+        (f"training, MiB over the base\nbatch {batch}",
+         [found["train", c]["peak_bytes"] / 2**20 for c in both]),
+        (f"inference, MiB over the base\nbatch {batch}",
+         [found["infer", c]["peak_bytes"] / 2**20 for c in both]),
+    ]  # fmt: skip
+    drawn, axes = pyplot.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
+    for place, (title, values) in zip(axes, panels, strict=True):
+        bars = place.bar(labels, values, color=["#8a8a8a", "#c44e52", "#4c72b0"])
+        place.bar_label(bars, fmt=lambda v: f"{v:,.0f}")
+        place.set_title(title, fontsize=9)
+        place.margins(y=0.15)
+    drawn.suptitle("VGG16, T = 100: time and memory (Appendix B, Fig. 5)")
+    drawn.savefig(path, dpi=110)
+    pyplot.close(drawn)
+    return True
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """results.json, and README.md with the table and the picture."""
+    (FOLDER / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    facts = ", ".join(f"{key} {value}" for key, value in machine().items())
+    picture = ""
+    if figure(rows, FOLDER / "appendix_b.png"):
+        picture = "\n![Time and memory of ANN, SNN from scratch and hybrid](appendix_b.png)\n"
+    (FOLDER / "README.md").write_text(
+        f"# Benchmarks\n\n`make bench` on {facts}. Every measurement is a process of its own, "
+        "contenders take turns; the median of the rounds (a row's `rounds` in `results.json`). "
+        "Every layer spikes at 5 % of the neurons in a step, or as the workload says; *trained* is "
+        "a network that learned (`python -m benchmarks.trained`). *Base* is the process with "
+        "model, gradients and optimiser state.\n\n"
+        f"{table(rows)}\n{picture}"
+    )
 
 
 def main() -> None:
@@ -112,7 +210,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny networks, no files: does it run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="workloads whose name contains this")
-    parser.add_argument("--phases", default="train,infer,balance")
+    parser.add_argument("--phases", default="train,infer,record,balance")
     options = parser.parse_args()
     path = FOLDER / "results.json"
     rows = json.loads(path.read_text()) if path.exists() and not options.quick else []
@@ -123,15 +221,8 @@ def main() -> None:
                 rows = [r for r in rows if (r["workload"], r["phase"]) != here]
                 rows += compare(workload, phase, options.rounds)
                 if not options.quick:
-                    path.write_text(json.dumps(rows, indent=1) + "\n")
+                    write(rows)
     print(table(rows))
-    if not options.quick:
-        facts = ", ".join(f"{key} {value}" for key, value in machine().items())
-        (FOLDER / "README.md").write_text(
-            f"# Benchmarks\n\n`make bench` on {facts}; median of {options.rounds} rounds, each "
-            "measurement in a process of its own, contenders taking turns.\n\n"
-            f"{table(rows)}\n"
-        )
 
 
 if __name__ == "__main__":

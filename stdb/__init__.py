@@ -7,6 +7,12 @@ snn.scale_thresholds(0.7)
 logits = snn(images, timesteps=100)  # U_T, (B, classes), differentiable
 """
 
+import os
+
+# Large tensors in large pages: new memory costs a CPU much of a chunk's time otherwise. Torch reads
+# it when it makes its first tensor; whoever has set it is left alone.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 from .architectures import ARCHITECTURES, ResidualBlock, build
 from .balancing import balance_thresholds
 from .conversion import ConversionError, convert

@@ -460,12 +460,10 @@ def blocks_of_columns(first, last, weight, columns, out):
     for block in range(first, last):
         low = block * columns
         high = min(low + columns, outputs)
-        for begin in range(0, inputs, 16):  # a cache line of the weights at once
-            end = min(begin + 16, inputs)
-            for j in range(low, high):
-                for n in range(begin, end):
-                    out[block, n, j - low] = weight[j, n]
-            out[block, begin:end, high - low :] = 0
+        for j in range(low, high):
+            for n in range(inputs):
+                out[block, n, j - low] = weight[j, n]
+        out[block, :, high - low :] = 0
 
 
 # -- neurons ---------------------------------------------------------------------------------------
@@ -541,8 +539,8 @@ def backpropagate(
 
     ``grad`` (T, M) becomes ∂L/∂U. ∂L/∂O is what it holds; or, for ``size`` > 0, it comes from
     ``above`` (T, M/size²), of which every pixel of a window of size × size gets ``share``, in
-    images of ``channels`` and ``width`` that the windows fill. ``mask`` (M,), if not empty, is
-    multiplied to it. ``times``: last spike before the chunk, 0 for never; ``table[Δt]`` =
+    images of ``channels`` and ``width`` that the windows fill, times ``mask`` (M,) unless that
+    is empty. ``times``: last spike before the chunk, 0 for never; ``table[Δt]`` =
     α·exp(−β·Δt), ``decay`` = exp(−β); ``carry`` is ∂L/∂U of the step after the chunk. Ranges over
     8 neurons.
     """
@@ -571,11 +569,13 @@ def backpropagate(
             for p in range(pixels):
                 source = above[t, sources[p] :]
                 target = row[begins[p] : begins[p + 1]]
-                for m in range(len(target)):
-                    target[m] = share * source[m]
-            if len(mask) > 0:
-                for m in range(end - strip):
-                    row[m] *= mask[strip + m]
+                if len(mask) > 0:
+                    part = mask[strip + begins[p] :]
+                    for m in range(len(target)):
+                        target[m] = share * source[m] * part[m]
+                else:
+                    for m in range(len(target)):
+                        target[m] = share * source[m]
             for byte in range((end - strip + 7) >> 3):
                 value = bits[t, (strip >> 3) + byte]
                 for j in range(min(8, end - strip - byte * 8)):

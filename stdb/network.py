@@ -326,7 +326,7 @@ class Presentation:
                 raise ValueError(f"the leak of {labels[i]} is {self.leak[i]}; allowed: in (0, 1]")
         self.labels = {0: INPUT, **labels}
         # one mask per sample and layer, drawn once and kept for all t; None: no dropout
-        self.masks: dict[int, Tensor | None] = {}
+        self.masks: dict[int, Any] = {}
         if masks is not None:
             if len(masks) != len(graph.dropouts):
                 raise ValueError(f"{len(masks)} masks for {len(graph.dropouts)} dropout layers")
@@ -508,6 +508,7 @@ class Presentation:
 
         The output only accumulates: its gradient is the same at every t. Consumes ``tape``.
         """
+        self.prepared.clear()  # makes room for the gradients
         # those of weights are made by their first product
         gradients = {id(p): None if p.dim() else torch.zeros_like(p) for p in parameters}
         carry: dict[int, Tensor] = {}
@@ -516,7 +517,9 @@ class Presentation:
             self._find_last_spikes(chunk, tape)
             self._backward_chunk(chunk, grad_counts, carry, gradients)
         found = [gradients[id(p)] for p in parameters]
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        return [
+            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
+        ]
 
     def _find_last_spikes(self, chunk: _Chunk, tape: list[_Chunk]) -> None:
         """Last spike times before a chunk, from the latest snapshot and the spikes since."""
@@ -533,7 +536,7 @@ class Presentation:
         chunk: _Chunk,
         grad_counts: Sequence[Tensor],
         carry: dict[int, Tensor],
-        gradients: dict[int, Tensor | None],
+        gradients: dict[int, Any],
     ) -> None:
         graph = self.network.graph
         values: dict[int, Value] = {}
@@ -564,14 +567,15 @@ class Presentation:
             else:  # a constant value: what is summed over time meets what is not
                 grads[i] = first.sum(0, keepdim=True) + second.sum(0, keepdim=True)
 
-        for i, grad in zip(graph.entries, grad_counts, strict=True):
+        for i, count in zip(graph.entries, grad_counts, strict=True):
             if graph.reaches_weights[i]:
-                pass_on(i, to_layout(grad.expand(chunk.steps, *grad.shape)))
+                pass_on(i, to_layout(count.expand(chunk.steps, *count.shape)))
         for i in reversed(graph.body):
             if i not in grads:
                 values.pop(i, None)
                 continue
-            node, grad = graph.nodes[i], grads.pop(i)
+            node = graph.nodes[i]
+            grad: Any = grads.pop(i)
             if node.kind == NEURON:
                 current = None
                 if self.modules[i].needs_membrane:
@@ -606,9 +610,7 @@ class Presentation:
                     if x.shape[0] == 1:  # constant input: the weights see the summed gradient
                         grad = grad.sum(0, keepdim=True)
                     grad = self._lowered(grad)
-                    gradients[weight] = operator.backward_weight(
-                        module, grad, x, gradients[weight]
-                    )
+                    gradients[weight] = operator.backward_weight(module, grad, x, gradients[weight])
                 if graph.reaches_weights[below]:
                     shape = self.shapes[below][1:]
                     grad = self._lowered(grad) if operator.learns else grad
@@ -622,7 +624,7 @@ class Presentation:
         current: Tensor | None,
         chunk: _Chunk,
         carry: dict[int, Tensor],
-        gradients: dict[int, Tensor | None],
+        gradients: dict[int, Any],
     ) -> Tensor:
         """∂L/∂I (T, M) of a layer from ∂L/∂O, maybe in its place; gradients of V and λ too.
 
@@ -634,7 +636,10 @@ class Presentation:
         packed = chunk.bits[i]
         if isinstance(surrogate, STDB) and fuses(packed.device) and not learn_v | learn_leak:
             if isinstance(above, Windows):
-                windows, grad = above, above.above.new_empty(above.shape[0], above.shape[1:].numel())
+                windows, grad = (
+                    above,
+                    above.above.new_empty(above.shape[0], above.shape[1:].numel()),
+                )
             else:
                 windows, grad = None, to_matrix(above)
             grad = backpropagate_stdb(

@@ -19,7 +19,7 @@ from .layout import from_matrix
 
 # Below this share of events among values, working on events is faster than the dense form, which
 # gets more out of a processor the larger its matrices are.
-DENSITY_LIMITS = {"convolution": 0.25, "linear": 0.4}
+DENSITY_LIMITS = {"convolution": 0.25, "linear": 0.5}
 ROWS_PER_TILE = 128  # of a linear layer's weights; with BLOCK vectors of columns they fit a cache
 
 

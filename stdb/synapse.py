@@ -293,8 +293,8 @@ class Flatten:
 
     @staticmethod
     def events(module: nn.Module | None, x: Value) -> Events | None:
-        """The input as events, where that is worth it."""
-        return events(x)
+        """The input as events, where that is worth it: a linear layer follows."""
+        return events(x, "linear")
 
     @staticmethod
     def of_events(module: nn.Module | None, x: Events, prepared: None) -> Events:

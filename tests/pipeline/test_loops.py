@@ -193,7 +193,7 @@ def test_from_scratch_nothing_of_the_ann_is_left(run, files, tmp_path):
     """Other weights and thresholds of the ANN give the same network; another seed another one."""
     params = STDB.model_copy(update={"from_scratch": True})
     first = finetune(run, params, scale=1.0)["network"]
-    folder, parts = files
+    parts = files[1]
     torch.manual_seed(99)
     save_weights(build_ann(NETWORK, parts["train"]).state_dict(), tmp_path / "ann.safetensors")
     module = pipeline.finetune_stdb

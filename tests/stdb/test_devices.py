@@ -58,7 +58,7 @@ def test_bfloat16_products(monkeypatch, surrogate):
 def test_bfloat16_beside_events():
     """Where there are few spikes products are made of events, in float32."""
     snn = network(torch.bfloat16)
-    snn.set_thresholds({name: 4.0 for name in snn.thresholds})
+    snn.set_thresholds(dict.fromkeys(snn.thresholds, 4.0))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(snn, images()))
 
 
