@@ -72,7 +72,7 @@ def network(workload: Workload) -> stdb.SpikingNetwork:
     (Algorithm 1) layer after layer passes on less, and the highest ones would be silent.
     """
     snn = stdb.convert(plain(workload), stdb.PoissonEncoder(0), stdb.STDB(0.3, 0.01)).eval()
-    x, steps = images(2), workload.timesteps
+    x, steps = images(2), min(100, workload.timesteps)
     stdb.balance_thresholds(snn, x, min(20, steps), percentile=95)
     for _ in range(20):  # each layer's V moves with its density, those below settle first
         with torch.no_grad(), stdb.record_spikes(snn) as statistics:
