@@ -49,7 +49,7 @@ WORKLOADS = [
     Workload("vgg9", 50, 16, 8),
     Workload("vgg16", 50, 16, 4),
     Workload("vgg16", 100, 32, 4, ann=True),
-    Workload("vgg16", 1000, 16, 16, phases=("balance",)),
+    Workload("vgg16", 250, 8, 8, phases=("balance",)),
 ]
 QUICK = [
     Workload("vgg5", 6, 4, 4, width=0.25, hidden=64, phases=("train", "infer", "record"), ann=True),

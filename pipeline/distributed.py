@@ -48,6 +48,7 @@ class _Job:
     """The job that this process works for: a worker's, or the stage's own in local mode."""
 
     checkpoints: Checkpoints
+    checkpoint_steps: int | None = None
     reporter: Reporter | None = None  # in local mode; otherwise Ray Train's controller has it
 
 
@@ -69,7 +70,10 @@ def run_job(stage: Stage, loop: Loop, config: dict[str, Any]) -> dict:
         os.environ.setdefault(key, value)
     cluster = stage.params.cluster
     checkpoints = Checkpoints(cluster.storage, stage.name, stage.key)
-    config = config | {"checkpoints": checkpoints}
+    config = config | {
+        "checkpoints": checkpoints,
+        "checkpoint_steps": cluster.checkpoint_steps,
+    }
     address = os.environ.get("RAY_ADDRESS")
     plan = None if address else plan_workers(cluster, *machine())
     if plan is not None and plan.workers == 1:
@@ -149,6 +153,7 @@ def setup(config: dict[str, Any]) -> tuple[int, int, torch.device]:
     import ray.train.torch
 
     _job.checkpoints = config["checkpoints"]
+    _job.checkpoint_steps = config["checkpoint_steps"]
     torch.set_num_threads(config["cpus"])
     if config["use_gpu"]:
         tf32 = config.get("stdb", {}).get("precision") != "float32"
@@ -174,6 +179,11 @@ def report(state: dict[str, Any], rows: Sequence[dict[str, float]] = ()) -> None
     if _job.reporter is not None:
         _job.reporter(list(rows))
     ray.train.report({"rows": list(rows)})
+
+
+def checkpoint_due(step: int) -> bool:
+    """Whether the state is to be kept after this step of an epoch."""
+    return _job.checkpoint_steps is not None and step % _job.checkpoint_steps == 0
 
 
 def resume(device: torch.device) -> dict[str, Any] | None:

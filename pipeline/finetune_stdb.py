@@ -139,6 +139,7 @@ def train_loop(config: dict[str, Any]) -> None:
         lr=params.learning_rate,
         weight_decay=params.weight_decay,
         amsgrad=True,
+        fused=True,
     )
     state = fit(
         "finetune_stdb", snn.net, model, windows, optimizer, train, params, validate, rank, world,

@@ -196,6 +196,8 @@ class ClusterParams(Section):
     """Cores reserved for a worker; its threads."""
     storage: str
     """Checkpoints of unfinished stages."""
+    checkpoint_steps: Count | None
+    """Steps of an epoch after which the state is kept, beside every epoch; None: epochs only."""
 
 
 class Params(Section):

@@ -94,6 +94,7 @@ def train_loop(config: dict[str, Any]) -> None:
             lr=params.learning_rate,
             momentum=params.momentum,
             weight_decay=params.weight_decay,
+            fused=True,
         )
         state = fit(
             "train_ann", ann, model, windows, optimizer, train, params, validate, rank, world

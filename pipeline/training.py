@@ -3,7 +3,8 @@
 A global batch is drawn by (seed, epoch) and shared among the workers; DDP averages their gradients,
 so the batch size is the parameter and the number of workers is not. After every epoch the
 validation split is evaluated; the state is reported after an epoch, every few seconds where epochs
-are short, and an interrupted job goes on from there.
+are short, and every ``cluster.checkpoint_steps`` within a long one. An interrupted job goes on from
+there as if nothing had been: whatever is random is a function of seed, epoch and step.
 """
 
 import time
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.data import Split, augment, normalise
-from pipeline.distributed import report, resume, total
+from pipeline.distributed import checkpoint_due, report, resume, total
 from pipeline.params import Schedule
 
 # images (B, C, H, W), labels, ids, epoch → logits; several windows for truncated BPTT
@@ -35,6 +36,11 @@ def learning_rate(params: Schedule, epoch: int) -> float:
     """Divided by ``decay`` at each milestone, a fraction of the epochs."""
     passed = sum(epoch - 1 >= round(m * params.epochs) for m in params.milestones)
     return params.learning_rate / params.decay**passed
+
+
+def stream(seed: int, epoch: int, step: int, rank: int) -> int:
+    """The seed of torch's generator, which the ANN's dropout draws from, for a step."""
+    return (((seed * 1_000_003 + epoch) * 1_000_003 + step) * 4096 + rank) % 2**63
 
 
 def order(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
@@ -95,7 +101,8 @@ def fit(
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         if rank == 0 and state["epoch"] < params.epochs:
-            print(f"[{name}] goes on after epoch {state['epoch']}", flush=True)
+            within = f", step {state['step']} of the next" if state.get("step") else ""
+            print(f"[{name}] goes on after epoch {state['epoch']}{within}", flush=True)
     start, first = time.monotonic(), state["epoch"]
     said, reported = start - EVERY, start
     unreported: list[dict[str, float]] = []
@@ -103,12 +110,15 @@ def fit(
         rate = learning_rate(params, epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed((params.seed * 1_000_003 + epoch) * 4096 + rank)
         network.train()
         batches = order(len(train), params.batch_size, params.seed, epoch)
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+        done = state.pop("step", 0)  # of an epoch that was interrupted
+        sums = state.pop("sums", torch.zeros(2, dtype=torch.float64, device=device))
+        if rank > 0:  # the state is rank 0's
+            sums = torch.zeros_like(sums)
         norm = 0.0
-        for step, batch in enumerate(batches, start=1):
+        for step, batch in enumerate(batches[done:], start=done + 1):
+            torch.manual_seed(stream(params.seed, epoch, step, rank))
             share = train.take(batch[rank::world].to(train.labels.device))
             images = share.images.to(device)
             if params.augment:
@@ -128,6 +138,15 @@ def fit(
             if constrain is not None:
                 constrain()
             sums += torch.stack([loss.double() * len(share), correct.double()])
+            if checkpoint_due(step) and step < len(batches):
+                so_far = total(sums.clone())
+                report(
+                    state
+                    | {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+                    | {"step": step, "sums": so_far},
+                    unreported,
+                )
+                unreported = []
             if rank == 0 and time.monotonic() - said > STEPS_EVERY:
                 said = time.monotonic()
                 print(f"[{name}] epoch {epoch}: step {step}/{len(batches)}", flush=True)

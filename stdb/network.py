@@ -540,20 +540,6 @@ class Presentation:
     ) -> None:
         graph = self.network.graph
         values: dict[int, Value] = {}
-
-        def value(i: int) -> Value:
-            """The value of a node in this chunk, computed again from the spikes below it."""
-            if i not in values:
-                node = graph.nodes[i]
-                if node.kind == INPUT:
-                    values[i] = self._encode(chunk)
-                elif node.kind == NEURON:
-                    shape = torch.Size((chunk.steps, *self.shapes[i]))
-                    values[i] = Spikes(chunk.bits[i], shape, self.membrane[i].dtype)
-                else:
-                    values[i] = self.apply(i, [value(j) for j in node.inputs])
-            return values[i]
-
         grads: dict[int, Gradient] = {}
 
         def pass_on(i: int, grad: Gradient) -> None:
@@ -579,7 +565,7 @@ class Presentation:
             if node.kind == NEURON:
                 current = None
                 if self.modules[i].needs_membrane:
-                    source = dense(value(node.inputs[0]))
+                    source = dense(self._again(node.inputs[0], chunk, values))
                     current = to_matrix(
                         source.expand(grad.shape),
                         copy=len(source) == 1 or graph.shared(node.inputs[0]),
@@ -606,7 +592,7 @@ class Presentation:
                 module, operator, below = self.modules[i], OPERATORS[node.kind], node.inputs[0]
                 weight = id(module.weight) if operator.learns else None
                 if weight in gradients:
-                    x = value(below)
+                    x = self._again(below, chunk, values)
                     if x.shape[0] == 1:  # constant input: the weights see the summed gradient
                         grad = grad.sum(0, keepdim=True)
                     grad = self._lowered(grad)
@@ -616,6 +602,20 @@ class Presentation:
                     grad = self._lowered(grad) if operator.learns else grad
                     pass_on(below, operator.backward_input(module, grad, shape))
             values.pop(i, None)
+
+    def _again(self, i: int, chunk: _Chunk, values: dict[int, Value]) -> Value:
+        """The value of a node in a chunk, computed again from the spikes below it; kept."""
+        if i not in values:
+            node = self.network.graph.nodes[i]
+            if node.kind == INPUT:
+                values[i] = self._encode(chunk)
+            elif node.kind == NEURON:
+                shape = torch.Size((chunk.steps, *self.shapes[i]))
+                values[i] = Spikes(chunk.bits[i], shape, self.membrane[i].dtype)
+            else:
+                below = [self._again(j, chunk, values) for j in node.inputs]
+                values[i] = self.apply(i, below)
+        return values[i]
 
     def _backward_neuron(
         self,
@@ -699,5 +699,6 @@ class _Steps(torch.autograd.Function):
         _ = ctx.saved_tensors
         if not ctx.tape:
             raise RuntimeError("the steps were already gone back through; add up losses first")
-        gradients = ctx.presentation.backward(ctx.tape, grad_counts, ctx.parameters)
+        presentation, ctx.presentation = ctx.presentation, None  # a loss that is kept keeps nothing
+        gradients = presentation.backward(ctx.tape, grad_counts, ctx.parameters)
         return (None, None, None, *gradients)

@@ -99,7 +99,7 @@ def test_truncated_bptt_adds_up_the_gradients_of_its_windows(run, files, truncat
     snn, train = starting(files, params), files[1]["train"]
     snn.train()
     optimizer = torch.optim.Adam(
-        [p for p in snn.parameters() if p.requires_grad], lr=1e-3, amsgrad=True
+        [p for p in snn.parameters() if p.requires_grad], lr=1e-3, amsgrad=True, fused=True
     )
     batches = order(len(train), 24, 4, 1)
     assert len(batches) == 2

@@ -165,11 +165,30 @@ def test_an_interrupted_training_ends_where_a_whole_one_ends(job, monkeypatch, a
     whole = copy.deepcopy(train(tiny(), schedule()))
     job.start = job.reports[after - 1]
     assert job.start["epoch"] == after
+    assert_ends_as(whole, job, after, schedule())
+
+
+@pytest.mark.parametrize("report", range(5))
+def test_an_epoch_that_was_interrupted_goes_on_at_its_step(job, monkeypatch, report):
+    """Checkpoints after every second step: the same end, and the log of the epoch is whole."""
+    params = schedule(batch_size=4)  # five steps an epoch
+    whole = copy.deepcopy(train(tiny(), params))
+    job.reports.clear()
+    monkeypatch.setattr(pipeline.training, "checkpoint_due", lambda step: step % 2 == 0)
+    train(tiny(), params)
+    within = [state for state in job.reports if "step" in state]
+    assert len(within) == 2 * 4
+    job.start = within[report * len(within) // 5]
+    assert_ends_as(whole, job, job.start["epoch"], params)
+
+
+def assert_ends_as(whole, job, after, params):
+    """A training that goes on from ``job.start`` ends as the whole one did."""
     job.rows.clear()
     network = tiny()
     with torch.no_grad():
         network[1].weight.zero_()  # whatever it was, the checkpoint wins
-    resumed = train(network, schedule())
+    resumed = train(network, params)
     assert [row["epoch"] for part in job.rows for row in part] == list(range(after + 1, 5))
     assert resumed["history"] == whole["history"]
     for key in ("network", "best_network"):

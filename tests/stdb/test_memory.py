@@ -1,9 +1,12 @@
 """The predicted peak of a training step, against what a process really takes."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
+import torch
 
 import stdb
 
@@ -102,3 +105,21 @@ def test_the_largest_chunk_that_fits():
     enough = stdb.training_memory(snn, shape, 100, 32, 2)
     assert stdb.largest_chunk(snn, shape, 100, 32, enough) == 2
     assert stdb.largest_chunk(snn, shape, 100, 32, 1000) is None
+
+
+def test_after_the_backward_pass_nothing_is_left():
+    """No reference cycle keeps spikes and membranes until the garbage collector comes by."""
+    snn = network()
+    images = torch.rand(2, 3, 32, 32)
+    gc.collect()
+    gc.disable()
+    try:
+        presentation = snn.present(images, chunk=2)
+        alive = weakref.ref(presentation)
+        loss = snn(presentation, 5).square().sum()
+        del presentation
+        assert alive() is not None
+        loss.backward()
+        assert alive() is None
+    finally:
+        gc.enable()
