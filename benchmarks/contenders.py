@@ -269,9 +269,8 @@ def recording(snn: stdb.SpikingNetwork, workload: Workload, repeats: int) -> tup
             start = time.perf_counter()
             with torch.no_grad():
                 if with_statistics:
-                    with stdb.record_spikes(snn) as statistics:
+                    with stdb.record_spikes(snn):
                         snn(x, workload.timesteps)
-                    statistics.energy_delay()
                 else:
                     snn(x, workload.timesteps)
             found.append(time.perf_counter() - start)

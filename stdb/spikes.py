@@ -60,6 +60,17 @@ class Spikes:
         kernels.run(kernels.count_spikes, packed.shape[1], packed.size, packed, counts)
         return from_matrix(torch.from_numpy(counts)[None, : self.neurons], (1, *self.shape[1:]))[0]
 
+    def map(self) -> Tensor:
+        """(C, H, W) or (n,) float64: spikes of each neuron in this chunk, over all images."""
+        neurons = self.shape[2:].numel()
+        if self.packed.device.type != "cpu" or neurons % 8:
+            return self.counts().sum(0, dtype=torch.float64)
+        packed = self.packed.view(-1, neurons // 8).numpy()  # an image and step in a row
+        counts = np.zeros(neurons)
+        kernels.run(kernels.count_spikes, packed.shape[1], packed.size, packed, counts)
+        one = (1, 1, *self.shape[2:])
+        return from_matrix(torch.from_numpy(counts)[None], one)[0, 0]
+
     @cached_property
     def total(self) -> int:
         """All spikes of the chunk; on a CPU."""

@@ -51,9 +51,9 @@ class SpikeStatistics:
             found = (dense(spikes).frac() != 0).any()
             self.analogue = found if self.analogue is None else self.analogue | found
         if isinstance(spikes, Spikes):
-            total = spikes.counts().sum(0, dtype=torch.float64)
+            total = spikes.map()
         else:
-            total = (dense(spikes) != 0).sum((0, 1), dtype=torch.float64)
+            total = torch.count_nonzero(dense(spikes), (0, 1)).double()
         self.maps[name] = self.maps[name] + total if name in self.maps else total
         if self.trains is not None:
             self.trains.setdefault(name, []).append(dense(spikes).clone())

@@ -145,16 +145,16 @@ class Convolution:
     @staticmethod
     def fan_out(module: nn.Conv2d, targets: Tensor, shape: torch.Size) -> Tensor:
         """How many outputs each input drives: borders and strides make them differ."""
-        ones = torch.ones_like(module.weight, dtype=torch.float64)
+        groups = module.groups  # within one, all inputs drive all outputs
         return conv2d_input(
-            (1, *shape),
-            ones,
-            torch.ones_like(targets)[None],
+            (1, groups, *shape[1:]),
+            targets.new_ones(groups, 1, *module.kernel_size),
+            targets.new_full((1, groups, *targets.shape[1:]), module.out_channels // groups),
             module.stride,
             module.padding,
             module.dilation,
-            module.groups,
-        )[0]
+            groups,
+        )[0].repeat_interleave(shape[0] // groups, 0)
 
 
 def _convolution_backward(

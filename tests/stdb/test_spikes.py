@@ -42,6 +42,7 @@ def test_forms_of_spikes(channels, size, density, dtype):
     dense, few = spikes(channels, size, density, dtype)
     assert torch.equal(few.dense(), dense)
     assert torch.equal(few.counts(), dense.sum(0))
+    assert torch.equal(few.map(), dense.sum((0, 1)).double())
     assert few.total == few.events.total == dense.sum()
     assert few.density == pytest.approx(float(dense.mean()))
     assert torch.equal(few.events.dense(), dense)
@@ -170,3 +171,10 @@ def test_neurons_below_a_pool(size, channels, masked):
     wanted = neuron.backpropagate_stdb(dense.clone(), *rest)
     found = neuron.backpropagate_stdb(torch.empty_like(dense), *rest, windows)
     torch.testing.assert_close(found, wanted)
+
+
+def test_more_spikes_than_a_byte_counts():
+    """Sums are taken out in time, for many steps and for many images."""
+    ones = Spikes(bits.pack(torch.ones(300, 16)), torch.Size((300, 2, 8)), torch.float32)
+    assert torch.equal(ones.counts(), torch.full((2, 8), 300.0))
+    assert torch.equal(ones.map(), torch.full((8,), 600.0, dtype=torch.float64))
