@@ -110,7 +110,7 @@ def fit(
         rate = learning_rate(params, epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        network.train()
+        model.train()  # all of it: a spiking network is more than its layers
         batches = order(len(train), params.batch_size, params.seed, epoch)
         done = state.pop("step", 0)  # of an epoch that was interrupted
         sums = state.pop("sums", torch.zeros(2, dtype=torch.float64, device=device))

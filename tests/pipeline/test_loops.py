@@ -1,5 +1,6 @@
 """What each worker does, run in this process as the only worker: the loops of the stages."""
 
+import copy
 import json
 
 import pytest
@@ -51,10 +52,12 @@ def run(monkeypatch, files):
     """Run a stage's loop as the one worker of a job; returns what it reports last."""
     reported = []
 
-    def run(module, loop, **config):
+    def run(module, loop, kept=None, **config):
         monkeypatch.setattr(module, "setup", lambda config: (0, 1, torch.device("cpu")))
         for place in (module, pipeline.training):
-            monkeypatch.setattr(place, "report", lambda state, rows=(): reported.append(state))
+            monkeypatch.setattr(
+                place, "report", lambda state, rows=(): reported.append(copy.deepcopy(state))
+            )
         folder = files[0]
         paths = {
             "data": str(folder),
@@ -62,6 +65,8 @@ def run(monkeypatch, files):
             "thresholds": str(folder / "thresholds.json"),
         }
         loop({**paths, "network": NETWORK.model_dump(), **config})
+        if kept is not None:
+            kept.extend(reported)
         return reported[-1]
 
     monkeypatch.setattr(pipeline.training, "resume", lambda device: None)
@@ -70,9 +75,9 @@ def run(monkeypatch, files):
     return run
 
 
-def finetune(run, params: StdbParams, scale=0.5):
+def finetune(run, params: StdbParams, scale=0.5, kept=None):
     module = pipeline.finetune_stdb
-    return run(module, module.train_loop, stdb=params.model_dump(), scale=scale)
+    return run(module, module.train_loop, kept, stdb=params.model_dump(), scale=scale)
 
 
 def starting(files, params: StdbParams, scale=0.5):
@@ -187,6 +192,22 @@ def test_the_fine_tuning_reports_the_best_networks_accuracy(run, files):
     assert vars(again) == state["test"]
     assert state["curve"][:3] == again.accuracy
     assert len(state["curve"]) == 16
+
+
+def test_an_interrupted_fine_tuning_ends_where_a_whole_one_ends(run, monkeypatch):
+    """From any step of any epoch: all epochs have their dropout, order and log."""
+    kept = []
+    monkeypatch.setattr(pipeline.training, "checkpoint_due", lambda step: step == 2)
+    params = STDB.model_copy(update={"epochs": 3, "batch_size": 16, "dropout": 0.5})
+    whole = copy.deepcopy(finetune(run, params, kept=kept))
+    within = [state for state in kept if "step" in state]
+    assert [(state["epoch"], state["step"]) for state in within] == [(0, 2), (1, 2), (2, 2)]
+    for state in within:
+        monkeypatch.setattr(pipeline.training, "resume", lambda device, s=state: copy.deepcopy(s))
+        resumed = finetune(run, params)
+        assert resumed["history"] == whole["history"]
+        for name, value in whole["network"].items():
+            assert torch.equal(value, resumed["network"][name]), (state["epoch"], name)
 
 
 def test_from_scratch_nothing_of_the_ann_is_left(run, files, tmp_path):
