@@ -69,10 +69,13 @@ def test_the_predicted_peak_is_right_within_a_fifth(setting):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_with_truncated_bptt_memory_does_not_grow_with_time():
-    """Eight times as many steps, in windows of 16: the same peak."""
+    """Eight times as many steps, in windows of 16: the same peak, to an allocator's tenth or so.
+
+    The spikes of all 256 steps would make it 1.7 times as much.
+    """
     few, _ = measure("vgg5", 32, 16, 16, 8, 256)
     many, _ = measure("vgg5", 256, 16, 16, 8, 256)
-    assert many < 1.1 * few
+    assert many < 1.25 * few
 
 
 def network(**options):
