@@ -197,7 +197,7 @@ CONTENDERS: dict[str, Callable[[stdb.SpikingNetwork, int], nn.Module]] = {
     "spikingjelly": SpikingJelly,
     "ann": Ann,
 }
-OWN_BATCH = ("step-by-step", "snntorch", "spikingjelly")  # these keep everything
+PEERS = ("step-by-step", "snntorch", "spikingjelly")  # these keep everything
 
 
 def products(ann: nn.Module, timesteps: int, batch: int, train: bool) -> Callable[[], None]:
@@ -328,7 +328,7 @@ def main(contender: str, name: str, phase: str, repeats: int) -> None:
         plain, recorded = recording(network(workload), workload, repeats)
         print(json.dumps({"plain": plain, "seconds": recorded, "batch": workload.batch}))
         return
-    batch = workload.peer_batch if contender in OWN_BATCH else workload.batch
+    batch = workload.peer_batch if contender in PEERS else workload.batch
     run = step(contender, workload, phase, batch)
     base = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import PEERS
 from benchmarks.workloads import QUICK, WORKLOADS, Workload
 
 FOLDER = Path(__file__).parent
@@ -33,8 +33,7 @@ def contenders(workload: Workload, phase: str) -> list[str]:
         return ["recorded"]
     if phase == "balance":
         return ["stdb", "step-by-step"]
-    peers = [name for name in CONTENDERS if name not in ("stdb", "ann")]
-    return ["stdb", "products", *peers, *(["ann"] if workload.ann else [])]
+    return ["stdb", "products", *PEERS, *(["ann"] if workload.ann else [])]
 
 
 def measure(contender: str, workload: Workload, phase: str) -> dict[str, Any] | None:

@@ -43,11 +43,15 @@ class Repository:
         ):
             self.run(*command)
 
-    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """This process's, with its commands, and nothing that leads out of the copy."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        kept = {k: v for k, v in os.environ.items() if k not in ELSEWHERE}
+        return {k: v for k, v in os.environ.items() if k not in ELSEWHERE} | {"PATH": path}
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
-            command, cwd=self.root, env=kept | {"PATH": path}, capture_output=True, text=True
+            command, cwd=self.root, env=self.environment(), capture_output=True, text=True
         )
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.conftest import ELSEWHERE
 from tests.pipeline.test_pipeline import copy_of
 
 STAGE = [sys.executable, "-m", "pipeline.finetune_stdb"]
@@ -34,11 +33,11 @@ def results(repository) -> dict[str, bytes]:
 
 def start(repository, log: Path) -> subprocess.Popen:
     """The stage, in a process group of its own."""
-    kept = {k: v for k, v in os.environ.items() if k not in ELSEWHERE}
     with log.open("w") as file:
         return subprocess.Popen(
-            STAGE, cwd=repository.root, env=kept, stdout=file, stderr=file, start_new_session=True
-        )
+            STAGE, cwd=repository.root, env=repository.environment(), stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
 
 
 def checkpoints(repository) -> list[str]:
