@@ -6,6 +6,7 @@ stdb           this project's engine
 step-by-step   one time step after the other, autograd through everything, as the authors' code does
 snntorch       ``snntorch.Leaky`` with subtractive reset, step after step
 spikingjelly   ``IFNode`` with soft reset, multi-step, convolutions over all steps at once
+spikingjelly-memopt  the same with its memory optimisation: blocks computed again from packed spikes
 products       the bare convolutions and matrix products of a training step, no neurons: the floor
 recorded       this project's engine with spike statistics, in turns with it without
 ann            the ANN that the network is converted from
@@ -164,6 +165,34 @@ class SpikingJelly(nn.Module):
         return self.layers(torch.stack([poisson(x) for _ in range(self.timesteps)])).sum(0)
 
 
+class Block(nn.Sequential):
+    """Layers up to a neuron."""
+
+
+class SpikingJellyMemopt(SpikingJelly):
+    """The same with its memory optimisation at the highest level that a CPU has.
+
+    Blocks that end in a neuron are computed again on the way back, from inputs that are kept as
+    bits where they are spikes.
+    """
+
+    def __init__(self, snn: stdb.SpikingNetwork, timesteps: int) -> None:
+        from spikingjelly.activation_based import memopt, neuron
+
+        super().__init__(snn, timesteps)
+        blocks, block = [], []  # type: tuple[list[nn.Module], list[nn.Module]]
+        for layer in self.layers:
+            block.append(layer)
+            if isinstance(layer, neuron.IFNode):
+                blocks.append(Block(*block))
+                block = []
+        self.layers = nn.Sequential(*blocks, *block)
+        memopt.optimize_memory(
+            self, Block, lambda model: model(images(1)), level=1, checkpoint_budget="memory"
+        )
+        self.clear(self)
+
+
 class Engine(nn.Module):
     """This project's engine."""
 
@@ -195,9 +224,10 @@ CONTENDERS: dict[str, Callable[[stdb.SpikingNetwork, int], nn.Module]] = {
     "step-by-step": StepByStep,
     "snntorch": SnnTorch,
     "spikingjelly": SpikingJelly,
+    "spikingjelly-memopt": SpikingJellyMemopt,
     "ann": Ann,
 }
-PEERS = ("step-by-step", "snntorch", "spikingjelly")  # these keep everything
+PEERS = ("step-by-step", "snntorch", "spikingjelly", "spikingjelly-memopt")  # these keep much
 
 
 def products(ann: nn.Module, timesteps: int, batch: int, train: bool) -> Callable[[], None]:

@@ -33,7 +33,8 @@ def contenders(workload: Workload, phase: str) -> list[str]:
         return ["recorded"]
     if phase == "balance":
         return ["stdb", "step-by-step"]
-    return ["stdb", "products", *PEERS, *(["ann"] if workload.ann else [])]
+    peers = [p for p in PEERS if phase == "train" or p != "spikingjelly-memopt"]
+    return ["stdb", "products", *peers, *(["ann"] if workload.ann else [])]
 
 
 def measure(contender: str, workload: Workload, phase: str) -> dict[str, Any] | None:

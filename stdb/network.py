@@ -588,18 +588,16 @@ class Presentation:
                     if graph.reaches_weights[j]:
                         pass_on(j, grad if k == 0 else grad.clone())
             else:
-                grad = dense(grad)
                 module, operator, below = self.modules[i], OPERATORS[node.kind], node.inputs[0]
+                grad = self._lowered(dense(grad)) if operator.learns else dense(grad)
                 weight = id(module.weight) if operator.learns else None
                 if weight in gradients:
                     x = self._again(below, chunk, values)
                     if x.shape[0] == 1:  # constant input: the weights see the summed gradient
                         grad = grad.sum(0, keepdim=True)
-                    grad = self._lowered(grad)
                     gradients[weight] = operator.backward_weight(module, grad, x, gradients[weight])
                 if graph.reaches_weights[below]:
                     shape = self.shapes[below][1:]
-                    grad = self._lowered(grad) if operator.learns else grad
                     pass_on(below, operator.backward_input(module, grad, shape))
             values.pop(i, None)
 
