@@ -29,7 +29,7 @@ setup-bench: $(READY_BENCH) ## The same, and the peers that tests and benchmarks
 	@echo ".venv is ready, peers included."
 
 repro: $(READY) ## Reproduce the pipeline: dvc repro ARGS
-	@$(IN_ENV) dvc repro $(ARGS)
+	@$(IN_ENV) python -m pipeline.repro $(ARGS)
 
 test: $(READY) ## Run the fast tests: pytest ARGS
 	@$(IN_ENV) pytest --quiet -m 'not slow' $(ARGS)

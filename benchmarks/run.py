@@ -25,6 +25,7 @@ from benchmarks.workloads import QUICK, WORKLOADS, Workload
 FOLDER = Path(__file__).parent
 EPOCHS = {"ANN": 250, "STDB": 20}  # the paper's recipe
 IMAGES = 50_000  # of CIFAR-10
+OTHERS = {"scale": "benchmarks.scaling", "input": "benchmarks.inputs"}
 
 
 def contenders(workload: Workload, phase: str) -> list[str]:
@@ -88,6 +89,28 @@ def compare(workload: Workload, phase: str, rounds: int) -> list[dict[str, Any]]
     ours = next(row["seconds"] for row in rows if row["contender"] == "stdb")
     for row in rows:
         row["ratio_to_stdb"] = row["seconds"] / ours
+    return rows
+
+
+def others(phase: str) -> list[dict[str, Any]]:
+    """The rows of a benchmark that measures all of its contenders itself."""
+    print(phase, flush=True)
+    command = [sys.executable, "-m", OTHERS[phase]]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+    rows = []
+    for line in result.stdout.splitlines():
+        print(f"    {line}", flush=True)
+        found = json.loads(line)
+        common = {"workload": found.pop("workload"), "phase": phase, "batch": found.pop("batch")}
+        for contender, seconds in found.items():
+            ratio = seconds / found["stdb"]
+            rows.append(
+                common
+                | {"contender": contender, "seconds": seconds, "ratio_to_stdb": ratio}
+                | {"machine": machine()}
+            )
     return rows
 
 
@@ -199,7 +222,9 @@ def write(rows: list[dict[str, Any]]) -> None:
         "contenders take turns; the median of the rounds (a row's `rounds` in `results.json`). "
         "Every layer spikes at 5 % of the neurons in a step, or as the workload says; *trained* is "
         "a network that learned (`python -m benchmarks.trained`). *Base* is the process with "
-        "model, gradients and optimiser state.\n\n"
+        "model, gradients and optimiser state. *scale*: two workers with a thread each beside two "
+        "processes that know nothing of each other. *input*: reading an image from its JPEG file, "
+        "by one process, or from memory, beside learning from it.\n\n"
         f"{table(rows)}\n{picture}"
     )
 
@@ -210,7 +235,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny networks, no files: does it run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="workloads whose name contains this")
-    parser.add_argument("--phases", default="train,infer,record,balance")
+    parser.add_argument("--phases", default="train,infer,record,balance,scale,input")
     options = parser.parse_args()
     path = FOLDER / "results.json"
     rows = json.loads(path.read_text()) if path.exists() and not options.quick else []
@@ -222,6 +247,10 @@ def main() -> None:
                 rows += compare(workload, phase, options.rounds)
                 if not options.quick:
                     write(rows)
+    for phase in OTHERS:
+        if phase in options.phases.split(",") and not options.only and not options.quick:
+            rows = [r for r in rows if r["phase"] != phase] + others(phase)
+            write(rows)
     print(table(rows))
 
 

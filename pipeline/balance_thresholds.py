@@ -2,6 +2,8 @@
 
     python -m pipeline.balance_thresholds
 
+A worker gets whole batches, so that products round alike and thresholds are the same, whatever the
+number of workers: a threshold that differs in its last digit would change spikes above it.
 Out: models/thresholds.json, layer by layer the largest weighted input, unscaled.
 """
 
@@ -68,11 +70,8 @@ def balance_loop(config: dict[str, Any]) -> None:
     snn = build_snn(ann, StdbParams(**config["stdb"]), params.seed).to(device)
     generator = torch.Generator().manual_seed(params.seed)
     chosen = torch.randperm(len(train), generator=generator)[: params.images]
-    if len(chosen) < world:
-        raise ValueError(
-            f"{len(chosen)} calibration images for {world} workers; allowed: one for each or more"
-        )
-    share = train.take(chosen).share(rank, world).to(device)
+    batches = chosen.split(params.batch_size)[rank::world]
+    share = train.take(torch.cat([*batches, chosen[:0]])).to(device)
 
     def progress(layer: str, threshold: float) -> None:
         if rank == 0:

@@ -10,6 +10,9 @@ import hashlib
 import io
 import os
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,19 @@ class Checkpoints:
                 return torch.load(io.BytesIO(content), weights_only=True, map_location=device)
             print(f"[{self.stage}] {path} is damaged; trying the one before it", flush=True)
         return None
+
+    @contextmanager
+    def mark(self) -> Iterator[str]:
+        """A file in the storage while the block runs, for other nodes to look for; its address."""
+        system, root = self._open()
+        system.create_dir(root, recursive=True)
+        name = f"mark-{uuid.uuid4().hex}"
+        with system.open_output_stream(f"{root}/{name}") as file:
+            file.write(b"")
+        try:
+            yield f"{self.storage.rstrip('/')}/{name}"
+        finally:
+            system.delete_file(f"{root}/{name}")
 
     def remove(self) -> None:
         """Remove this job's states, and those of other jobs of the stage that nobody finished."""

@@ -2,11 +2,13 @@
 
 One worker on this machine needs no cluster and no process group: it is Ray Train's local mode, in
 the stage's own process, which saves the seconds that Ray takes to start. Several workers start Ray
-for the job and stop it after it; RAY_ADDRESS joins a running cluster instead.
+for the job and stop it after it; RAY_ADDRESS joins a running cluster instead. A job that loses a
+worker or a node goes on from its last checkpoint.
 """
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -31,15 +33,21 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-
+START_ATTEMPTS = 10  # to place the workers, a minute each: a node may have to be started
+RESIZE_EVERY = 15.0  # seconds between looks at whether an elastic job can grow
 
 Loop = Callable[[dict[str, Any]], None]
+Row = dict[str, float]  # the metrics of an epoch
 
 
 class Plan(NamedTuple):
-    """The workers of a job: how many, whether each has a GPU, and the cores of each."""
+    """The workers of a job: how many, whether each has a GPU, and the cores of each.
+
+    On a cluster an elastic job has from ``least`` to ``workers`` of them.
+    """
 
     workers: int
+    least: int
     use_gpu: bool
     cpus: int
 
@@ -49,6 +57,8 @@ class _Job:
 
     checkpoints: Checkpoints
     checkpoint_steps: int | None = None
+    rank: int = 0
+    send: Callable[[list[Row]], None]  # to whoever watches the job
     reporter: Reporter | None = None  # in local mode; otherwise Ray Train's controller has it
 
 
@@ -77,32 +87,38 @@ def run_job(stage: Stage, loop: Loop, config: dict[str, Any]) -> dict:
     address = os.environ.get("RAY_ADDRESS")
     plan = None if address else plan_workers(cluster, *machine())
     if plan is not None and plan.workers == 1:
-        _run_here(stage, loop, config | plan._asdict())
+        _run_here(stage, loop, plan, _settings(config, cluster, plan))
     else:
-        with _ray(address) as available:
-            plan = plan or plan_workers(cluster, *available)
-            _run_on_ray(stage, loop, config | plan._asdict())
+        with ray_cluster(address) as available:
+            plan = plan or plan_workers(cluster, *available, elastic=True)
+            _run_on_ray(stage, loop, plan, _settings(config, cluster, plan))
     state = checkpoints.load()
     if state is None:
         raise StageError("the job ended without a result")
     return state
 
 
-def _run_here(stage: Stage, loop: Loop, config: dict[str, Any]) -> None:
+def _settings(config: dict[str, Any], cluster: ClusterParams, plan: Plan) -> dict[str, Any]:
+    """What a worker needs to know, besides the stage's own."""
+    readers = cluster.readers if cluster.readers != "auto" else min(8, max(1, plan.cpus // 2))
+    return config | {"use_gpu": plan.use_gpu, "cpus": plan.cpus, "readers": readers}
+
+
+def _run_here(stage: Stage, loop: Loop, plan: Plan, config: dict[str, Any]) -> None:
     """One worker, in this process."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
     for name in ("ray.train", "ray.air"):  # they would repeat every report
         logging.getLogger(name).setLevel(logging.WARNING)
-    where = "a GPU" if config["use_gpu"] else f"{config['cpus']} core(s)"
+    where = "a GPU" if plan.use_gpu else f"{plan.cpus} core(s)"
     stage.say(f"one worker, {where}")
     _job.reporter = Reporter(stage.tracker.run_id)
     try:
         TorchTrainer(
             loop,
             train_loop_config=config,
-            scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=config["use_gpu"]),
+            scaling_config=ray.train.ScalingConfig(num_workers=0, use_gpu=plan.use_gpu),
         ).fit()
     except ValueError as error:
         raise StageError(str(error)) from error
@@ -110,34 +126,58 @@ def _run_here(stage: Stage, loop: Loop, config: dict[str, Any]) -> None:
         _job.reporter = None
 
 
-def _run_on_ray(stage: Stage, loop: Loop, config: dict[str, Any]) -> None:
-    """Several workers, each a process."""
+def _run_on_ray(stage: Stage, loop: Loop, plan: Plan, config: dict[str, Any]) -> None:
+    """Several workers, each a process; again from the last checkpoint where one was lost."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    workers, use_gpu, cpus = (config[key] for key in Plan._fields)
-    what = f"{workers} GPU worker(s)" if use_gpu else f"{workers} CPU worker(s) × {cpus} core(s)"
-    stage.say(f"Ray Train job on {what}")
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus} if not use_gpu else {"CPU": cpus, "GPU": 1},
-        ),
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=config["checkpoints"].job,
-            storage_path=config["checkpoints"].storage,
-            callbacks=[_callback(Reporter(stage.tracker.run_id))],
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise StageError(_reason(error)) from error
+    checkpoints: Checkpoints = config["checkpoints"]
+    check_nodes([config[k] for k in ("data", "weights", "thresholds") if k in config], checkpoints)
+    elastic = plan.least < plan.workers
+    count = f"{plan.least} to {plan.workers}" if elastic else str(plan.workers)
+    kind = "GPU worker(s)" if plan.use_gpu else f"CPU worker(s) × {plan.cpus} core(s)"
+    stage.say(f"Ray Train job on {count} {kind}")
+    gpu = {"GPU": 1} if plan.use_gpu else {}
+    scaling: dict[str, Any] = {
+        "num_workers": (plan.least, plan.workers) if elastic else plan.workers,
+        "use_gpu": plan.use_gpu,
+        "resources_per_worker": {"CPU": plan.cpus, **gpu},
+        "elastic_resize_monitor_interval_s": RESIZE_EVERY,
+    }
+    running: dict[str, Any] = {
+        "name": checkpoints.job,
+        "storage_path": checkpoints.storage,
+        "callbacks": [_callback(Reporter(stage.tracker.run_id))],
+        "logging_config": ray.train.LoggingConfig(log_level="ERROR"),
+    }
+    failure: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": START_ATTEMPTS}
+    restarts = stage.params.cluster.restarts
+    for restart in range(restarts + 1):
+        trainer = TorchTrainer(
+            loop,
+            train_loop_config=config,
+            torch_config=TorchConfig(backend="nccl" if plan.use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(**scaling),
+            run_config=ray.train.RunConfig(
+                failure_config=ray.train.FailureConfig(**failure), **running
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except ray.train.TrainingFailedError as error:
+            if not worker_lost(error):
+                raise StageError(_reason(error)) from error
+            if restart == restarts:
+                raise StageError(
+                    f"workers were lost {restart + 1} times, the last one with: {_reason(error)}; "
+                    "where it is the memory that is short, a smaller stdb.micro_batch or "
+                    "batch_size helps; dvc repro goes on from the last checkpoint"
+                ) from error
+            stage.say(
+                f"a worker was lost ({_reason(error).splitlines()[0]}); on from the last "
+                f"checkpoint, restart {restart + 1} of {restarts}"
+            )
 
 
 def forget_job(stage: Stage) -> None:
@@ -152,15 +192,32 @@ def setup(config: dict[str, Any]) -> tuple[int, int, torch.device]:
     """Rank, number of workers and device of this worker; its threads are set."""
     import ray.train.torch
 
-    _job.checkpoints = config["checkpoints"]
-    _job.checkpoint_steps = config["checkpoint_steps"]
     torch.set_num_threads(config["cpus"])
     if config["use_gpu"]:
-        tf32 = config.get("stdb", {}).get("precision") != "float32"
+        products = config.get("stdb") or config.get("train_ann") or {}
+        tf32 = products.get("precision") != "float32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     context = ray.train.get_context()
+
+    def send(rows: list[Row]) -> None:
+        if _job.reporter is not None:
+            _job.reporter(rows)
+        ray.train.report({"rows": rows})
+
+    work_for(config["checkpoints"], config["checkpoint_steps"], context.get_world_rank(), send)
     device = ray.train.torch.get_device() if config["use_gpu"] else torch.device("cpu")
     return context.get_world_rank(), context.get_world_size(), device
+
+
+def work_for(
+    checkpoints: Checkpoints,
+    checkpoint_steps: int | None,
+    rank: int,
+    send: Callable[[list[Row]], None],
+) -> None:
+    """Make this process a worker of a job; ``send`` is called with the metrics of epochs."""
+    _job.checkpoints, _job.checkpoint_steps = checkpoints, checkpoint_steps
+    _job.rank, _job.send = rank, send
 
 
 def data_parallel(network: nn.Module) -> nn.Module:
@@ -170,15 +227,11 @@ def data_parallel(network: nn.Module) -> nn.Module:
     return prepare_model(network, move_to_device=False)
 
 
-def report(state: dict[str, Any], rows: Sequence[dict[str, float]] = ()) -> None:
+def report(state: dict[str, Any], rows: Sequence[Row] = ()) -> None:
     """Keep the state to go on from, log metrics, a row an epoch. Called by all workers alike."""
-    import ray.train
-
-    if ray.train.get_context().get_world_rank() == 0:
+    if _job.rank == 0:
         _job.checkpoints.save(state)
-    if _job.reporter is not None:
-        _job.reporter(list(rows))
-    ray.train.report({"rows": list(rows)})
+    _job.send(list(rows))
 
 
 def checkpoint_due(step: int) -> bool:
@@ -202,21 +255,79 @@ def total(value: Tensor, op: str = "sum") -> Tensor:
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[tuple[int, int]]:
-    """Ray, joined or started; gives its CPUs and GPUs."""
+def ray_cluster(address: str | None) -> Iterator[tuple[int, int]]:
+    """Ray, joined or started; gives its CPUs and GPUs. What was started leaves nothing behind."""
     import ray
 
-    ray.init(
-        address=address or "local",
-        include_dashboard=None if address else False,
-        logging_level=logging.ERROR,
-        log_to_driver=True,
-    )
-    try:
-        available = ray.cluster_resources()
-        yield int(available.get("CPU", 0)), int(available.get("GPU", 0))
-    finally:
-        ray.shutdown()
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir=_short_folder(), ignore_cleanup_errors=True
+    ) as folder:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            logging_level=logging.ERROR,
+            log_to_driver=True,
+            _temp_dir=None if address else folder,
+        )
+        try:
+            available = ray.cluster_resources()
+            yield int(available.get("CPU", 0)), int(available.get("GPU", 0))
+        finally:
+            ray.shutdown()
+
+
+def _short_folder() -> str:
+    """Where Ray's sockets can be: the system allows them a path of 107 characters."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) < 24 else "/tmp"
+
+
+def check_nodes(inputs: list[str], checkpoints: Checkpoints) -> None:
+    """On several nodes, each has to see the repository's files and the checkpoints.
+
+    Raises:
+        StageError: names a node and what it does not see.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+
+    def unseen(places: list[str]) -> list[str]:  # sent by value: a node may not have this code
+        from pyarrow import fs
+
+        def there(place: str) -> bool:
+            here = fs.LocalFileSystem(), place
+            system, path = fs.FileSystem.from_uri(place) if "://" in place else here
+            return system.get_file_info(path).type != fs.FileType.NotFound
+
+        return [place for place in places if not there(place)]
+
+    with checkpoints.mark() as mark:
+        task = ray.remote(num_cpus=0)(unseen)
+        answers = [
+            task.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote([mark, *inputs])
+            for node in nodes
+        ]
+        for node, missing in zip(nodes, ray.get(answers), strict=True):
+            for place in missing:
+                name = node["NodeManagerAddress"]
+                if place == mark:
+                    raise StageError(
+                        f"node {name} does not see cluster.storage, {checkpoints.storage}; allowed "
+                        f"on {len(nodes)} nodes: a folder on a disk that all of them mount, such "
+                        "as NFS, or a URL such as s3://bucket/folder"
+                    )
+                raise StageError(
+                    f"node {name} does not see {place}; on {len(nodes)} nodes the repository has "
+                    "to be on a disk that all of them mount at the same path, such as NFS"
+                )
 
 
 def machine() -> tuple[int, int]:
@@ -226,8 +337,14 @@ def machine() -> tuple[int, int]:
     return joblib.cpu_count(), torch.cuda.device_count()
 
 
-def plan_workers(params: ClusterParams, cpus: int, gpus: int) -> Plan:
+def plan_workers(params: ClusterParams, cpus: int, gpus: int, *, elastic: bool = False) -> Plan:
     """The workers for what a machine or a cluster has.
+
+    Args:
+        params: what is asked for.
+        cpus: there are.
+        gpus: there are.
+        elastic: a range stays one; otherwise it is as many as there is room for.
 
     Raises:
         StageError: ``cluster`` asks for more than there is.
@@ -235,17 +352,43 @@ def plan_workers(params: ClusterParams, cpus: int, gpus: int) -> Plan:
     if params.use_gpu is True and gpus == 0:
         raise StageError("cluster.use_gpu is true and there is no GPU; allowed here: auto, false")
     use_gpu = gpus > 0 if params.use_gpu == "auto" else params.use_gpu
-    workers = (gpus if use_gpu else 1) if params.workers == "auto" else params.workers
-    if use_gpu and workers > gpus:
+    if isinstance(params.workers, list):
+        least, workers = params.workers
+    elif params.workers == "auto":
+        workers = gpus if use_gpu else 1
+        least = workers if elastic else 1
+    else:
+        least = workers = params.workers
+    if use_gpu and least > gpus:
         raise StageError(
-            f"cluster.workers is {workers}; there are {gpus} GPUs, one for each worker"
+            f"cluster.workers is {params.workers}; there are {gpus} GPUs, one for each worker"
         )
+    if not elastic:
+        workers = max(least, min(workers, gpus if use_gpu else cpus))
     each = max(1, cpus // workers) if params.cpus_per_worker == "auto" else params.cpus_per_worker
-    if workers * each > cpus:
+    if least * each > cpus:
         raise StageError(
-            f"cluster.workers is {workers}, with {each} core(s) each; there are {cpus} cores"
+            f"cluster.workers is {params.workers}, with {each} core(s) each; there are {cpus} cores"
         )
-    return Plan(workers, use_gpu, each)
+    if not elastic:
+        least = workers = min(workers, cpus // each)
+    return Plan(workers, least, use_gpu, each)
+
+
+def worker_lost(error: Exception) -> bool:
+    """Whether a job failed since a worker, its node or a connection was lost, not by an error."""
+    failures = getattr(error, "worker_failures", None) or {}
+    return bool(failures) and all(_is_loss(_cause(failure)) for failure in failures.values())
+
+
+def _is_loss(cause: BaseException) -> bool:
+    from ray.exceptions import RayError
+
+    broken = isinstance(cause, RuntimeError) and any(
+        word in str(cause).lower() for word in ("gloo", "nccl", "connection")
+    )
+    ray_trains = type(cause).__module__.startswith("ray.train")
+    return broken or ray_trains or isinstance(cause, RayError | dist.DistError)
 
 
 def _callback(reporter: Reporter) -> Any:
@@ -260,14 +403,21 @@ def _callback(reporter: Reporter) -> Any:
     return Callback()
 
 
-def _reason(error: Exception) -> str:
-    """The message of the worker's own exception, out of what Ray wraps around it."""
+def _cause(error: Exception) -> BaseException:
+    """The worker's own exception, out of what Ray wraps around it."""
     failures = getattr(error, "worker_failures", None)
     cause: BaseException = next(iter(failures.values())) if failures else error
     while True:
-        inner = getattr(cause, "cause", None) or cause.__cause__
-        if inner is None:
-            break
+        inner = (
+            getattr(cause, "cause", None) or getattr(cause, "_base_exc", None) or cause.__cause__
+        )
+        if not isinstance(inner, BaseException):
+            return cause
         cause = inner
+
+
+def _reason(error: Exception) -> str:
+    """The message of that exception."""
+    cause = _cause(error)
     text = str(cause).strip() or type(cause).__name__
     return text if isinstance(cause, ValueError | StageError) else f"{type(cause).__name__}: {text}"

@@ -110,7 +110,9 @@ def evaluate_loop(config: dict[str, Any]) -> None:
     rank, world, device = setup(config)
     params = EvaluateConvertedParams(**config["evaluate_converted"])
     stdb_params = StdbParams(**config["stdb"])
-    validation, test = load_splits(Path(config["data"]), device, "validation", "test")
+    validation, test = load_splits(
+        Path(config["data"]), device, "validation", "test", readers=config["readers"]
+    )
     ann = build_ann(NetworkParams(**config["network"]), test)
     load_weights(ann, Path(config["weights"]))
     snn = build_snn(ann, stdb_params, stdb_params.seed).to(device)

@@ -1,4 +1,7 @@
-"""Accuracy and spikes of a network over a split, shared among the workers with exact counts."""
+"""Accuracy and spikes of a network over a split, shared among the workers with exact counts.
+
+A worker gets whole batches, the same for any number of workers, so the counts are the same, too.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +9,7 @@ import torch
 from torch import nn
 
 import stdb
-from pipeline.data import Split, normalise
+from pipeline.data import Samples, normalise, shares
 from pipeline.distributed import total
 
 
@@ -28,21 +31,20 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_ann(ann: nn.Module, split: Split, batch_size: int, rank: int, world: int) -> float:
+def evaluate_ann(ann: nn.Module, split: Samples, batch_size: int, rank: int, world: int) -> float:
     """Accuracy of an ANN."""
     device = next(ann.parameters()).device
     ann.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in split.share(rank, world).batches(batch_size):
-        logits = ann(normalise(batch.images.to(device)))
-        correct += (logits.argmax(1) == batch.labels.to(device)).sum()
+    for batch in split.stream(shares(len(split), batch_size, rank, world), device):
+        correct += (ann(normalise(batch.images)).argmax(1) == batch.labels).sum()
     return total(correct).item() / len(split)
 
 
 @torch.no_grad()
 def evaluate_snn(
     snn: stdb.SpikingNetwork,
-    split: Split,
+    split: Samples,
     timesteps: int,
     batch_size: int,
     rank: int,
@@ -53,21 +55,28 @@ def evaluate_snn(
     snn.eval()
     correct = torch.zeros(timesteps, dtype=torch.int64, device=device)
     with stdb.record_spikes(snn) as statistics:
-        for batch in split.share(rank, world).batches(batch_size):
-            images = normalise(batch.images.to(device))
-            logits = snn.logits_over_time(images, timesteps, sample_ids=batch.ids.to(device))
-            correct += (logits.argmax(2) == batch.labels.to(device)).sum(1)  # (T, B) → (T,)
-    _merge(statistics, device)
+        for batch in split.stream(shares(len(split), batch_size, rank, world), device):
+            images = normalise(batch.images)
+            logits = snn.logits_over_time(images, timesteps, sample_ids=batch.ids)
+            correct += (logits.argmax(2) == batch.labels).sum(1)  # (T, B) → (T,)
+    _merge(statistics, snn, split.shape, device)
     accuracy = (total(correct).double() / len(split)).tolist()
     operations = sum(statistics.synaptic_operations().values())
     return Evaluation(accuracy, statistics.spikes_per_neuron(), statistics.energy(), operations)
 
 
-def _merge(statistics: stdb.SpikeStatistics, device: torch.device) -> None:
-    """Sum the workers' spike counts."""
+def _merge(
+    statistics: stdb.SpikeStatistics,
+    snn: stdb.SpikingNetwork,
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> None:
+    """Sum the workers' spike counts; one that had no batch counts nothing."""
     statistics.images = int(total(torch.tensor(statistics.images, device=device)))
-    for name, counts in statistics.maps.items():
-        statistics.maps[name] = total(counts)
+    shapes = snn.shapes(shape)
+    for i, name in {0: "input", **snn.graph.labels}.items():
+        nothing = torch.zeros(shapes[i], dtype=torch.float64, device=device)
+        statistics.maps[name] = total(statistics.maps.get(name, nothing))
 
 
 def spike_metrics(spikes: dict[str, float]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import stdb
 from pipeline.balance_thresholds import load_thresholds
-from pipeline.data import Split, load_split, load_splits, normalise
+from pipeline.data import Samples, load_split, load_splits, normalise
 from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
 from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
 from pipeline.network import build_ann, build_snn, load_weights, save_weights
@@ -40,6 +40,7 @@ from pipeline.stage import (
 from pipeline.training import fit, order
 
 SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 98.0
+BATCH = 128  # images presented at once where nothing is learned
 
 
 def main(stage: Stage) -> None:
@@ -99,12 +100,32 @@ def main(stage: Stage) -> None:
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """What each worker does."""
+    """What each worker does: fine-tune, then look at the test split, once."""
     rank, world, device = setup(config)
-    params = StdbParams(**config["stdb"])
+    timesteps = config["stdb"]["timesteps"]
     train, validation, test = load_splits(
-        Path(config["data"]), device, "train", "validation", "test"
+        Path(config["data"]), device, "train", "validation", "test", readers=config["readers"]
     )
+    snn, state = fine_tune(config, train, validation, rank, world, device)
+    found = evaluate_snn(snn, test, timesteps, BATCH, rank, world)
+    longer = evaluate_snn(snn, test, longest(timesteps), BATCH, rank, world)
+    report(state | {"test": vars(found), "curve": longer.accuracy})
+
+
+def fine_tune(
+    config: dict[str, Any],
+    train: Samples,
+    validation: Samples,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> tuple[stdb.SpikingNetwork, dict[str, Any]]:
+    """Algorithms 2 and 3 on the converted network, or on random weights.
+
+    Returns:
+        The network with the weights of its best epoch, and the state of :func:`fit`.
+    """
+    params = StdbParams(**config["stdb"])
     torch.manual_seed(params.seed)
     ann = build_ann(NetworkParams(**config["network"]), train)
     if not params.from_scratch:
@@ -120,7 +141,6 @@ def train_loop(config: dict[str, Any]) -> None:
         load_thresholds(snn, Path(config["thresholds"]))
     snn.scale_thresholds(config["scale"])
     model = data_parallel(snn)
-
     chunk = fitting_chunk(snn, params, train.shape, world, free_memory(device, world))
 
     def windows(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
@@ -131,7 +151,7 @@ def train_loop(config: dict[str, Any]) -> None:
             yield partial(model, presentation, steps)
 
     def validate(epoch: int) -> dict[str, float]:
-        found = evaluate_snn(snn, validation, params.timesteps, 128, rank, world)
+        found = evaluate_snn(snn, validation, params.timesteps, BATCH, rank, world)
         return {"accuracy/validation": found.accuracy[-1], **spike_metrics(found.spikes)}
 
     optimizer = torch.optim.Adam(
@@ -146,13 +166,10 @@ def train_loop(config: dict[str, Any]) -> None:
         params.clip, params.micro_batch, snn.constrain,
     )  # fmt: skip
     snn.net.load_state_dict(state["best_network"])
-    found = evaluate_snn(snn, test, params.timesteps, 128, rank, world)
-    longer = evaluate_snn(snn, test, longest(params.timesteps), 128, rank, world)
-    state |= {"test": vars(found), "curve": longer.accuracy}
-    report(state)
+    return snn, state
 
 
-def balance_random(snn: stdb.SpikingNetwork, train: Split, params: StdbParams) -> None:
+def balance_random(snn: stdb.SpikingNetwork, train: Samples, params: StdbParams) -> None:
     """Thresholds for random weights, from a few images, the same in every worker.
 
     At a percentile: at the maximum, layer after layer passes on less, and the highest are silent.

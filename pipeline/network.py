@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import stdb
-from pipeline.data import Split
+from pipeline.data import Samples
 from pipeline.params import NetworkParams, StdbParams
 from pipeline.stage import StageError, writing
 
 
-def build_ann(params: NetworkParams, data: Split) -> nn.Module:
+def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
     """The ANN for a data set's images and classes, weights drawn from torch's generator."""
     channels, _, size = data.shape
     classes = len(data.classes)

@@ -17,6 +17,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Precision = Literal["float32", "tf32", "bf16"]
+Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -43,6 +45,9 @@ class DataParams(Section):
     """Images are resized to this many pixels square; None leaves them."""
     grayscale: bool
     """``folder`` only: read images as one grey channel."""
+    stream: bool | Literal["auto"]
+    """``folder`` only: images stay in their files and are read as they are needed; auto: where
+    they would take more than 4 GiB of memory."""
     train_limit: Count | None
     """Use only this many training images."""
     test_fraction: Share
@@ -112,6 +117,8 @@ class TrainAnnParams(Schedule):
 
     weights: str | None
     """A weights file that stands in for the training."""
+    precision: Precision
+    """Of convolutions and matrix products; TF32 is a GPU's."""
     momentum: Rate
     """Of SGD."""
 
@@ -167,7 +174,7 @@ class StdbParams(Schedule):
     """V of every layer learns too (DIET-SNN)."""
     learn_leaks: bool
     """λ of every layer learns too (DIET-SNN)."""
-    precision: Literal["float32", "tf32", "bf16"]
+    precision: Precision
     """Of convolutions and matrix products; membranes stay float32. TF32 is a GPU's."""
     from_scratch: bool
     """Random weights instead of the ANN's: the baseline of Appendix B."""
@@ -188,8 +195,9 @@ class StdbParams(Schedule):
 class ClusterParams(Section):
     """Where the jobs run. Changes no result, so no stage tracks it."""
 
-    workers: Count | Literal["auto"]
-    """Processes of a job, each with its share of every batch."""
+    workers: Count | Range | Literal["auto"]
+    """Processes of a job, each with its share of every batch; [2, 8]: as many as there are, and on
+    a cluster that loses and gains nodes a job goes on with fewer or more."""
     use_gpu: bool | Literal["auto"]
     """One GPU per worker, nccl; or CPU workers, gloo."""
     cpus_per_worker: Count | Literal["auto"]
@@ -198,6 +206,17 @@ class ClusterParams(Section):
     """Checkpoints of unfinished stages."""
     checkpoint_steps: Count | None
     """Steps of an epoch after which the state is kept, beside every epoch; None: epochs only."""
+    restarts: Annotated[int, Field(ge=0)]
+    """How often a job goes on from its last checkpoint when a worker or a node is lost."""
+    readers: Annotated[int, Field(ge=0)] | Literal["auto"]
+    """Processes of a worker that read image files ahead of need; auto: half of its cores, 1 to 8.
+    Data sets in memory need none."""
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> "ClusterParams":
+        if isinstance(self.workers, list) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers is {self.workers}; allowed: the smaller number first")
+        return self
 
 
 class Params(Section):

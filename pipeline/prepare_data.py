@@ -3,7 +3,8 @@
     python -m pipeline.prepare_data
 
 Out: data/prepared/{train,validation,test}.safetensors and metrics/data.json. The splits are
-stratified by class and drawn by ``data.seed``; a source's own test split is kept as it is.
+stratified by class and drawn by ``data.seed``; a source's own test split is kept as it is. Of a
+data set that is too large for the memory the names of its files are kept.
 """
 
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 
-from pipeline.data import DataError, Split, read_source, save_split
+from pipeline.data import DataError, Files, Samples, Split, save_split
 from pipeline.params import DataParams
+from pipeline.sources import read_source
 from pipeline.stage import DATA, Stage, digest, run_stage, write_json, writing
 
 
@@ -30,7 +32,8 @@ def main(stage: Stage) -> None:
         with writing(path) as temporary:
             save_split(part, temporary)
         summary[name] = {"images": len(part), "sha256": digest(path)}
-        stage.say(f"{name:10} {len(part):6} images of {'×'.join(map(str, part.shape))}")
+        where = "" if isinstance(part, Split) else ", read from their files as they are needed"
+        stage.say(f"{name:10} {len(part):6} images of {'×'.join(map(str, part.shape))}{where}")
     write_json(Path("metrics/data.json"), summary)
     stage.log({f"images/{name}": len(part) for name, part in splits.items()})
 
@@ -40,7 +43,7 @@ def split(
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray] | None,
     classes: list[str],
-) -> dict[str, Split]:
+) -> dict[str, Samples]:
     """Train, validation and test; a sample's id is its position in the source."""
     images, labels = train
     ids = np.arange(len(labels))
@@ -61,15 +64,18 @@ def split(
         ) from error
     parts["validation"] = images[validation], labels[validation], validation
     parts["train"] = images[ids], labels[ids], ids
-    return {
-        name: Split(
-            _resize(torch.from_numpy(parts[name][0]), params.image_size),
-            torch.from_numpy(parts[name][1]).long(),
-            torch.from_numpy(parts[name][2]),
-            classes,
-        )
-        for name in ("train", "validation", "test")
-    }
+    return {name: _split(params, *parts[name], classes) for name in ("train", "validation", "test")}
+
+
+def _split(
+    params: DataParams, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, classes: list[str]
+) -> Samples:
+    own = torch.from_numpy(labels).long(), torch.from_numpy(ids), classes
+    if images.ndim == 4:
+        return Split(_resize(torch.from_numpy(images), params.image_size), *own)
+    assert params.image_size is not None
+    size = params.image_size
+    return Files(images, *own, (1 if params.grayscale else 3, size, size))
 
 
 def _draw(

@@ -7,6 +7,7 @@ are looked up there, so that what MLflow shows and what resumes a job is what DV
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ class Stage:
         self.inputs = {str(f): digest(f) for d in spec["deps"] for f in _files(Path(d))}
         identity = json.dumps([name, self.tracked, self.inputs], sort_keys=True)
         self.key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        self.tracker = Tracker(name, self.tracked, self.inputs)
+        self.tracker = Tracker(name, self.tracked, self.inputs, self.key)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -70,10 +71,13 @@ class Stage:
 
 
 def run_stage(name: str, main: Callable[[Stage], None]) -> None:
-    """Run a stage as a program: exit 0, or a message on stderr and exit 1."""
+    """Run a stage as a program: exit 0, or a message on stderr and exit 1.
+
+    ctrl-C, and the SIGTERM of a scheduler, end it in order: the run is closed, checkpoints stay.
+    """
     start = time.monotonic()
-    stage = None
-    status = "FAILED"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stage, status, interrupted = None, "FAILED", False
     try:
         stage = Stage(name, load_params())
         main(stage)
@@ -84,9 +88,16 @@ def run_stage(name: str, main: Callable[[Stage], None]) -> None:
     except (ParamsError, DataError, ConversionError, StageError, OSError) as error:
         print(f"\nerror in stage {name}: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        interrupted = True
+        print(
+            f"\nstage {name} was interrupted; dvc repro goes on from its last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(130)
     finally:
         if stage is not None:
-            stage.tracker.end(status)
+            stage.tracker.end(status, interrupted)
 
 
 def check_outs(outs: list[Path]) -> None:

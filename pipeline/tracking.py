@@ -6,11 +6,15 @@ cannot be reached, that is said once and the work goes on.
 """
 
 import os
+import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 EXPERIMENT = "stdb"
 GENERATED = ("dvc.lock", "metrics", "plots", "report")  # what a run itself changes in git's eyes
@@ -50,13 +54,15 @@ def provenance() -> dict[str, str]:
 class Tracker:
     """The MLflow run of a stage."""
 
-    def __init__(self, stage: str, params: dict[str, Any], inputs: dict[str, str]) -> None:
+    def __init__(
+        self, stage: str, params: dict[str, Any], inputs: dict[str, str], key: str
+    ) -> None:
         self.run_id: str | None = None
         self.warned = False
         self._client: Any = None
-        self._guard(lambda: self._start(stage, params, inputs))
+        self._guard(lambda: self._start(stage, params, inputs, key))
 
-    def _start(self, stage: str, params: dict[str, Any], inputs: dict[str, str]) -> None:
+    def _start(self, stage: str, params: dict[str, Any], inputs: dict[str, str], key: str) -> None:
         import logging
 
         import mlflow
@@ -73,11 +79,36 @@ class Tracker:
             )
         else:
             experiment_id = self._client.create_experiment(EXPERIMENT)
-        tags = provenance() | {f"input.{path}": value for path, value in inputs.items()}
+        tags = provenance() | {"job": f"{stage}-{key}", "process": _this_process()}
+        self.run_id = self._unfinished_run(experiment_id, tags)
+        if self.run_id is not None:
+            self._client.update_run(self.run_id, status="RUNNING")
+            self._client.set_tag(self.run_id, "process", tags["process"])
+            self._client.set_tag(self.run_id, "interrupted", "false")
+            return
+        tags |= {f"input.{path}": value for path, value in inputs.items()}
         run = self._client.create_run(experiment_id, run_name=stage, tags=tags)
         self.run_id = run.info.run_id
         entries = [mlflow.entities.Param(key, str(value)) for key, value in params.items()]
         self._client.log_batch(self.run_id, params=entries)
+
+    def _unfinished_run(self, experiment_id: str, tags: dict[str, str]) -> str | None:
+        """The run of this job that was interrupted, to go on in.
+
+        A kill leaves it RUNNING; those of other jobs are closed.
+        """
+        found = None
+        running = self._client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+        stopped = self._client.search_runs([experiment_id], "tags.interrupted = 'true'")
+        for run in [*running, *stopped]:
+            if run.info.status == "RUNNING" and not _is_gone(run.data.tags.get("process", "")):
+                continue
+            same = all(run.data.tags.get(k) == tags[k] for k in ("job", "dvc.experiment"))
+            if same and found is None:
+                found = run.info.run_id
+            elif run.info.status == "RUNNING":
+                self._client.set_terminated(run.info.run_id, "FAILED")
+        return found
 
     def log(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Metrics, in one batch."""
@@ -89,8 +120,10 @@ class Tracker:
         """A file as an artefact."""
         self._guard(lambda: self._client.log_artifact(self.run_id, str(path)))
 
-    def end(self, status: str) -> None:
-        """Close the run: FINISHED or FAILED."""
+    def end(self, status: str, interrupted: bool = False) -> None:
+        """Close the run: FINISHED or FAILED; the next attempt goes on in an interrupted one."""
+        if interrupted:
+            self._guard(lambda: self._client.set_tag(self.run_id, "interrupted", "true"))
         self._guard(lambda: self._client.set_terminated(self.run_id, status))
 
     def _guard(self, action: Callable[[], None]) -> None:
@@ -101,7 +134,30 @@ class Tracker:
             action()
         except Exception as error:
             self.warned = True
-            print(f"warning: MLflow at {tracking_uri()} does not answer, going on without: {error}")
+            text = f"MLflow at {tracking_uri()} does not answer, going on without: {error}"
+            print(f"warning: {without_secrets(text)}")
+
+
+def without_secrets(text: str) -> str:
+    """A text without the user names and passwords of the addresses in it."""
+    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
+
+
+def _this_process() -> str:
+    """Names this process on this machine, also against a later one with the same number."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def _is_gone(process: str) -> bool:
+    """Whether a process of this machine has ended; of another machine nobody knows."""
+    host, _, rest = process.partition(" ")
+    number, _, created = rest.partition(" ")
+    if host != socket.gethostname():
+        return False
+    try:
+        return f"{psutil.Process(int(number)).create_time():.0f}" != created
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _entities(metrics: dict[str, float], step: int) -> list:
@@ -140,5 +196,6 @@ class Reporter:
                 batch = entries[start : start + 1000]
                 self._client.log_batch(self.run_id, metrics=batch)
         except Exception as error:
-            print(f"warning: MLflow at {self.uri} did not take a report: {error}")
+            text = f"MLflow at {self.uri} did not take a report: {error}"
+            print(f"warning: {without_secrets(text)}")
             self.run_id = None

@@ -9,11 +9,12 @@ Out: models/ann.safetensors, metrics/train_ann.json, plots/train_ann.csv.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data import load_split, load_splits
 from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
@@ -23,7 +24,7 @@ from pipeline.params import NetworkParams, TrainAnnParams
 from pipeline.stage import ANN, DATA, Stage, run_stage, write_csv, write_json
 from pipeline.training import fit
 from stdb.conversion import convert
-from stdb.encoding import PoissonEncoder
+from stdb.encoding import DROPOUT_STREAM, PoissonEncoder, derive, sample_keys, uniform
 
 
 def main(stage: Stage) -> None:
@@ -65,7 +66,7 @@ def train_loop(config: dict[str, Any]) -> None:
     rank, world, device = setup(config)
     params = TrainAnnParams(**config["train_ann"])
     train, validation, test = load_splits(
-        Path(config["data"]), device, "train", "validation", "test"
+        Path(config["data"]), device, "train", "validation", "test", readers=config["readers"]
     )
     torch.manual_seed(params.seed)
     ann = build_ann(NetworkParams(**config["network"]), train).to(device)
@@ -81,8 +82,15 @@ def train_loop(config: dict[str, Any]) -> None:
     else:
         model = data_parallel(ann)
 
+        dropout = SampleDropout(ann, params.seed)
+
+        def present(images: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bf16"):
+                return model(images).float()
+
         def windows(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
-            yield lambda: model(images)
+            dropout.keys = sample_keys(ids, epoch)
+            yield partial(present, images)
 
         def validate(epoch: int) -> dict[str, float]:
             return {
@@ -102,6 +110,29 @@ def train_loop(config: dict[str, Any]) -> None:
         ann.load_state_dict(state["best_network"])
     state["test"] = evaluate_ann(ann, test, params.batch_size, rank, world)
     report(state)
+
+
+class SampleDropout:
+    """Makes a network's dropout a function of (seed, epoch, sample), as the SNN's is.
+
+    So an image drops the same activations whatever batch and worker it comes to.
+
+    Attributes:
+        keys: (B,) int64, the random streams of the images that are presented next.
+    """
+
+    def __init__(self, network: nn.Module, seed: int) -> None:
+        self.seed, self.keys = seed, torch.zeros(0, dtype=torch.int64)
+        dropouts = [m for m in network.modules() if isinstance(m, nn.Dropout)]
+        for number, module in enumerate(dropouts):
+            module.forward = partial(self._drop, module, number)  # type: ignore[method-assign]
+
+    def _drop(self, module: nn.Dropout, number: int, x: Tensor) -> Tensor:
+        if not module.training or module.p == 0:
+            return x
+        keys = derive(derive(self.keys, self.seed), DROPOUT_STREAM + number)
+        kept = uniform(keys, x[0].numel()).view(x.shape) >= module.p
+        return x * (kept.to(x.dtype) / (1 - module.p))
 
 
 if __name__ == "__main__":

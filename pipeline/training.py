@@ -4,7 +4,8 @@ A global batch is drawn by (seed, epoch) and shared among the workers; DDP avera
 so the batch size is the parameter and the number of workers is not. After every epoch the
 validation split is evaluated; the state is reported after an epoch, every few seconds where epochs
 are short, and every ``cluster.checkpoint_steps`` within a long one. An interrupted job goes on from
-there as if nothing had been: whatever is random is a function of seed, epoch and step.
+there as if nothing had been: whatever is random is a function of seed, epoch and sample, so neither
+a restart nor the number of workers changes it.
 """
 
 import time
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data import Split, augment, normalise
+from pipeline.data import Samples, Split, augment, normalise
 from pipeline.distributed import checkpoint_due, report, resume, total
 from pipeline.params import Schedule
 
@@ -38,11 +39,6 @@ def learning_rate(params: Schedule, epoch: int) -> float:
     return params.learning_rate / params.decay**passed
 
 
-def stream(seed: int, epoch: int, step: int, rank: int) -> int:
-    """The seed of torch's generator, which the ANN's dropout draws from, for a step."""
-    return (((seed * 1_000_003 + epoch) * 1_000_003 + step) * 4096 + rank) % 2**63
-
-
 def order(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """The epoch's global batches of positions. An incomplete last batch waits for another epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -56,7 +52,7 @@ def fit(
     model: nn.Module,
     windows: Windows,
     optimizer: torch.optim.Optimizer,
-    train: Split,
+    train: Samples,
     params: Schedule,
     validate: Callable[[int], dict[str, float]],
     rank: int,
@@ -102,7 +98,8 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         if rank == 0 and state["epoch"] < params.epochs:
             within = f", step {state['step']} of the next" if state.get("step") else ""
-            print(f"[{name}] goes on after epoch {state['epoch']}{within}", flush=True)
+            where = f"after epoch {state['epoch']}{within}"
+            print(f"[{name}] goes on {where}, {world} worker(s)", flush=True)
     start, first = time.monotonic(), state["epoch"]
     said, reported = start - EVERY, start
     unreported: list[dict[str, float]] = []
@@ -117,15 +114,15 @@ def fit(
         if rank > 0:  # the state is rank 0's
             sums = torch.zeros_like(sums)
         norm = 0.0
-        for step, batch in enumerate(batches[done:], start=done + 1):
-            torch.manual_seed(stream(params.seed, epoch, step, rank))
-            share = train.take(batch[rank::world].to(train.labels.device))
-            images = share.images.to(device)
+        mine = train.stream([batch[rank::world] for batch in batches[done:]], device)
+        for step, share in enumerate(mine, start=done + 1):
+            images = share.images
             if params.augment:
-                images = augment(images, share.ids.to(device), params.seed, epoch)
+                images = augment(images, share.ids, params.seed, epoch)
             optimizer.zero_grad(set_to_none=True)
+            weight = world / len(batches[0])
             loss, correct = _backward(
-                model, windows, normalise(images), share, epoch, world / len(batch), micro_batch
+                model, windows, normalise(images), share, epoch, weight, micro_batch
             )
             norm = float(nn.utils.clip_grad_norm_(network.parameters(), clip or float("inf")))
             if not (torch.isfinite(loss) and norm < float("inf")):
@@ -198,9 +195,10 @@ def _backward(
     Returns:
         The last window's mean loss over this worker's share, and the number of correct predictions.
     """
-    labels, ids = share.labels.to(images.device), share.ids.to(images.device)
     size = micro_batch or len(images)
-    parts = list(zip(images.split(size), labels.split(size), ids.split(size), strict=True))
+    parts = list(
+        zip(images.split(size), share.labels.split(size), share.ids.split(size), strict=True)
+    )
     losses = torch.zeros((), device=images.device, dtype=images.dtype)
     correct = torch.zeros((), device=images.device, dtype=torch.int64)
     for number, (images_, labels_, ids_) in enumerate(parts, start=1):

@@ -51,7 +51,7 @@ def balance_thresholds(
         residual_blocks: balance the layers in basic blocks too; the paper leaves them at 1 (§4.2).
         sample_ids: (N,) int64, the images' random streams.
         reduce: ``(tensor, "max" or "sum")`` → the same over several workers that each hold a part
-            of the images.
+            of the images, which may be none.
         progress: called with (layer, V) as each is found.
 
     Raises:
@@ -59,7 +59,7 @@ def balance_thresholds(
     """
     if timesteps < 1:
         raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
-    if len(images) < 1:
+    if len(images) < 1 and reduce is None:
         raise ValueError("no calibration images")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; allowed: above 0, at most 100 (the maximum)")
@@ -79,7 +79,7 @@ def balance_thresholds(
                     for batch in batches
                     for start, stop in batch.chunks(timesteps)
                 )
-                value = _percentile(currents, percentile, reduce)
+                value = _percentile(currents, percentile, reduce, images)
                 if not 0 < value < float("inf"):
                     which = (
                         "largest weighted input" if percentile == 100 else f"{percentile} % point"
@@ -105,16 +105,20 @@ def _percentile(
     currents: Iterator[Tensor],
     percentile: float,
     reduce: Callable[[Tensor, str], Tensor] | None,
+    like: Tensor,
 ) -> float:
-    """A percentile of all values of some tensors; NaN if a value is and 100 is asked for."""
+    """A percentile of all values of some tensors; NaN if a value is and 100 is asked for.
+
+    ``like`` gives device and dtype where there are none.
+    """
     if percentile == 100:
-        largest = torch.stack([current.max() for current in currents]).max()
+        found = [current.max().to(like) for current in currents]
+        largest = torch.stack(found).max() if found else like.new_full((), -math.inf)
         return float(largest if reduce is None else reduce(largest, "max"))
     # floats above 0 are in the order of their bits; the upper ones make a histogram
-    counts = torch.zeros(1 << (31 - DROPPED_BITS), dtype=torch.int64)
+    counts = torch.zeros(1 << (31 - DROPPED_BITS), dtype=torch.int64, device=like.device)
     for current in currents:
         bins = current.float().clamp_(min=0).view(torch.int32).bitwise_right_shift_(DROPPED_BITS)
-        counts = counts.to(bins.device)
         counts += torch.bincount(bins.flatten(), minlength=len(counts))
     if reduce is not None:
         counts = reduce(counts, "sum")
@@ -144,6 +148,7 @@ def _present(
     return [
         _Calibration(snn.present(part, sample_ids=ids), room)
         for part, ids in zip(images.split(batch_size), sample_ids.split(batch_size), strict=True)
+        if len(part)
     ]
 
 

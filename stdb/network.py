@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import bits
-from .encoding import check_images, derive, sample_keys, uniform
+from .encoding import DROPOUT_STREAM, check_images, derive, sample_keys, uniform
 from .layout import from_matrix, to_layout, to_matrix
 from .neuron import SpikingNeuron, backpropagate, backpropagate_stdb, fire, fuses, latest, membranes
 from .spikes import Spikes
@@ -43,7 +43,6 @@ Observer = Callable[["Presentation", str, Value], None]
 IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at
 SMALLEST_THRESHOLD, SMALLEST_LEAK = 0.01, 0.01  # of what is learned
 STEPS_PER_SNAPSHOT = 16  # last spike times are kept this often; those in between are found again
-DROPOUT_STREAM = 1 << 40  # no step t of an encoder with the same seed comes here
 
 
 def default_chunk(batch_size: int) -> int:

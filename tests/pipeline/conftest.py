@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,13 @@ class Repository:
         )
         assert not check or result.returncode == 0, result.stdout + result.stderr
         return result
+
+    def runs(self, name: str) -> list[str]:
+        """How the MLflow runs of a stage ended, the newest first."""
+        client = mlflow.MlflowClient(f"sqlite:///{self.root / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("stdb")
+        runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+        return [run.info.status for run in runs]
 
     def repro(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.run("dvc", "repro", *arguments, check=check)

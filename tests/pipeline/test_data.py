@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data import DataError, augment, load_split, normalise, read_source, save_split
+import pipeline.sources
+from pipeline.data import DataError, Files, augment, load_split, normalise, save_split, shares
 from pipeline.params import load_params
 from pipeline.prepare_data import split
+from pipeline.sources import read_source
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,9 +150,116 @@ def test_a_split_survives_its_file(tmp_path):
 
 def test_shares_are_disjoint_and_complete():
     """Workers see every image once."""
-    part = prepare()["test"]
-    ids = torch.cat([part.share(rank, 4).ids for rank in range(4)])
-    assert sorted(ids.tolist()) == sorted(part.ids.tolist())
+    for world in (1, 2, 4, 30):
+        batches = [batch for rank in range(world) for batch in shares(450, 16, rank, world)]
+        assert sorted(torch.cat(batches).tolist()) == list(range(450))
+
+
+def test_shares_are_of_the_same_batches_for_any_number_of_workers():
+    """So that products round alike."""
+    alone = [batch.tolist() for batch in shares(450, 16, 0, 1)]
+    assert [len(batch) for batch in alone] == [16] * 28 + [2]
+    for world in (2, 3, 40):
+        found = [b.tolist() for rank in range(world) for b in shares(450, 16, rank, world)]
+        assert sorted(found) == sorted(alone)
+
+
+# -- data sets that stay in their files ------------------------------------------------------------
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    """A folder of images of several sizes, in memory and streamed, as a repository has them."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "images", ("a", "b"), size=(20, 10))
+    make_folder(tmp_path / "images", ("c",), size=(8, 8))
+    found = []
+    for stream in (False, True):
+        parts = prepare(source="folder", path="images", image_size=8, stream=stream)
+        Path("data/prepared").mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            save_split(part, Path(f"data/prepared/{name}.safetensors"))
+        found.append(
+            {n: load_split(tmp_path / f"data/prepared/{n}.safetensors", readers=2) for n in parts}
+        )
+    return found
+
+
+def assert_same(a, b):
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.labels, b.labels)
+    assert torch.equal(a.ids, b.ids)
+    assert a.classes == b.classes
+
+
+def test_a_streamed_split_has_the_images_of_one_in_memory(streamed):
+    """Pixel by pixel, in every split; only the names of the files are kept."""
+    memory, files = streamed
+    for name, whole in memory.items():
+        assert isinstance(files[name], Files)
+        assert files[name].shape == whole.shape == (3, 8, 8)
+        assert_same(files[name].take(torch.arange(len(whole))), whole)
+
+
+@pytest.mark.parametrize("readers", [0, 1, 2])
+def test_batches_come_in_their_order_whoever_reads_them(streamed, readers):
+    """Also from the middle, as a resumed training asks for them."""
+    memory, files = streamed
+    part = files["train"]
+    part = Files(part.names, part.labels, part.ids, part.classes, part.shape, readers)
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(3)).split(5)
+    cpu = torch.device("cpu")
+    expected = list(memory["train"].stream(order, cpu))
+    for start in (0, 2):
+        batches = list(part.stream(order[start:], cpu))
+        for a, b in zip(batches, expected[start:], strict=True):
+            assert_same(a, b)
+    assert list(part.stream([], cpu)) == []
+
+
+def test_what_is_too_large_for_the_memory_is_streamed(tmp_path, monkeypatch):
+    """auto: by the bytes of the pixels."""
+    make_folder(tmp_path / "images")
+    there = params(source="folder", path=str(tmp_path / "images"), image_size=8)
+    size = 36 * 3 * 8 * 8
+    for limit, dimensions in ((size, 4), (size - 1, 1)):
+        monkeypatch.setattr(pipeline.sources, "IN_MEMORY", limit)
+        (images, _), _, _ = read_source(there)
+        assert images.ndim == dimensions
+
+
+def test_a_streamed_archive_is_unpacked_once(tmp_path, monkeypatch):
+    """And only where its images are not in memory."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "images")
+    with tarfile.open("images.tar", "w") as file:
+        file.add("images", "images")
+    there = {"source": "folder", "path": "images.tar", "image_size": 8}
+    read_source(params(**there, stream=False))
+    assert list(Path("data/unpacked").iterdir()) == []
+    names = read_source(params(**there, stream=True))[0][0]
+    assert all(Path(name).is_file() for name in names)
+    monkeypatch.setattr(pipeline.sources, "_unpack", None)  # it would fail
+    assert np.array_equal(read_source(params(**there, stream=True))[0][0], names)
+
+
+def test_streamed_files_are_looked_at_before_a_training(tmp_path):
+    """A file that is no image, and a missing image_size."""
+    root = make_folder(tmp_path / "images")
+    there = {"source": "folder", "path": str(root), "stream": True}
+    with pytest.raises(DataError, match=r"data\.image_size is null; allowed for the 36 images"):
+        prepare(**there)
+    (root / "dog" / "3.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"3\.png cannot be read as an image"):
+        prepare(**there, image_size=8)
+
+
+def test_a_file_that_is_gone_is_named_when_it_is_read(streamed):
+    """Also where another process reads it."""
+    part = streamed[1]["train"]
+    Path(part.names[4]).unlink()
+    with pytest.raises(DataError, match=Path(part.names[4]).name):
+        list(part.stream([torch.arange(8)], torch.device("cpu")))
 
 
 def test_pixels_fill_the_range():

@@ -1,43 +1,91 @@
-"""A stage that is killed and run again ends as if nothing had been."""
+"""A stage that is killed or stopped and run again ends as if nothing had been."""
 
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.pipeline.test_pipeline import copy_of
 
 STAGE = [sys.executable, "-m", "pipeline.finetune_stdb"]
 RESULTS = ("models/snn.safetensors", "metrics/finetune_stdb.json", "plots/finetune_stdb.csv")
+MARK = "STARTED_BY_TEST"  # in the environment of all that a stage starts
 
 
 @pytest.fixture(scope="module")
 def long(finished, tmp_path_factory):
-    """A fine-tuning of some seconds, with checkpoints within epochs; and how it ends."""
+    """A fine-tuning of some seconds, with checkpoints within epochs."""
     repository = copy_of(finished, tmp_path_factory.mktemp("long") / "repository")
     repository.set("epochs: 1\n", "epochs: 30\n")
     repository.set("checkpoint_steps: 200", "checkpoint_steps: 3")
-    whole = copy_of(repository, tmp_path_factory.mktemp("whole") / "repository")
-    whole.run(*STAGE)
-    return repository, results(whole)
+    return repository
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long, tmp_path_factory) -> Callable[[int], dict[str, bytes]]:
+    """How it ends with so many workers."""
+    found: dict[int, dict[str, bytes]] = {}
+
+    def of(workers: int) -> dict[str, bytes]:
+        if workers not in found:
+            whole = copy_of(long, tmp_path_factory.mktemp("whole") / "repository")
+            whole.set("workers: auto", f"workers: {workers}")
+            whole.run(*STAGE)
+            found[workers] = results(whole)
+        return found[workers]
+
+    return of
 
 
 def results(repository) -> dict[str, bytes]:
     return {name: (repository.root / name).read_bytes() for name in RESULTS}
 
 
-def start(repository, log: Path) -> subprocess.Popen:
-    """The stage, in a process group of its own."""
-    with log.open("w") as file:
-        return subprocess.Popen(
-            STAGE, cwd=repository.root, env=repository.environment(), stdout=file, stderr=file,
-            start_new_session=True,
-        )  # fmt: skip
+class Started:
+    """A command in a process group of its own, and all that comes from it."""
+
+    def __init__(self, repository, log: Path, command=STAGE, **environment) -> None:
+        self.log, self.mark = log, uuid.uuid4().hex
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, cwd=repository.root, stdout=file, stderr=file, start_new_session=True,
+                env=repository.environment() | {MARK: self.mark} | environment,
+            )  # fmt: skip
+
+    def processes(self) -> list[psutil.Process]:
+        """All that are alive."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark:
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def workers(self) -> list[psutil.Process]:
+        """Ray Train's."""
+        return [p for p in self.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
+
+    def says(self) -> str:
+        return self.log.read_text()
+
+    def wait_until_gone(self, seconds: float) -> None:
+        """Fails where a process is left behind."""
+        self.process.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while left := self.processes():
+            assert time.monotonic() < deadline, [p.cmdline() for p in left]
+            time.sleep(0.1)
 
 
 def checkpoints(repository) -> list[str]:
@@ -45,32 +93,136 @@ def checkpoints(repository) -> list[str]:
     return sorted(p.name for p in (repository.root / ".results").glob("finetune_stdb-*/state-*.pt"))
 
 
-def wait_for_progress(repository, before: list[str], log: Path, process: subprocess.Popen) -> None:
+def wait_for_progress(repository, before: list[str], started: Started) -> None:
     """Until the stage has written a state."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while checkpoints(repository)[-1:] == before[-1:]:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
+        assert started.process.poll() is None, started.says()
+        assert time.monotonic() < deadline, started.says()
         time.sleep(0.02)
 
 
-def test_killed_three_times_it_ends_with_the_same_bytes(long, tmp_path):
-    """SIGKILL to the whole group, a random while after a training began or got further."""
-    repository, expected = long
-    before = results(repository)
+def kill(started: Started, whom: str) -> None:
+    """SIGKILL to a worker, to the stage's own process, or to the whole group."""
+    if whom == "worker":
+        random.choice(started.workers()).kill()
+    elif whom == "driver":
+        started.process.kill()
+    else:
+        os.killpg(started.process.pid, signal.SIGKILL)
+
+
+def test_killed_three_times_it_ends_with_the_same_bytes(long, undisturbed, tmp_path):
+    """SIGKILL to the whole group, a random while after a training began or got further.
+
+    MLflow has one run of it, which all attempts go on in.
+    """
+    repository = copy_of(long, tmp_path / "repository")
+    before, runs = results(repository), repository.runs("finetune_stdb")
     moments = random.Random(0)
     for attempt in range(3):
-        log = tmp_path / f"{attempt}.log"
         there = checkpoints(repository)
-        process = start(repository, log)
-        wait_for_progress(repository, there, log, process)
+        started = Started(repository, tmp_path / f"{attempt}.log")
+        wait_for_progress(repository, there, started)
         time.sleep(moments.uniform(0.0, 0.3))
-        assert process.poll() is None, log.read_text()
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert ("goes on after epoch" in log.read_text()) == (attempt > 0)
+        assert started.process.poll() is None, started.says()
+        kill(started, "group")
+        started.wait_until_gone(30)
+        assert ("goes on after epoch" in started.says()) == (attempt > 0)
         assert results(repository) == before
     last = repository.run(*STAGE).stdout
     assert "goes on after epoch" in last
-    assert results(repository) == expected
+    assert results(repository) == undisturbed(1)
     assert not list((repository.root / ".results").glob("finetune_stdb-*"))
+    assert repository.runs("finetune_stdb") == ["FINISHED", *runs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "kills"), [(1, 14), (2, 9)])
+def test_a_soak_of_kills(long, undisturbed, tmp_path, workers, kills):
+    """At random moments, also while it starts; to a worker, to the driver, to the group."""
+    repository = copy_of(long, tmp_path / "repository")
+    repository.set("workers: auto", f"workers: {workers}")
+    repository.set("restarts: 3", "restarts: 100")
+    moments, left = random.Random(workers), kills
+    started = None
+    while left:
+        if started is None:
+            started = Started(repository, tmp_path / f"{left}.log")
+            there = checkpoints(repository)
+            if left % 4:  # otherwise while it starts
+                wait_for_progress(repository, there, started)
+        time.sleep(moments.uniform(0.0, 0.4 if left % 4 else 10.0))
+        if started.process.poll() is not None:
+            assert started.process.returncode == 0, started.says()
+            break  # done before all kills came, which the assertion below counts
+        whom = ["worker", "driver", "group"][left % 3] if workers > 1 else "group"
+        if whom == "worker":
+            if not started.workers():
+                continue
+            there = checkpoints(repository)
+            kill(started, whom)
+            left -= 1
+            wait_for_progress(repository, there, started)
+            assert "a worker was lost" in started.says()
+        else:
+            kill(started, whom)
+            left -= 1
+            started.wait_until_gone(60)
+            started = None
+    assert kills - left >= kills - 2
+    if started is not None:
+        assert started.process.wait(240) == 0, started.says()
+    repository.run(*STAGE)
+    assert results(repository) == undisturbed(workers)
+    assert set(repository.runs("finetune_stdb")) == {"FINISHED"}
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_one_ctrl_c_ends_it_and_leaves_nothing_but_the_checkpoint(long, tmp_path, workers):
+    """Within 15 seconds: no process, no temporary folder, no run in state RUNNING."""
+    repository = copy_of(long, tmp_path / "repository")
+    repository.set("workers: auto", f"workers: {workers}")
+    outs, folders = repository.bytes_of_outs(), set(Path(tempfile.gettempdir()).glob("ray-*"))
+    command = ["dvc", "repro", "--single-item", "finetune_stdb"]
+    started = Started(repository, tmp_path / "log", command)
+    wait_for_progress(repository, [], started)
+    begin = time.monotonic()
+    os.killpg(started.process.pid, signal.SIGINT)
+    started.wait_until_gone(15)
+    assert time.monotonic() - begin < 15
+    assert started.process.returncode != 0
+    assert "was interrupted; dvc repro goes on from its last checkpoint" in started.says()
+    assert "Traceback" not in started.says()
+    assert checkpoints(repository)
+    assert repository.bytes_of_outs() == outs
+    assert repository.runs("finetune_stdb")[0] == "FAILED"
+    assert "RUNNING" not in repository.runs("finetune_stdb")
+    assert set(Path(tempfile.gettempdir()).glob("ray-*")) <= folders
+
+
+def test_sigterm_ends_a_stage_in_order(long, tmp_path):
+    """What schedulers such as Slurm send before they kill."""
+    repository = copy_of(long, tmp_path / "repository")
+    started = Started(repository, tmp_path / "log")
+    wait_for_progress(repository, [], started)
+    started.process.terminate()
+    assert started.process.wait(15) == 130
+    assert checkpoints(repository)
+    assert repository.runs("finetune_stdb")[0] == "FAILED"
+
+
+def test_a_changed_parameter_begins_afresh_and_a_finished_job_is_not_trained_again(long, tmp_path):
+    """The checkpoints of one job are no other's; after its outs are made there are none."""
+    repository = copy_of(long, tmp_path / "repository")
+    started = Started(repository, tmp_path / "log")
+    wait_for_progress(repository, [], started)
+    kill(started, "group")
+    started.wait_until_gone(30)
+    there = checkpoints(repository)
+    repository.set("alpha: 0.3", "alpha: 0.4")
+    repository.set("epochs: 30\n", "epochs: 1\n")
+    output = repository.run("dvc", "repro", "finetune_stdb").stdout
+    assert "goes on after" not in output
+    assert checkpoints(repository) == there  # fresh ones of another job are left alone
+    assert "Running stage" not in repository.run("dvc", "repro", "finetune_stdb").stdout

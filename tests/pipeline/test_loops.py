@@ -13,11 +13,12 @@ import pipeline.finetune_stdb
 import pipeline.train_ann
 import pipeline.training
 import stdb
-from pipeline.data import normalise, read_source, save_split
+from pipeline.data import normalise, save_split
 from pipeline.evaluation import ann_energy, evaluate_ann, evaluate_snn
 from pipeline.network import build_ann, build_snn, load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams, load_params
 from pipeline.prepare_data import split
+from pipeline.sources import read_source
 from pipeline.training import order
 from tests.pipeline.conftest import ROOT
 
@@ -33,8 +34,11 @@ THRESHOLDS = {"conv1": 2.0, "conv2": 0.7, "conv3": 0.6, "fc1": 0.5, "fc2": 0.4}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+def make_files(folder):
     """Prepared splits, an ANN and thresholds, as earlier stages leave them."""
-    folder = tmp_path_factory.mktemp("files")
     data = PARAMS.data.model_copy(update={"train_limit": 60})
     parts = split(data, *read_source(data))
     for name, part in parts.items():
@@ -45,6 +49,17 @@ def files(tmp_path_factory):
     rows = [{"layer": n, "threshold": v, "balanced": True} for n, v in THRESHOLDS.items()]
     (folder / "thresholds.json").write_text(json.dumps({"layers": rows}))
     return folder, parts
+
+
+def given(folder) -> dict:
+    """What every loop is told."""
+    return {
+        "data": str(folder),
+        "weights": str(folder / "ann.safetensors"),
+        "thresholds": str(folder / "thresholds.json"),
+        "network": NETWORK.model_dump(),
+        "readers": 0,
+    }
 
 
 @pytest.fixture
@@ -58,13 +73,7 @@ def run(monkeypatch, files):
             monkeypatch.setattr(
                 place, "report", lambda state, rows=(): reported.append(copy.deepcopy(state))
             )
-        folder = files[0]
-        paths = {
-            "data": str(folder),
-            "weights": str(folder / "ann.safetensors"),
-            "thresholds": str(folder / "thresholds.json"),
-        }
-        loop({**paths, "network": NETWORK.model_dump(), **config})
+        loop({**given(files[0]), **config})
         if kept is not None:
             kept.extend(reported)
         return reported[-1]

@@ -11,9 +11,10 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline.data import DataError, read_source
+from pipeline.data import DataError
 from pipeline.params import Params, ParamsError, load_params
 from pipeline.prepare_data import split
+from pipeline.sources import read_source
 from tests.pipeline.conftest import ROOT
 
 TEXT = (ROOT / "params.yaml").read_text()

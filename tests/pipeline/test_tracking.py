@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipeline.tracking import GENERATED, Reporter, Tracker, provenance
+from pipeline.tracking import GENERATED, Reporter, Tracker, provenance, without_secrets
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def nobody(monkeypatch):
 def test_a_server_that_does_not_answer_is_said_once_and_soon(nobody, capsys):
     """The work goes on without MLflow after seconds, with one line for all that is not logged."""
     start = time.monotonic()
-    tracker = Tracker("work", {"stdb.alpha": 0.3}, {})
+    tracker = Tracker("work", {"stdb.alpha": 0.3}, {}, "k")
     tracker.log({"accuracy": 0.5})
     tracker.figure(Path("x.png"))
     tracker.end("FINISHED")
@@ -49,7 +49,7 @@ def test_a_run_has_parameters_origin_and_metrics_by_epoch(tmp_path, monkeypatch)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("DVC_STAGE", "work")
-    tracker = Tracker("work", {"stdb.alpha": 0.3, "data.path": None}, {"a.txt": "0123"})
+    tracker = Tracker("work", {"stdb.alpha": 0.3, "data.path": None}, {"a.txt": "0123"}, "k")
     rows = [{"epoch": e, "loss": 1 / e, "accuracy": e / 600} for e in range(1, 601)]
     Reporter(tracker.run_id)(rows[:1])
     Reporter(tracker.run_id)(rows[1:])
@@ -93,3 +93,56 @@ def test_without_git_the_origin_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert provenance()["git.commit"] == "none"
+
+
+@pytest.fixture
+def database(tmp_path, monkeypatch):
+    """An empty MLflow of its own."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+def test_a_killed_run_is_gone_on_in_by_its_own_job_and_closed_by_others(database, monkeypatch):
+    """A kill leaves a run RUNNING; the next stage that starts finds out that nobody runs it."""
+    mine, others, alive = (Tracker("work", {}, {}, key).run_id for key in ("a", "b", "c"))
+    for run in (mine, others):
+        host, number, _ = database.get_run(run).data.tags["process"].split(" ")
+        database.set_tag(run, "process", f"{host} {number} 1")  # an earlier one with this number
+    again = Tracker("work", {}, {}, "a")
+    assert again.run_id == mine
+    assert database.get_run(others).info.status == "FAILED"
+    assert database.get_run(alive).info.status == "RUNNING"
+    again.end("FAILED", interrupted=True)
+    assert database.get_run(mine).info.status == "FAILED"
+    third = Tracker("work", {}, {}, "a")
+    assert third.run_id == mine
+    assert database.get_run(mine).info.status == "RUNNING"
+    third.end("FINISHED")
+    assert Tracker("work", {}, {}, "a").run_id != mine
+
+
+def test_a_run_of_another_machine_or_experiment_is_left_alone(database, monkeypatch):
+    """Nobody here knows whether it is alive; an experiment's run is no other's."""
+    first = Tracker("work", {}, {}, "a").run_id
+    database.set_tag(first, "process", "elsewhere 1 1")
+    second = Tracker("work", {}, {}, "a").run_id
+    assert second != first
+    assert database.get_run(first).info.status == "RUNNING"
+    host, number, _ = database.get_run(second).data.tags["process"].split(" ")
+    database.set_tag(second, "process", f"{host} {number} 1")
+    monkeypatch.setenv("DVC_EXP_NAME", "another")
+    assert Tracker("work", {}, {}, "a").run_id != second
+
+
+def test_no_password_of_an_address_is_shown(monkeypatch, capsys):
+    """Neither in what is said nor in what is kept."""
+    assert without_secrets("at https://me:s3cret@host/x, a@b") == "at https://***@host/x, a@b"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
+    tracker = Tracker("work", {}, {}, "k")
+    Reporter("some-run")([{"epoch": 1, "accuracy": 0.5}])
+    said = capsys.readouterr().out
+    assert tracker.run_id is None
+    assert said.count("warning: MLflow at http://***@127.0.0.1:9 d") == 2
+    assert "s3cret" not in said
+    assert "s3cret" not in str(provenance())

@@ -4,14 +4,18 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import pipeline.training
-from pipeline.data import Split, augment, normalise
+from pipeline.data import Files, Split, augment, normalise
 from pipeline.params import Schedule
+from pipeline.train_ann import SampleDropout
 from pipeline.training import DivergenceError, _backward, fit, learning_rate, order
+from stdb.encoding import sample_keys
 
 
 def schedule(**changes) -> Schedule:
@@ -80,10 +84,14 @@ def train(
     optimizer = torch.optim.Adam(network.parameters(), lr=params.learning_rate)
 
     def simple(pixels, ids, epoch):
+        dropout.keys = sample_keys(ids, epoch)
         yield lambda: network(pixels)
 
+    if windows is None:
+        dropout, windows = SampleDropout(network, params.seed), simple
+
     return fit(
-        "a_stage", network, network, windows or simple, optimizer, split or images(), params,
+        "a_stage", network, network, windows, optimizer, split or images(), params,
         validate or (lambda epoch: {"accuracy/validation": epoch / 100}), 0, world, clip,
         micro_batch,
     )  # fmt: skip
@@ -309,7 +317,7 @@ def test_the_mean_of_the_workers_gradients_is_that_of_the_global_batch(count, wo
         yield lambda: network(pixels)
 
     def gradients(rank, of):
-        share = split.share(rank, of)
+        share = split.take(torch.arange(rank, count, of))
         optimizer.zero_grad()
         _backward(network, windows, normalise(share.images), share, 1, of / count, None)
         return torch.cat([p.grad.flatten() for p in network.parameters()])
@@ -351,3 +359,44 @@ def test_train_metrics_are_means_over_the_images_that_were_seen(job):
     labels = split.labels[seen]
     assert row["loss/train"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
     assert row["accuracy/train"] == (logits.argmax(1) == labels).double().mean().item()
+
+
+def test_a_training_from_files_is_one_from_memory(job, tmp_path):
+    """The same weights, also when it goes on within an epoch."""
+    split = images()
+    for k, pixels in enumerate(split.images):
+        Image.fromarray(pixels[0].numpy()).save(tmp_path / f"{k}.png")
+    names = np.array([str(tmp_path / f"{k}.png") for k in range(len(split))])
+    files = Files(names, split.labels, split.ids, split.classes, (1, 8, 8), readers=2)
+    torch.manual_seed(7)
+    memory = tiny().eval()
+    streamed = copy.deepcopy(memory)
+    one = train(memory, schedule(batch_size=4, augment=True), split=split)
+    other = train(streamed, schedule(batch_size=4, augment=True), split=files)
+    for name, value in memory.state_dict().items():
+        assert torch.equal(value, streamed.state_dict()[name]), name
+    assert [row["loss/train"] for row in one["history"]] == [
+        row["loss/train"] for row in other["history"]
+    ]
+
+
+def test_dropout_of_an_ann_is_a_function_of_the_sample():
+    """The same activations are dropped in any batch; another epoch or seed drops others."""
+    pixels, ids = torch.ones(6, 3, 4, 4), torch.arange(6)
+
+    def drop(pixels, ids, epoch=1, seed=0, training=True):
+        network = nn.Sequential(nn.Dropout(0.3), nn.Dropout(0.3)).train(training)
+        dropout = SampleDropout(network, seed)
+        dropout.keys = sample_keys(ids, epoch)
+        return network[0](pixels), network[1](pixels)
+
+    first, second = drop(pixels, ids)
+    assert torch.equal(drop(pixels[2:4], ids[2:4])[0], first[2:4])
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, drop(pixels, ids, epoch=2)[0])
+    assert not torch.equal(first, drop(pixels, ids, seed=1)[0])
+    assert not torch.equal(first[0], first[1])
+    assert first.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
+    assert torch.equal(drop(pixels, ids, training=False)[0], pixels)
+    many = drop(torch.ones(200, 3, 16, 16), torch.arange(200))[0]
+    assert (many > 0).double().mean().item() == pytest.approx(0.7, abs=0.005)
