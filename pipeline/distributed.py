@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 START_ATTEMPTS = 10  # to place the workers, a minute each: a node may have to be started
+REPORT_EVERY = 3.0  # seconds; a report waits for Ray Train's controller
 RESIZE_EVERY = 15.0  # seconds between looks at whether an elastic job can grow
 
 Loop = Callable[[dict[str, Any]], None]
@@ -58,8 +59,9 @@ class _Job:
     checkpoints: Checkpoints
     checkpoint_steps: int | None = None
     rank: int = 0
+    report_every: float = 0.0  # seconds
     send: Callable[[list[Row]], None]  # to whoever watches the job
-    reporter: Reporter | None = None  # in local mode; otherwise Ray Train's controller has it
+    log: Callable[[list[Row]], None] | None = None  # in local mode; otherwise the controller has it
 
 
 _job = _Job()
@@ -113,7 +115,7 @@ def _run_here(stage: Stage, loop: Loop, plan: Plan, config: dict[str, Any]) -> N
         logging.getLogger(name).setLevel(logging.WARNING)
     where = "a GPU" if plan.use_gpu else f"{plan.cpus} core(s)"
     stage.say(f"one worker, {where}")
-    _job.reporter = Reporter(stage.tracker.run_id)
+    _job.log = stage.tracker.rows
     try:
         TorchTrainer(
             loop,
@@ -123,47 +125,22 @@ def _run_here(stage: Stage, loop: Loop, plan: Plan, config: dict[str, Any]) -> N
     except ValueError as error:
         raise StageError(str(error)) from error
     finally:
-        _job.reporter = None
+        _job.log = None
 
 
 def _run_on_ray(stage: Stage, loop: Loop, plan: Plan, config: dict[str, Any]) -> None:
     """Several workers, each a process; again from the last checkpoint where one was lost."""
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
 
-    checkpoints: Checkpoints = config["checkpoints"]
-    check_nodes([config[k] for k in ("data", "weights", "thresholds") if k in config], checkpoints)
-    elastic = plan.least < plan.workers
-    count = f"{plan.least} to {plan.workers}" if elastic else str(plan.workers)
+    inputs = [config[key] for key in ("data", "weights", "thresholds") if key in config]
+    check_nodes(inputs, config["checkpoints"])
+    count = str(plan.workers) if plan.least == plan.workers else f"{plan.least} to {plan.workers}"
     kind = "GPU worker(s)" if plan.use_gpu else f"CPU worker(s) × {plan.cpus} core(s)"
     stage.say(f"Ray Train job on {count} {kind}")
-    gpu = {"GPU": 1} if plan.use_gpu else {}
-    scaling: dict[str, Any] = {
-        "num_workers": (plan.least, plan.workers) if elastic else plan.workers,
-        "use_gpu": plan.use_gpu,
-        "resources_per_worker": {"CPU": plan.cpus, **gpu},
-        "elastic_resize_monitor_interval_s": RESIZE_EVERY,
-    }
-    running: dict[str, Any] = {
-        "name": checkpoints.job,
-        "storage_path": checkpoints.storage,
-        "callbacks": [_callback(Reporter(stage.tracker.run_id))],
-        "logging_config": ray.train.LoggingConfig(log_level="ERROR"),
-    }
-    failure: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": START_ATTEMPTS}
     restarts = stage.params.cluster.restarts
     for restart in range(restarts + 1):
-        trainer = TorchTrainer(
-            loop,
-            train_loop_config=config,
-            torch_config=TorchConfig(backend="nccl" if plan.use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(**scaling),
-            run_config=ray.train.RunConfig(
-                failure_config=ray.train.FailureConfig(**failure), **running
-            ),
-        )
         try:
-            trainer.fit()
+            fit_on_ray(loop, plan, config, _callback(Reporter(stage.tracker.run_id)))
             return
         except ray.train.TrainingFailedError as error:
             if not worker_lost(error):
@@ -178,6 +155,37 @@ def _run_on_ray(stage: Stage, loop: Loop, plan: Plan, config: dict[str, Any]) ->
                 f"a worker was lost ({_reason(error).splitlines()[0]}); on from the last "
                 f"checkpoint, restart {restart + 1} of {restarts}"
             )
+
+
+def fit_on_ray(loop: Loop, plan: Plan, config: dict[str, Any], callback: Any) -> None:
+    """Run ``loop(config)`` on the workers of ``plan``; ``callback`` gets their reports."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    elastic = plan.least < plan.workers
+    gpu = {"GPU": 1} if plan.use_gpu else {}
+    scaling: dict[str, Any] = {
+        "num_workers": (plan.least, plan.workers) if elastic else plan.workers,
+        "use_gpu": plan.use_gpu,
+        "resources_per_worker": {"CPU": plan.cpus, **gpu},
+        "elastic_resize_monitor_interval_s": RESIZE_EVERY,
+    }
+    failure: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": START_ATTEMPTS}
+    running: dict[str, Any] = {
+        "name": config["checkpoints"].job,
+        "storage_path": config["checkpoints"].storage,
+        "callbacks": [callback],
+        "logging_config": ray.train.LoggingConfig(log_level="ERROR"),
+    }
+    TorchTrainer(
+        loop,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if plan.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(**scaling),
+        run_config=ray.train.RunConfig(
+            failure_config=ray.train.FailureConfig(**failure), **running
+        ),
+    ).fit()
 
 
 def forget_job(stage: Stage) -> None:
@@ -200,11 +208,12 @@ def setup(config: dict[str, Any]) -> tuple[int, int, torch.device]:
     context = ray.train.get_context()
 
     def send(rows: list[Row]) -> None:
-        if _job.reporter is not None:
-            _job.reporter(rows)
+        if _job.log is not None:
+            _job.log(rows)
         ray.train.report({"rows": rows})
 
     work_for(config["checkpoints"], config["checkpoint_steps"], context.get_world_rank(), send)
+    _job.report_every = REPORT_EVERY
     device = ray.train.torch.get_device() if config["use_gpu"] else torch.device("cpu")
     return context.get_world_rank(), context.get_world_size(), device
 
@@ -215,9 +224,9 @@ def work_for(
     rank: int,
     send: Callable[[list[Row]], None],
 ) -> None:
-    """Make this process a worker of a job; ``send`` is called with the metrics of epochs."""
+    """Make this process a worker of a job; ``send`` is called with the metrics of every epoch."""
     _job.checkpoints, _job.checkpoint_steps = checkpoints, checkpoint_steps
-    _job.rank, _job.send = rank, send
+    _job.rank, _job.report_every, _job.send = rank, 0.0, send
 
 
 def data_parallel(network: nn.Module) -> nn.Module:
@@ -232,6 +241,11 @@ def report(state: dict[str, Any], rows: Sequence[Row] = ()) -> None:
     if _job.rank == 0:
         _job.checkpoints.save(state)
     _job.send(list(rows))
+
+
+def report_due(seconds: float) -> bool:
+    """Whether so long after the last report there is to be one; short epochs share one."""
+    return seconds > _job.report_every
 
 
 def checkpoint_due(step: int) -> bool:

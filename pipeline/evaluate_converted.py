@@ -11,8 +11,9 @@ Out: models/conversion.json (the scale), metrics/evaluate_converted.json, plots/
 from pathlib import Path
 from typing import Any
 
+import stdb
 from pipeline.balance_thresholds import load_thresholds
-from pipeline.data import load_split, load_splits
+from pipeline.data import Samples, load_split, load_splits
 from pipeline.distributed import forget_job, report, run_job, setup
 from pipeline.evaluation import Evaluation, ann_energy, evaluate_snn, spike_metrics
 from pipeline.network import build_ann, build_snn, load_weights
@@ -117,18 +118,7 @@ def evaluate_loop(config: dict[str, Any]) -> None:
     load_weights(ann, Path(config["weights"]))
     snn = build_snn(ann, stdb_params, stdb_params.seed).to(device)
     load_thresholds(snn, Path(config["thresholds"]))
-    curves: dict[float, list[float]] = {}
-    for scale in params.scales:
-        snn.scale_thresholds(scale)
-        found = evaluate_snn(snn, validation, stdb_params.timesteps, params.batch_size, rank, world)
-        curves[scale] = found.accuracy
-        if rank == 0:
-            print(
-                f"[evaluate_converted] scale {scale:<5} T = {stdb_params.timesteps}: "
-                f"validation {found.accuracy[-1]:.1%}",
-                flush=True,
-            )
-    best = max(curves, key=lambda scale: curves[scale][-1])
+    best = best_scale(snn, validation, stdb_params.timesteps, params, rank, world)
     snn.scale_thresholds(best)
     reduced = evaluate_snn(snn, test, stdb_params.timesteps, params.batch_size, rank, world)
     at_best = evaluate_snn(snn, test, params.timesteps, params.batch_size, rank, world)
@@ -142,6 +132,29 @@ def evaluate_loop(config: dict[str, Any]) -> None:
             "curves": {1.0: long.accuracy, best: at_best.accuracy},
         },
     )
+
+
+def best_scale(
+    snn: stdb.SpikingNetwork,
+    validation: Samples,
+    timesteps: int,
+    params: EvaluateConvertedParams,
+    rank: int,
+    world: int,
+) -> float:
+    """The threshold scale at which the converted network is most accurate after so many steps."""
+    accuracies: dict[float, float] = {}
+    for scale in params.scales:
+        snn.scale_thresholds(scale)
+        found = evaluate_snn(snn, validation, timesteps, params.batch_size, rank, world)
+        accuracies[scale] = found.accuracy[-1]
+        if rank == 0:
+            print(
+                f"[evaluate_converted] scale {scale:<5} T = {timesteps}: "
+                f"validation {accuracies[scale]:.1%}",
+                flush=True,
+            )
+    return max(accuracies, key=lambda scale: accuracies[scale])
 
 
 if __name__ == "__main__":

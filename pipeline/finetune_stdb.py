@@ -152,7 +152,11 @@ def fine_tune(
 
     def validate(epoch: int) -> dict[str, float]:
         found = evaluate_snn(snn, validation, params.timesteps, BATCH, rank, world)
-        return {"accuracy/validation": found.accuracy[-1], **spike_metrics(found.spikes)}
+        return {
+            "accuracy/validation": found.accuracy[-1],
+            "energy/validation_pj": found.energy,
+            **spike_metrics(found.spikes),
+        }
 
     optimizer = torch.optim.Adam(
         [p for p in snn.parameters() if p.requires_grad],

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -231,6 +231,9 @@ class Params(Section):
     cluster: ClusterParams
 
 
+Model = TypeVar("Model", bound=Section)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML with the floats of version 1.2, where 1e-4 is a number; no key may stand twice."""
 
@@ -252,11 +255,16 @@ _Loader.add_implicit_resolver(
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and check a parameter file.
+    """Read and check params.yaml.
 
     Raises:
         ParamsError: names every offending key, its value, and what is allowed.
     """
+    return load(path, Params)
+
+
+def load(path: Path, model: type[Model]) -> Model:
+    """Read and check a file of parameters."""
     try:
         raw = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
@@ -264,28 +272,28 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from None
     try:
-        return Params.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         lines: dict[str, str] = {}
         for problem in error.errors():  # the branches of a union come one by one
-            statement, _, allowed = _explain(problem).partition("; allowed: ")
+            statement, _, allowed = _explain(problem, model).partition("; allowed: ")
             lines[statement] = f"{lines[statement]} or {allowed}" if statement in lines else allowed
         said = [f"{what}; allowed: {a}" if a else what for what, a in lines.items()]
         raise ParamsError(f"{path} cannot be used:\n  " + "\n  ".join(said)) from None
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, model: type[BaseModel]) -> str:
     """One line: key, value, what is allowed."""
     location = [str(part) for part in error["loc"] if not _is_branch(part)]
     key = ".".join(location)
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] == "extra_forbidden":
-        section: type[BaseModel] = Params
+        section: Any = model
         for part in location[:-1]:
-            annotation = section.model_fields[part].annotation
-            assert isinstance(annotation, type)
-            section = annotation
+            field = getattr(section, "model_fields", {}).get(part)
+            section = field.annotation if field is not None else get_args(section)[-1]
+            section = next((s for s in get_args(section) if isinstance(s, type)), section)
         return f"{key} is no known key; allowed: {', '.join(section.model_fields)}"
     if error["type"] == "value_error":
         return f"{key}.{error['ctx']['error']}"

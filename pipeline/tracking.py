@@ -5,18 +5,26 @@ without them everything is in mlflow.db and mlartifacts/ at the root of the repo
 cannot be reached, that is said once and the work goes on.
 """
 
+import json
+import logging
 import os
 import re
 import socket
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
 
 EXPERIMENT = "stdb"
+PATIENCE = 60.0  # seconds that a stage waits for MLflow at its end
+Entry = tuple[str, float, int, int]  # a metric: key, value, milliseconds since 1970, step
 GENERATED = ("dvc.lock", "metrics", "plots", "report")  # what a run itself changes in git's eyes
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -52,120 +60,155 @@ def provenance() -> dict[str, str]:
 
 
 class Tracker:
-    """The MLflow run of a stage."""
+    """The MLflow run of a stage; a process of its own talks to MLflow.
+
+    So whatever MLflow does, the work neither waits for it nor ends with it. The process ends with
+    this one; where it is killed the run stays RUNNING, and the next attempt goes on in it.
+    """
 
     def __init__(
         self, stage: str, params: dict[str, Any], inputs: dict[str, str], key: str
     ) -> None:
-        self.run_id: str | None = None
-        self.warned = False
-        self._client: Any = None
-        self._guard(lambda: self._start(stage, params, inputs, key))
+        code = "from pipeline.tracking import keep; keep()"
+        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+            start_new_session=True,  # ctrl-C is the stage's, which then says how the run ended
+        )
+        self._messages: SimpleQueue[list | None] = SimpleQueue()
+        threading.Thread(target=self._write, daemon=True).start()
+        tags = {"job": f"{stage}-{key}", "process": _this_process()}
+        self._tell("start", stage, params, inputs, tags)
 
-    def _start(self, stage: str, params: dict[str, Any], inputs: dict[str, str], key: str) -> None:
-        import logging
+    @cached_property
+    def run_id(self) -> str | None:
+        """Of the run; waits for MLflow. None where it does not answer."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip() or None
 
+    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Metrics, in one batch."""
+        self._tell("log", _entries(metrics, step or 0))
+
+    def rows(self, rows: list[dict[str, float]]) -> None:
+        """The metrics of epochs, a row each; ``epoch`` is the step."""
+        self._tell("log", _entries_of_rows(rows))
+
+    def figure(self, path: Path) -> None:
+        """A file as an artefact."""
+        self._tell("figure", str(path))
+
+    def end(self, status: str, interrupted: bool = False) -> None:
+        """Close the run: FINISHED or FAILED; the next attempt goes on in an interrupted one."""
+        self._tell("end", status, interrupted)
+        self._messages.put(None)
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            uri = without_secrets(tracking_uri())
+            print(f"warning: MLflow at {uri} is slow; what it has not taken by now is lost")
+
+    def _tell(self, *message: Any) -> None:
+        self._messages.put(list(message))
+
+    def _write(self) -> None:
+        """Pass messages on; a thread does, since a pipe that nobody reads makes its writer wait."""
+        pipe = self._process.stdin
+        assert pipe is not None
+        with suppress(BrokenPipeError):
+            while (message := self._messages.get()) is not None:
+                pipe.write(json.dumps(message) + "\n")
+                pipe.flush()
+            pipe.close()
+
+
+def keep() -> None:
+    """What the process does: take messages from its input until it ends."""
+    keeper = _Keeper()
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        try:
+            if not keeper.failed:
+                getattr(keeper, name)(*arguments)
+        except Exception as error:
+            keeper.failed = True
+            text = f"MLflow at {tracking_uri()} does not answer, going on without: {error}"
+            print(f"warning: {without_secrets(text)}", file=sys.stderr, flush=True)
+        if name == "start":
+            print(keeper.run_id, flush=True)
+
+
+class _Keeper:
+    """MLflow's side of a :class:`Tracker`; its methods are the messages."""
+
+    def __init__(self) -> None:
+        self.run_id = ""
+        self.failed = False  # said once; MLflow is a view, and its failure stops nothing
+
+    def start(
+        self, stage: str, params: dict[str, Any], inputs: dict[str, str], tags: dict[str, str]
+    ) -> None:
         import mlflow
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self._client = mlflow.MlflowClient(tracking_uri=tracking_uri())
-        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        self.client = client = mlflow.MlflowClient(tracking_uri=tracking_uri())
+        experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is not None:
             experiment_id = experiment.experiment_id
         elif tracking_uri().startswith("sqlite"):
-            experiment_id = self._client.create_experiment(
+            experiment_id = client.create_experiment(
                 EXPERIMENT, artifact_location=(root() / "mlartifacts").as_uri()
             )
         else:
-            experiment_id = self._client.create_experiment(EXPERIMENT)
-        tags = provenance() | {"job": f"{stage}-{key}", "process": _this_process()}
+            experiment_id = client.create_experiment(EXPERIMENT)
+        tags |= provenance()
         self.run_id = self._unfinished_run(experiment_id, tags)
-        if self.run_id is not None:
-            self._client.update_run(self.run_id, status="RUNNING")
-            self._client.set_tag(self.run_id, "process", tags["process"])
-            self._client.set_tag(self.run_id, "interrupted", "false")
+        if self.run_id:
+            client.update_run(self.run_id, status="RUNNING")
+            client.set_tag(self.run_id, "process", tags["process"])
+            client.set_tag(self.run_id, "interrupted", "false")
             return
         tags |= {f"input.{path}": value for path, value in inputs.items()}
-        run = self._client.create_run(experiment_id, run_name=stage, tags=tags)
+        run = client.create_run(experiment_id, run_name=stage, tags=tags)
         self.run_id = run.info.run_id
         entries = [mlflow.entities.Param(key, str(value)) for key, value in params.items()]
-        self._client.log_batch(self.run_id, params=entries)
+        client.log_batch(self.run_id, params=entries)
 
-    def _unfinished_run(self, experiment_id: str, tags: dict[str, str]) -> str | None:
-        """The run of this job that was interrupted, to go on in.
+    def _unfinished_run(self, experiment_id: str, tags: dict[str, str]) -> str:
+        """The run of this job that was interrupted, to go on in; or "".
 
         A kill leaves it RUNNING; those of other jobs are closed.
         """
-        found = None
-        running = self._client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-        stopped = self._client.search_runs([experiment_id], "tags.interrupted = 'true'")
+        found = ""
+        running = self.client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+        stopped = self.client.search_runs([experiment_id], "tags.interrupted = 'true'")
         for run in [*running, *stopped]:
             if run.info.status == "RUNNING" and not _is_gone(run.data.tags.get("process", "")):
                 continue
             same = all(run.data.tags.get(k) == tags[k] for k in ("job", "dvc.experiment"))
-            if same and found is None:
+            if same and not found:
                 found = run.info.run_id
             elif run.info.status == "RUNNING":
-                self._client.set_terminated(run.info.run_id, "FAILED")
+                self.client.set_terminated(run.info.run_id, "FAILED")
         return found
 
-    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Metrics, in one batch."""
-        self._guard(
-            lambda: self._client.log_batch(self.run_id, metrics=_entities(metrics, step or 0))
-        )
+    def log(self, entries: list[Entry]) -> None:
+        _log(self.client, self.run_id, entries)
 
-    def figure(self, path: Path) -> None:
-        """A file as an artefact."""
-        self._guard(lambda: self._client.log_artifact(self.run_id, str(path)))
+    def figure(self, path: str) -> None:
+        self.client.log_artifact(self.run_id, path)
 
-    def end(self, status: str, interrupted: bool = False) -> None:
-        """Close the run: FINISHED or FAILED; the next attempt goes on in an interrupted one."""
+    def end(self, status: str, interrupted: bool) -> None:
         if interrupted:
-            self._guard(lambda: self._client.set_tag(self.run_id, "interrupted", "true"))
-        self._guard(lambda: self._client.set_terminated(self.run_id, status))
-
-    def _guard(self, action: Callable[[], None]) -> None:
-        """MLflow is a view: its failure is said once and stops nothing."""
-        if self.warned:
-            return
-        try:
-            action()
-        except Exception as error:
-            self.warned = True
-            text = f"MLflow at {tracking_uri()} does not answer, going on without: {error}"
-            print(f"warning: {without_secrets(text)}")
-
-
-def without_secrets(text: str) -> str:
-    """A text without the user names and passwords of the addresses in it."""
-    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
-
-
-def _this_process() -> str:
-    """Names this process on this machine, also against a later one with the same number."""
-    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
-
-
-def _is_gone(process: str) -> bool:
-    """Whether a process of this machine has ended; of another machine nobody knows."""
-    host, _, rest = process.partition(" ")
-    number, _, created = rest.partition(" ")
-    if host != socket.gethostname():
-        return False
-    try:
-        return f"{psutil.Process(int(number)).create_time():.0f}" != created
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _entities(metrics: dict[str, float], step: int) -> list:
-    """MLflow's form of metrics."""
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    return [Metric(key, float(value), now, step) for key, value in metrics.items()]
+            self.client.set_tag(self.run_id, "interrupted", "true")
+        self.client.set_terminated(self.run_id, status)
 
 
 class Reporter:
@@ -188,14 +231,52 @@ class Reporter:
                 import mlflow
 
                 self._client = mlflow.MlflowClient(tracking_uri=self.uri)
-            entries = []
-            for row in rows:
-                values = {key: value for key, value in row.items() if key != "epoch"}
-                entries += _entities(values, int(row["epoch"]))
-            for start in range(0, len(entries), 1000):  # MLflow's limit for a batch
-                batch = entries[start : start + 1000]
-                self._client.log_batch(self.run_id, metrics=batch)
+            _log(self._client, self.run_id, _entries_of_rows(rows))
         except Exception as error:
             text = f"MLflow at {self.uri} did not take a report: {error}"
             print(f"warning: {without_secrets(text)}")
             self.run_id = None
+
+
+def _entries(metrics: dict[str, float], step: int) -> list[Entry]:
+    """Metrics as they are now."""
+    now = int(time.time() * 1000)
+    return [(key, float(value), now, step) for key, value in metrics.items()]
+
+
+def _entries_of_rows(rows: list[dict[str, float]]) -> list[Entry]:
+    entries = []
+    for row in rows:
+        values = {key: value for key, value in row.items() if key != "epoch"}
+        entries += _entries(values, int(row["epoch"]))
+    return entries
+
+
+def _log(client: Any, run_id: str, entries: list[Entry]) -> None:
+    from mlflow.entities import Metric
+
+    for start in range(0, len(entries), 1000):  # MLflow's limit for a batch
+        batch = [Metric(*entry) for entry in entries[start : start + 1000]]
+        client.log_batch(run_id, metrics=batch)
+
+
+def without_secrets(text: str) -> str:
+    """A text without the user names and passwords of the addresses in it."""
+    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
+
+
+def _this_process() -> str:
+    """Names this process on this machine, also against a later one with the same number."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def _is_gone(process: str) -> bool:
+    """Whether a process of this machine has ended; of another machine nobody knows."""
+    host, _, rest = process.partition(" ")
+    number, _, created = rest.partition(" ")
+    if host != socket.gethostname():
+        return False
+    try:
+        return f"{psutil.Process(int(number)).create_time():.0f}" != created
+    except psutil.NoSuchProcess:
+        return True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.data import Samples, Split, augment, normalise
-from pipeline.distributed import checkpoint_due, report, resume, total
+from pipeline.distributed import checkpoint_due, report, report_due, resume, total
 from pipeline.params import Schedule
 
 # images (B, C, H, W), labels, ids, epoch → logits; several windows for truncated BPTT
@@ -26,7 +26,6 @@ Windows = Callable[[Tensor, Tensor, int], Iterator[Callable[[], Tensor]]]
 
 
 EVERY, STEPS_EVERY = 2.0, 10.0  # seconds between progress lines of epochs, and of steps
-REPORT_EVERY = 3.0  # seconds; a report waits for the controller, so short epochs share one
 
 
 class DivergenceError(ValueError):
@@ -159,6 +158,7 @@ def fit(
             **validate(epoch),
         }
         accuracy = metrics["accuracy/validation"]
+        metrics["accuracy/best"] = max(accuracy, state["best"])
         state |= {"epoch": epoch, "history": [*state["history"], metrics]}
         if accuracy > state["best"]:
             state |= {"best": accuracy, "best_epoch": epoch}
@@ -174,7 +174,7 @@ def fit(
                 flush=True,
             )
         unreported.append(metrics)
-        due = rank == 0 and time.monotonic() - reported > REPORT_EVERY
+        due = rank == 0 and report_due(time.monotonic() - reported)
         if epoch == params.epochs or total(torch.tensor(int(due), device=device)):
             report(state, unreported)
             unreported, reported = [], time.monotonic()

@@ -516,9 +516,7 @@ class Presentation:
             self._find_last_spikes(chunk, tape)
             self._backward_chunk(chunk, grad_counts, carry, gradients)
         found = [gradients[id(p)] for p in parameters]
-        return [
-            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
-        ]
+        return [_laid_out(g, p) for p, g in zip(parameters, found, strict=True)]
 
     def _find_last_spikes(self, chunk: _Chunk, tape: list[_Chunk]) -> None:
         """Last spike times before a chunk, from the latest snapshot and the spikes since."""
@@ -679,6 +677,15 @@ class Presentation:
         if i in chunk.membrane:
             return chunk.membrane[i] > self.threshold[i]
         return chunk.last_spike[i] == chunk.start
+
+
+def _laid_out(grad: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    """A gradient (None: zero) in its parameter's memory layout, as optimisers and DDP want it."""
+    if grad is None:
+        return torch.zeros_like(parameter)
+    if grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_like(parameter).copy_(grad)
 
 
 class _Steps(torch.autograd.Function):

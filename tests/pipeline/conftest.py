@@ -1,13 +1,16 @@
 """A copy of the repository with tiny parameters, in which the real pipeline runs once."""
 
+import copy
 import os
 import shutil
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +28,7 @@ TINY = {
     "scales: [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 1.0]": "scales: [0.2, 0.3]",
 }
 
+MARK = "STARTED_BY_TEST"  # in the environment of all that a command starts
 ELSEWHERE = ("MLFLOW_TRACKING_URI", "DVC_ROOT", "RAY_ADDRESS")  # would lead out of the copy
 
 
@@ -76,6 +80,52 @@ class Repository:
     def bytes_of_outs(self) -> dict[str, bytes]:
         outs = [*self.root.glob("models/*"), *self.root.glob("metrics/*"), self.root / "dvc.lock"]
         return {str(p.relative_to(self.root)): p.read_bytes() for p in outs if p.is_file()}
+
+
+def copy_of(repository, folder):
+    """The repository with all that was made in it."""
+    shutil.copytree(repository.root, folder, symlinks=True)
+    copied = copy.copy(repository)
+    copied.root = folder
+    return copied
+
+
+class Started:
+    """A command in a process group of its own, and all that comes from it."""
+
+    def __init__(self, repository, log: Path, command, **environment) -> None:
+        self.log, self.mark = log, uuid.uuid4().hex
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, cwd=repository.root, stdout=file, stderr=file, start_new_session=True,
+                env=repository.environment() | {MARK: self.mark} | environment,
+            )  # fmt: skip
+
+    def processes(self) -> list[psutil.Process]:
+        """All that are alive."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark:
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def workers(self) -> list[psutil.Process]:
+        """Ray Train's."""
+        return [p for p in self.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
+
+    def says(self) -> str:
+        return self.log.read_text()
+
+    def wait_until_gone(self, seconds: float) -> None:
+        """Fails where a process is left behind."""
+        self.process.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while left := self.processes():
+            assert time.monotonic() < deadline, [p.cmdline() for p in left]
+            time.sleep(0.1)
 
 
 def make_repository(folder: Path) -> Repository:

@@ -3,22 +3,18 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.pipeline.test_pipeline import copy_of
+from tests.pipeline.conftest import Started, copy_of
 
 STAGE = [sys.executable, "-m", "pipeline.finetune_stdb"]
 RESULTS = ("models/snn.safetensors", "metrics/finetune_stdb.json", "plots/finetune_stdb.csv")
-MARK = "STARTED_BY_TEST"  # in the environment of all that a stage starts
 
 
 @pytest.fixture(scope="module")
@@ -50,54 +46,18 @@ def results(repository) -> dict[str, bytes]:
     return {name: (repository.root / name).read_bytes() for name in RESULTS}
 
 
-class Started:
-    """A command in a process group of its own, and all that comes from it."""
-
-    def __init__(self, repository, log: Path, command=STAGE, **environment) -> None:
-        self.log, self.mark = log, uuid.uuid4().hex
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command, cwd=repository.root, stdout=file, stderr=file, start_new_session=True,
-                env=repository.environment() | {MARK: self.mark} | environment,
-            )  # fmt: skip
-
-    def processes(self) -> list[psutil.Process]:
-        """All that are alive."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark:
-                    found.append(process)
-            except psutil.Error:
-                pass
-        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-    def workers(self) -> list[psutil.Process]:
-        """Ray Train's."""
-        return [p for p in self.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
-
-    def says(self) -> str:
-        return self.log.read_text()
-
-    def wait_until_gone(self, seconds: float) -> None:
-        """Fails where a process is left behind."""
-        self.process.wait(seconds)
-        deadline = time.monotonic() + seconds
-        while left := self.processes():
-            assert time.monotonic() < deadline, [p.cmdline() for p in left]
-            time.sleep(0.1)
-
-
 def checkpoints(repository) -> list[str]:
     """The names of the states that there are, in order; later ones have greater numbers."""
     return sorted(p.name for p in (repository.root / ".results").glob("finetune_stdb-*/state-*.pt"))
 
 
 def wait_for_progress(repository, before: list[str], started: Started) -> None:
-    """Until the stage has written a state."""
+    """Until the stage has written a state, or is done."""
     deadline = time.monotonic() + 240
     while checkpoints(repository)[-1:] == before[-1:]:
-        assert started.process.poll() is None, started.says()
+        if started.process.poll() is not None:
+            assert started.process.returncode == 0, started.says()
+            return
         assert time.monotonic() < deadline, started.says()
         time.sleep(0.02)
 
@@ -122,7 +82,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(long, undisturbed, tmp_p
     moments = random.Random(0)
     for attempt in range(3):
         there = checkpoints(repository)
-        started = Started(repository, tmp_path / f"{attempt}.log")
+        started = Started(repository, tmp_path / f"{attempt}.log", STAGE)
         wait_for_progress(repository, there, started)
         time.sleep(moments.uniform(0.0, 0.3))
         assert started.process.poll() is None, started.says()
@@ -138,43 +98,43 @@ def test_killed_three_times_it_ends_with_the_same_bytes(long, undisturbed, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "kills"), [(1, 14), (2, 9)])
+@pytest.mark.parametrize(("workers", "kills"), [(1, 14), (2, 8)])
 def test_a_soak_of_kills(long, undisturbed, tmp_path, workers, kills):
-    """At random moments, also while it starts; to a worker, to the driver, to the group."""
+    """At random moments, also while it starts; to a worker, to the driver, to the group.
+
+    Where it ends before all kills came, it ends as it should, and starts again.
+    """
     repository = copy_of(long, tmp_path / "repository")
     repository.set("workers: auto", f"workers: {workers}")
     repository.set("restarts: 3", "restarts: 100")
-    moments, left = random.Random(workers), kills
-    started = None
+    expected, moments, started, left = undisturbed(workers), random.Random(workers), None, kills
     while left:
+        starting = left % 4 == 0
         if started is None:
-            started = Started(repository, tmp_path / f"{left}.log")
-            there = checkpoints(repository)
-            if left % 4:  # otherwise while it starts
-                wait_for_progress(repository, there, started)
-        time.sleep(moments.uniform(0.0, 0.4 if left % 4 else 10.0))
+            started, there = Started(repository, tmp_path / f"{left}.log", STAGE), None
+        if not starting:
+            wait_for_progress(repository, there or checkpoints(repository), started)
+        time.sleep(moments.uniform(0.0, 8.0 if starting else 0.4))
         if started.process.poll() is not None:
             assert started.process.returncode == 0, started.says()
-            break  # done before all kills came, which the assertion below counts
-        whom = ["worker", "driver", "group"][left % 3] if workers > 1 else "group"
-        if whom == "worker":
-            if not started.workers():
-                continue
-            there = checkpoints(repository)
-            kill(started, whom)
-            left -= 1
-            wait_for_progress(repository, there, started)
-            assert "a worker was lost" in started.says()
-        else:
-            kill(started, whom)
-            left -= 1
+            assert results(repository) == expected
+            started = None
+            continue
+        there = checkpoints(repository)
+        whom = ("worker", "driver", "group")[left % 3] if workers > 1 else "group"
+        if whom == "worker" and not started.workers():
+            continue
+        kill(started, whom)
+        left -= 1
+        if whom != "worker":
             started.wait_until_gone(60)
             started = None
-    assert kills - left >= kills - 2
-    if started is not None:
-        assert started.process.wait(240) == 0, started.says()
-    repository.run(*STAGE)
-    assert results(repository) == undisturbed(workers)
+    started = started or Started(repository, tmp_path / "last.log", STAGE)
+    assert started.process.wait(300) == 0, started.says()
+    assert ("a worker was lost" in "".join(p.read_text() for p in tmp_path.glob("*.log"))) == (
+        workers > 1
+    )
+    assert results(repository) == expected
     assert set(repository.runs("finetune_stdb")) == {"FINISHED"}
 
 
@@ -204,7 +164,7 @@ def test_one_ctrl_c_ends_it_and_leaves_nothing_but_the_checkpoint(long, tmp_path
 def test_sigterm_ends_a_stage_in_order(long, tmp_path):
     """What schedulers such as Slurm send before they kill."""
     repository = copy_of(long, tmp_path / "repository")
-    started = Started(repository, tmp_path / "log")
+    started = Started(repository, tmp_path / "log", STAGE)
     wait_for_progress(repository, [], started)
     started.process.terminate()
     assert started.process.wait(15) == 130
@@ -212,10 +172,11 @@ def test_sigterm_ends_a_stage_in_order(long, tmp_path):
     assert repository.runs("finetune_stdb")[0] == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_changed_parameter_begins_afresh_and_a_finished_job_is_not_trained_again(long, tmp_path):
     """The checkpoints of one job are no other's; after its outs are made there are none."""
     repository = copy_of(long, tmp_path / "repository")
-    started = Started(repository, tmp_path / "log")
+    started = Started(repository, tmp_path / "log", STAGE)
     wait_for_progress(repository, [], started)
     kill(started, "group")
     started.wait_until_gone(30)

@@ -11,15 +11,15 @@ from ray.cluster_utils import Cluster
 from pipeline.checkpoints import Checkpoints
 from pipeline.distributed import ENVIRONMENT, check_nodes
 from pipeline.stage import StageError
+from tests.pipeline.conftest import Started, copy_of
 from tests.pipeline.test_interruption import (  # noqa: F401
-    Started,
+    STAGE,
     checkpoints,
     long,
     results,
     undisturbed,
     wait_for_progress,
 )
-from tests.pipeline.test_pipeline import copy_of
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def test_what_a_node_does_not_see_is_refused(joined, tmp_path, monkeypatch):
 
 
 def start(repository, cluster, log) -> Started:
-    started = Started(repository, log, RAY_ADDRESS=cluster.address, **SOON)
+    started = Started(repository, log, STAGE, RAY_ADDRESS=cluster.address, **SOON)
     wait_for_progress(repository, [], started)
     return started
 

@@ -1,16 +1,17 @@
 """The real pipeline, run by `dvc repro` in a temporary repository."""
 
-import copy
 import json
-import shutil
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import mlflow
 import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.pipeline.conftest import make_repository
+from tests.pipeline.conftest import Started, copy_of, make_repository
 
 STAGES = [
     "prepare_data",
@@ -161,12 +162,18 @@ def test_only_what_depends_on_a_change_runs_again(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_learn_what_one_learns(finished, tmp_path):
-    """Two processes with DDP find the thresholds and the weights of one, same global batch."""
+def test_two_workers_learn_what_one_learns(finished, tmp_path, monkeypatch):
+    """Two processes with DDP find the thresholds and the weights of one, same global batch.
+
+    With Ray's authentication by token, and without: that is the user's to choose.
+    """
     two = copy_of(finished, tmp_path / "two")
     two.set("workers: auto", "workers: 2")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     output = two.run("python", "-m", "pipeline.balance_thresholds").stdout
     assert "2 CPU worker(s)" in output
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where there is no token yet
     for a, b in zip(thresholds(finished), thresholds(two), strict=True):
         assert a["threshold"] == pytest.approx(b["threshold"], rel=1e-6)
     two.run("python", "-m", "pipeline.finetune_stdb")
@@ -179,12 +186,20 @@ def test_two_workers_learn_what_one_learns(finished, tmp_path):
         assert (ours[name] - theirs[name]).norm() < 0.1 * step, name
 
 
-def copy_of(repository, folder):
-    """The repository with all that was made in it."""
-    shutil.copytree(repository.root, folder, symlinks=True)
-    copied = copy.copy(repository)
-    copied.root = folder
-    return copied
+@pytest.mark.slow
+def test_make_repro_has_one_ray_for_all_stages_and_leaves_nothing(finished, tmp_path):
+    """Both stages join it; afterwards there is no process and no folder of Ray's."""
+    copied = copy_of(finished, tmp_path / "copy")
+    copied.set("workers: auto", "workers: 2")
+    copied.set("percentile: 100.0", "percentile: 99.9")
+    folders = set(Path(tempfile.gettempdir()).glob("ray-*"))
+    started = Started(
+        copied, tmp_path / "log", [sys.executable, "-m", "pipeline.repro", "evaluate_converted"]
+    )
+    assert started.process.wait(300) == 0, started.says()
+    started.wait_until_gone(20)
+    assert started.says().count("Ray Train job on 2 CPU worker(s)") == 2
+    assert set(Path(tempfile.gettempdir()).glob("ray-*")) <= folders
 
 
 def thresholds(repository):

@@ -8,7 +8,16 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipeline.tracking import GENERATED, Reporter, Tracker, provenance, without_secrets
+import pipeline.tracking
+from pipeline.tracking import (
+    GENERATED,
+    Reporter,
+    Tracker,
+    _Keeper,
+    _this_process,
+    provenance,
+    without_secrets,
+)
 
 
 @pytest.fixture
@@ -21,19 +30,20 @@ def nobody(monkeypatch):
     return uri
 
 
-def test_a_server_that_does_not_answer_is_said_once_and_soon(nobody, capsys):
+def test_a_server_that_does_not_answer_is_said_once_and_soon(nobody, capfd):
     """The work goes on without MLflow after seconds, with one line for all that is not logged."""
     start = time.monotonic()
     tracker = Tracker("work", {"stdb.alpha": 0.3}, {}, "k")
     tracker.log({"accuracy": 0.5})
     tracker.figure(Path("x.png"))
+    assert time.monotonic() - start < 1  # nobody waits for it
     tracker.end("FINISHED")
     assert time.monotonic() - start < 30
-    assert capsys.readouterr().out.count(f"warning: MLflow at {nobody} does not answer") == 1
+    assert capfd.readouterr().err.count(f"warning: MLflow at {nobody} does not answer") == 1
     assert tracker.run_id is None
 
 
-def test_a_job_goes_on_where_the_server_is_gone(nobody, capsys):
+def test_a_job_goes_on_where_the_server_is_gone(nobody, capfd):
     """A report that MLflow does not take is said once; later ones do not wait for it."""
     reporter = Reporter("some-run")
     rows = [{"epoch": 1, "accuracy": 0.5}]
@@ -41,7 +51,7 @@ def test_a_job_goes_on_where_the_server_is_gone(nobody, capsys):
     start = time.monotonic()
     reporter(rows)
     assert time.monotonic() - start < 0.5
-    assert capsys.readouterr().out.count("did not take a report") == 1
+    assert capfd.readouterr().out.count("did not take a report") == 1
 
 
 def test_a_run_has_parameters_origin_and_metrics_by_epoch(tmp_path, monkeypatch):
@@ -103,46 +113,82 @@ def database(tmp_path, monkeypatch):
     return mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
-def test_a_killed_run_is_gone_on_in_by_its_own_job_and_closed_by_others(database, monkeypatch):
+def started(key: str) -> _Keeper:
+    """What the process of a tracker does at its start, in this one."""
+    keeper = _Keeper()
+    keeper.start("work", {}, {}, {"job": f"work-{key}", "process": _this_process()})
+    return keeper
+
+
+def killed(client, run_id: str) -> None:
+    """As if the process had been killed: another one may have its number now."""
+    host, number, _ = client.get_run(run_id).data.tags["process"].split(" ")
+    client.set_tag(run_id, "process", f"{host} {number} 1")
+
+
+def test_an_interrupted_run_is_gone_on_in_by_its_own_job_and_closed_by_others(database):
     """A kill leaves a run RUNNING; the next stage that starts finds out that nobody runs it."""
-    mine, others, alive = (Tracker("work", {}, {}, key).run_id for key in ("a", "b", "c"))
-    for run in (mine, others):
-        host, number, _ = database.get_run(run).data.tags["process"].split(" ")
-        database.set_tag(run, "process", f"{host} {number} 1")  # an earlier one with this number
-    again = Tracker("work", {}, {}, "a")
+    mine, others, alive = (started(key).run_id for key in ("a", "b", "c"))
+    killed(database, mine)
+    killed(database, others)
+    again = started("a")
     assert again.run_id == mine
     assert database.get_run(others).info.status == "FAILED"
     assert database.get_run(alive).info.status == "RUNNING"
     again.end("FAILED", interrupted=True)
     assert database.get_run(mine).info.status == "FAILED"
-    third = Tracker("work", {}, {}, "a")
+    third = started("a")
     assert third.run_id == mine
     assert database.get_run(mine).info.status == "RUNNING"
-    third.end("FINISHED")
-    assert Tracker("work", {}, {}, "a").run_id != mine
+    third.end("FINISHED", interrupted=False)
+    assert started("a").run_id != mine
 
 
 def test_a_run_of_another_machine_or_experiment_is_left_alone(database, monkeypatch):
     """Nobody here knows whether it is alive; an experiment's run is no other's."""
-    first = Tracker("work", {}, {}, "a").run_id
+    first = started("a").run_id
     database.set_tag(first, "process", "elsewhere 1 1")
-    second = Tracker("work", {}, {}, "a").run_id
+    second = started("a").run_id
     assert second != first
     assert database.get_run(first).info.status == "RUNNING"
-    host, number, _ = database.get_run(second).data.tags["process"].split(" ")
-    database.set_tag(second, "process", f"{host} {number} 1")
+    killed(database, second)
     monkeypatch.setenv("DVC_EXP_NAME", "another")
-    assert Tracker("work", {}, {}, "a").run_id != second
+    assert started("a").run_id != second
 
 
-def test_no_password_of_an_address_is_shown(monkeypatch, capsys):
+def test_no_password_of_an_address_is_shown(monkeypatch, capfd):
     """Neither in what is said nor in what is kept."""
     assert without_secrets("at https://me:s3cret@host/x, a@b") == "at https://***@host/x, a@b"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
     tracker = Tracker("work", {}, {}, "k")
     Reporter("some-run")([{"epoch": 1, "accuracy": 0.5}])
-    said = capsys.readouterr().out
     assert tracker.run_id is None
+    said = "".join(capfd.readouterr())
     assert said.count("warning: MLflow at http://***@127.0.0.1:9 d") == 2
     assert "s3cret" not in said
     assert "s3cret" not in str(provenance())
+
+
+def test_a_stage_that_dies_takes_its_tracker_with_it(database):
+    """The process ends when nobody can tell it anything any more; the run stays RUNNING."""
+    tracker = Tracker("work", {}, {}, "k")
+    run_id = tracker.run_id
+    tracker._messages.put(None)  # as the end of this process would
+    assert tracker._process.wait(20) == 0
+    assert database.get_run(run_id).info.status == "RUNNING"
+
+
+def test_a_slow_mlflow_is_not_waited_for(nobody, monkeypatch, capfd):
+    """Only so long, and it is said."""
+    with socket.socket() as server:  # takes connections and never answers
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(pipeline.tracking, "PATIENCE", 0.5)
+        tracker = Tracker("work", {}, {}, "k")
+        for step in range(20_000):  # more than a pipe holds
+            tracker.log({"accuracy": 0.5}, step)
+        start = time.monotonic()
+        tracker.end("FINISHED")
+        assert time.monotonic() - start < 5
+    assert "is slow; what it has not taken by now is lost" in capfd.readouterr().out

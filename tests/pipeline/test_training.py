@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import pipeline.distributed
 import pipeline.training
 from pipeline.data import Files, Split, augment, normalise
 from pipeline.params import Schedule
@@ -158,7 +159,7 @@ def test_the_best_epoch_is_kept_as_it_was(job):
 @pytest.mark.parametrize("every", [-1.0, 1e9])
 def test_every_epoch_is_reported_once(job, monkeypatch, every):
     """Whether reports come each epoch or share a wait, no row is lost or doubled."""
-    monkeypatch.setattr(pipeline.training, "REPORT_EVERY", every)
+    monkeypatch.setattr(pipeline.distributed._job, "report_every", every)
     state = train(tiny(), schedule())
     assert len(job.reports) == (4 if every < 0 else 1)
     rows = [row for part in job.rows for row in part]
@@ -169,7 +170,7 @@ def test_every_epoch_is_reported_once(job, monkeypatch, every):
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_an_interrupted_training_ends_where_a_whole_one_ends(job, monkeypatch, after):
     """Resumed after any epoch: weights, optimiser, dropout, rates and history are bit for bit."""
-    monkeypatch.setattr(pipeline.training, "REPORT_EVERY", -1.0)
+    monkeypatch.setattr(pipeline.distributed._job, "report_every", -1.0)
     whole = copy.deepcopy(train(tiny(), schedule()))
     job.start = job.reports[after - 1]
     assert job.start["epoch"] == after

@@ -496,3 +496,17 @@ def test_learned_thresholds_and_leaks_stay_where_they_have_a_meaning():
         first.threshold.fill_(1e-9)
     snn.constrain()
     assert first.threshold.item() == pytest.approx(1e-9)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_have_the_memory_layout_of_their_weights(channels):
+    """Otherwise DDP and fused optimisers copy them, and DDP warns."""
+    torch.manual_seed(0)
+    ann = stdb.build("vgg5", channels, 8, 4, width=0.1, hidden=8, dropout=0.0)
+    snn = stdb.convert(ann, stdb.PoissonEncoder(0), stdb.STDB(0.3, 0.01))
+    images = torch.rand(5, channels, 8, 8) * 2 - 1
+    stdb.balance_thresholds(snn, images, 5, percentile=90)
+    snn(images, 4).square().sum().backward()
+    for name, parameter in snn.net.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.stride() == parameter.stride(), name
