@@ -1,7 +1,8 @@
 # What a person can do here: `make help`. Needs make, git and Python 3.11 or newer, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench repro test test-slow test-all bench lint format lock ui clean
+.PHONY: help setup setup-bench repro sweep apply-best test test-slow test-all bench lint format \
+	lock ui clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
@@ -30,6 +31,12 @@ setup-bench: $(READY_BENCH) ## The same, and the peers that tests and benchmarks
 
 repro: $(READY) ## Reproduce the pipeline: dvc repro ARGS
 	@$(IN_ENV) python -m pipeline.repro $(ARGS)
+
+sweep: $(READY) ## Search T, thresholds, α, β by sweep/params.yaml: dvc repro sweep/dvc.yaml
+	@$(IN_ENV) dvc repro $(ARGS) sweep/dvc.yaml
+
+apply-best: $(READY) ## Write the sweep's winner into params.yaml and show what changed
+	@$(IN_ENV) python -m pipeline.apply_best $(ARGS)
 
 test: $(READY) ## Run the fast tests: pytest ARGS
 	@$(IN_ENV) pytest --quiet -m 'not slow' $(ARGS)

@@ -144,15 +144,15 @@ def _run_on_ray(stage: Stage, loop: Loop, plan: Plan, config: dict[str, Any]) ->
             return
         except ray.train.TrainingFailedError as error:
             if not worker_lost(error):
-                raise StageError(_reason(error)) from error
+                raise StageError(reason(error)) from error
             if restart == restarts:
                 raise StageError(
-                    f"workers were lost {restart + 1} times, the last one with: {_reason(error)}; "
+                    f"workers were lost {restart + 1} times, the last one with: {reason(error)}; "
                     "where it is the memory that is short, a smaller stdb.micro_batch or "
                     "batch_size helps; dvc repro goes on from the last checkpoint"
                 ) from error
             stage.say(
-                f"a worker was lost ({_reason(error).splitlines()[0]}); on from the last "
+                f"a worker was lost ({reason(error).splitlines()[0]}); on from the last "
                 f"checkpoint, restart {restart + 1} of {restarts}"
             )
 
@@ -196,7 +196,9 @@ def forget_job(stage: Stage) -> None:
 # -- inside a worker -------------------------------------------------------------------------------
 
 
-def setup(config: dict[str, Any]) -> tuple[int, int, torch.device]:
+def setup(
+    config: dict[str, Any], report_every: float = REPORT_EVERY
+) -> tuple[int, int, torch.device]:
     """Rank, number of workers and device of this worker; its threads are set."""
     import ray.train.torch
 
@@ -210,10 +212,11 @@ def setup(config: dict[str, Any]) -> tuple[int, int, torch.device]:
     def send(rows: list[Row]) -> None:
         if _job.log is not None:
             _job.log(rows)
-        ray.train.report({"rows": rows})
+        last = rows[-1] if rows else {}
+        ray.train.report({"rows": rows, **last})
 
     work_for(config["checkpoints"], config["checkpoint_steps"], context.get_world_rank(), send)
-    _job.report_every = REPORT_EVERY
+    _job.report_every = report_every
     device = ray.train.torch.get_device() if config["use_gpu"] else torch.device("cpu")
     return context.get_world_rank(), context.get_world_size(), device
 
@@ -231,6 +234,8 @@ def work_for(
 
 def data_parallel(network: nn.Module) -> nn.Module:
     """The network wrapped by DDP where there are several workers."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return network
     from ray.train.torch import prepare_model
 
     return prepare_model(network, move_to_device=False)
@@ -269,7 +274,9 @@ def total(value: Tensor, op: str = "sum") -> Tensor:
 
 
 @contextmanager
-def ray_cluster(address: str | None) -> Iterator[tuple[int, int]]:
+def ray_cluster(
+    address: str | None, *, dashboard: bool = False, logs: bool = True
+) -> Iterator[tuple[int, int]]:
     """Ray, joined or started; gives its CPUs and GPUs. What was started leaves nothing behind."""
     import ray
 
@@ -280,9 +287,9 @@ def ray_cluster(address: str | None) -> Iterator[tuple[int, int]]:
     ) as folder:
         ray.init(
             address=address or "local",
-            include_dashboard=None if address else False,
+            include_dashboard=None if address else dashboard,
             logging_level=logging.ERROR,
-            log_to_driver=True,
+            log_to_driver=logs,
             _temp_dir=None if address else folder,
         )
         try:
@@ -430,8 +437,8 @@ def _cause(error: Exception) -> BaseException:
         cause = inner
 
 
-def _reason(error: Exception) -> str:
-    """The message of that exception."""
+def reason(error: Exception) -> str:
+    """The message of a worker's own exception."""
     cause = _cause(error)
     text = str(cause).strip() or type(cause).__name__
     return text if isinstance(cause, ValueError | StageError) else f"{type(cause).__name__}: {text}"

@@ -119,8 +119,11 @@ def fine_tune(
     rank: int,
     world: int,
     device: torch.device,
+    extra: Callable[[int, Evaluation], dict[str, float]] = lambda epoch, found: {},
 ) -> tuple[stdb.SpikingNetwork, dict[str, Any]]:
     """Algorithms 2 and 3 on the converted network, or on random weights.
+
+    ``extra`` gives further metrics of an epoch, from its evaluation.
 
     Returns:
         The network with the weights of its best epoch, and the state of :func:`fit`.
@@ -156,6 +159,7 @@ def fine_tune(
             "accuracy/validation": found.accuracy[-1],
             "energy/validation_pj": found.energy,
             **spike_metrics(found.spikes),
+            **extra(epoch, found),
         }
 
     optimizer = torch.optim.Adam(

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -291,14 +291,22 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         section: Any = model
         for part in location[:-1]:
-            field = getattr(section, "model_fields", {}).get(part)
-            section = field.annotation if field is not None else get_args(section)[-1]
-            section = next((s for s in get_args(section) if isinstance(s, type)), section)
+            section = _inside(section, part)
         return f"{key} is no known key; allowed: {', '.join(section.model_fields)}"
     if error["type"] == "value_error":
         return f"{key}.{error['ctx']['error']}"
     allowed = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return f"{key} is {error['input']!r}; allowed: {allowed.replace('boolean', 'true, false')}"
+
+
+def _inside(annotation: Any, part: str) -> Any:
+    """The type of what a key leads to: in a model, in a dict, or in one of them or None."""
+    for one in (annotation, *get_args(annotation)):
+        if isinstance(one, type) and issubclass(one, BaseModel) and part in one.model_fields:
+            found: Any = one.model_fields[part].annotation
+            models = [a for a in get_args(found) if hasattr(a, "model_fields")]
+            return found if get_origin(found) is dict or not models else models[0]
+    return get_args(annotation)[-1]
 
 
 def _is_branch(part: object) -> bool:

@@ -4,6 +4,7 @@ dvc.yaml is the one place that says what a stage reads and writes; its parameter
 are looked up there, so that what MLflow shows and what resumes a job is what DVC tracks.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ class Stage:
     """One execution of a stage.
 
     Attributes:
-        name: as in dvc.yaml.
+        name: as in dvc.yaml, or in another ``file`` of its kind.
         params: all parameters; the stage uses those that it tracks, and ``cluster``.
         tracked: the tracked parameters, ``section.key`` → value.
         inputs: path → sha256 of every file that the stage depends on.
@@ -46,9 +47,9 @@ class Stage:
         tracker: its MLflow run.
     """
 
-    def __init__(self, name: str, params: Params) -> None:
+    def __init__(self, name: str, params: Params, file: Path = Path("dvc.yaml")) -> None:
         self.name, self.params = name, params
-        spec = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name]
+        spec = yaml.safe_load(file.read_text())["stages"][name]
         self.outs = [
             Path(next(iter(o)) if isinstance(o, dict) else o)
             for group in ("outs", "metrics", "plots")
@@ -70,7 +71,7 @@ class Stage:
         self.tracker.log(metrics, step)
 
 
-def run_stage(name: str, main: Callable[[Stage], None]) -> None:
+def run_stage(name: str, main: Callable[[Stage], None], file: Path = Path("dvc.yaml")) -> None:
     """Run a stage as a program: exit 0, or a message on stderr and exit 1.
 
     ctrl-C, and the SIGTERM of a scheduler, end it in order: the run is closed, checkpoints stay.
@@ -79,7 +80,7 @@ def run_stage(name: str, main: Callable[[Stage], None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stage, status, interrupted = None, "FAILED", False
     try:
-        stage = Stage(name, load_params())
+        stage = Stage(name, load_params(), file)
         main(stage)
         seconds = time.monotonic() - start
         stage.log({"duration_seconds": seconds})
@@ -138,9 +139,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows with the same keys as CSV, atomically."""
-    lines = [",".join(rows[0])] + [",".join(str(v) for v in row.values()) for row in rows]
-    with writing(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+    with writing(path) as temporary, temporary.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def read_json(path: Path) -> Any:
@@ -168,9 +170,13 @@ def _files(path: Path) -> Iterator[Path]:
         raise StageError(f"{path} is missing; run dvc repro, which makes it")
 
 
-def _flatten(params: dict[str, Any], tracked: list[str]) -> dict[str, Any]:
+def _flatten(params: dict[str, Any], tracked: list[str | dict[str, None]]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for entry in tracked:
+        if isinstance(entry, dict):  # all of another file
+            for file in entry:
+                flat |= yaml.safe_load(Path(file).read_text())
+            continue
         value: Any = params
         for part in entry.split("."):
             value = value[part]

@@ -102,6 +102,18 @@ class Tracker:
         """A file as an artefact."""
         self._tell("figure", str(path))
 
+    def child(self, name: str, params: dict[str, Any]) -> None:
+        """Begin a run below this one, or go on in the one of this name that there is."""
+        self._tell("child", name, params)
+
+    def child_rows(self, name: str, rows: list[dict[str, float]]) -> None:
+        """The metrics of a child's epochs."""
+        self._tell("child_log", name, _entries_of_rows(rows))
+
+    def child_end(self, name: str, status: str) -> None:
+        """Close a child: FINISHED or FAILED."""
+        self._tell("child_end", name, status)
+
     def end(self, status: str, interrupted: bool = False) -> None:
         """Close the run: FINISHED or FAILED; the next attempt goes on in an interrupted one."""
         self._tell("end", status, interrupted)
@@ -141,7 +153,8 @@ def keep() -> None:
             text = f"MLflow at {tracking_uri()} does not answer, going on without: {error}"
             print(f"warning: {without_secrets(text)}", file=sys.stderr, flush=True)
         if name == "start":
-            print(keeper.run_id, flush=True)
+            with suppress(BrokenPipeError):  # where the stage was killed meanwhile
+                os.write(sys.stdout.fileno(), f"{keeper.run_id}\n".encode())
 
 
 class _Keeper:
@@ -149,6 +162,7 @@ class _Keeper:
 
     def __init__(self) -> None:
         self.run_id = ""
+        self.children: dict[str, str] = {}  # name → run, of those that are open
         self.failed = False  # said once; MLflow is a view, and its failure stops nothing
 
     def start(
@@ -169,6 +183,7 @@ class _Keeper:
         else:
             experiment_id = client.create_experiment(EXPERIMENT)
         tags |= provenance()
+        self.experiment_id, self.tags = experiment_id, dict(tags)
         self.run_id = self._unfinished_run(experiment_id, tags)
         if self.run_id:
             client.update_run(self.run_id, status="RUNNING")
@@ -178,8 +193,7 @@ class _Keeper:
         tags |= {f"input.{path}": value for path, value in inputs.items()}
         run = client.create_run(experiment_id, run_name=stage, tags=tags)
         self.run_id = run.info.run_id
-        entries = [mlflow.entities.Param(key, str(value)) for key, value in params.items()]
-        client.log_batch(self.run_id, params=entries)
+        self._log_params(self.run_id, params)
 
     def _unfinished_run(self, experiment_id: str, tags: dict[str, str]) -> str:
         """The run of this job that was interrupted, to go on in; or "".
@@ -205,7 +219,33 @@ class _Keeper:
     def figure(self, path: str) -> None:
         self.client.log_artifact(self.run_id, path)
 
+    def child(self, name: str, params: dict[str, Any]) -> None:
+        mine = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{name}'"
+        found = self.client.search_runs([self.experiment_id], mine)
+        if found:
+            self.children[name] = found[0].info.run_id
+            self.client.update_run(self.children[name], status="RUNNING")
+            return
+        tags = {"mlflow.parentRunId": self.run_id, **self.tags}
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        self.children[name] = run.info.run_id
+        self._log_params(run.info.run_id, params)
+
+    def child_log(self, name: str, entries: list[Entry]) -> None:
+        _log(self.client, self.children[name], entries)
+
+    def child_end(self, name: str, status: str) -> None:
+        self.client.set_terminated(self.children.pop(name), status)
+
+    def _log_params(self, run_id: str, params: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(key, str(value)) for key, value in params.items()]
+        self.client.log_batch(run_id, params=entries)
+
     def end(self, status: str, interrupted: bool) -> None:
+        for name in list(self.children):
+            self.child_end(name, "FAILED")
         if interrupted:
             self.client.set_tag(self.run_id, "interrupted", "true")
         self.client.set_terminated(self.run_id, status)

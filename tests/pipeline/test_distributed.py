@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pipeline.repro
-from pipeline.distributed import _reason, plan_workers, worker_lost
+from pipeline.distributed import plan_workers, reason, worker_lost
 from pipeline.params import ClusterParams, load_params
 from pipeline.stage import StageError
 from tests.pipeline.conftest import ROOT
@@ -105,8 +105,8 @@ def test_a_job_starts_again_where_a_worker_was_lost_and_not_where_it_failed(fail
 
 def test_the_message_is_the_workers_own():
     """Out of what wraps it; of other errors than ours with the type."""
-    assert _reason(Failed(ValueError("the training diverged"))) == "the training diverged"
-    assert _reason(Failed(KeyError("a bug"))) == "KeyError: 'a bug'"
+    assert reason(Failed(ValueError("the training diverged"))) == "the training diverged"
+    assert reason(Failed(KeyError("a bug"))) == "KeyError: 'a bug'"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""Stage sweep: Ray Tune over T, α, β and more, from one balanced network.
+
+    python -m pipeline.sweep [FOLDER]     # sweep: its dvc.yaml and params.yaml
+
+Every trial is STDB at the values that were drawn (:mod:`pipeline.trial`). Validation accuracy
+decides; the test split is never read. A sweep that was killed goes on: finished trials are kept,
+running ones go on from their last epoch, and what was spent of the budget stays spent.
+Out, in FOLDER: trials.csv, best_params.yaml, pareto.png, epochs.png.
+"""
+
+import logging
+import math
+import os
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.balance_thresholds import load_thresholds
+from pipeline.checkpoints import Checkpoints
+from pipeline.data import load_split
+from pipeline.distributed import machine, ray_cluster, reason
+from pipeline.network import build_ann, build_snn, load_weights
+from pipeline.params import StdbParams
+from pipeline.pareto import candidates, choose, draw_curves, draw_front, draw_parallel
+from pipeline.stage import (
+    ANN,
+    DATA,
+    THRESHOLDS,
+    Stage,
+    StageError,
+    read_json,
+    run_stage,
+    write_csv,
+    writing,
+)
+from pipeline.sweep_params import ResourceParams, SweepParams, load_sweep, settings
+from pipeline.trial import run_trial
+
+# Tune's settings, where the user has none: its state is written soon, ctrl-C is the stage's own.
+# Its own progress tables are off.
+ENVIRONMENT = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+def main(stage: Stage, folder: Path) -> None:
+    """Check everything, search, write what was found."""
+    params = stage.params
+    sweep = load_sweep(folder / "params.yaml", params.stdb)
+    train = load_split(DATA / "train.safetensors")
+    ann = build_ann(params.network, train)
+    load_weights(ann, ANN)
+    load_thresholds(build_snn(ann, params.stdb, params.stdb.seed))
+    accuracy = read_json(Path("metrics/train_ann.json"))["accuracy"]["validation"]
+    trials, epochs = search(stage, sweep)
+    found = candidates(trials, list(sweep.space), sweep.cost)
+    if not found:
+        reasons = sorted({row["error"] for row in trials})
+        raise StageError(f"no trial ended with an accuracy: {'; '.join(reasons)}")
+    floor = accuracy - sweep.floor / 100
+    winner = choose(found, sweep.cost, floor)
+    write_csv(folder / "trials.csv", trials)
+    chosen = {name: winner.trials[0][name] for name in sweep.space if name != "seed"}
+    best = settings(chosen, params.stdb).model_dump()
+    changed = {n: v for n, v in best.items() if v != getattr(params.stdb, n)}
+    with writing(folder / "best_params.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump({"stdb": changed}, sort_keys=False))
+    with writing(folder / "pareto.png") as temporary:
+        draw_front(found, winner, sweep.cost, accuracy, floor, temporary)
+    with writing(folder / "epochs.png") as temporary:
+        draw_curves(epochs, list(sweep.space), temporary)
+    with writing(folder / "parallel.png") as temporary:
+        draw_parallel(trials, list(sweep.space), temporary)
+    for name in ("trials.csv", "best_params.yaml", "pareto.png", "epochs.png", "parallel.png"):
+        stage.tracker.figure(folder / name)
+    stage.log({"accuracy/best_validation": winner.accuracy, "timesteps": best["timesteps"]})
+    within = "within" if winner.accuracy >= floor else "none is within"
+    stage.say(
+        f"{winner.accuracy:.2%} at T = {best['timesteps']}, {within} {sweep.floor} points of the "
+        f"ANN's {accuracy:.2%} (validation); make apply-best writes it into params.yaml"
+    )
+    shutil.rmtree(_work(stage), ignore_errors=True)
+
+
+def search(stage: Stage, sweep: SweepParams) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run the trials; the table of them, and of their epochs."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from ray import tune
+
+    from pipeline.tune import Watch, make_tuner
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors are in the table of trials
+
+    params, work = stage.params, _work(stage)
+    total = sweep.combinations if sweep.method == "grid" else sweep.trials
+    if sweep.method == "grid" and total > sweep.trials:
+        raise StageError(
+            f"the grid has {total} combinations; allowed: up to trials, {sweep.trials}"
+        )
+    address = os.environ.get("RAY_ADDRESS")
+    several = sweep.resources.workers > 1
+    if address is None:
+        plan_trials(sweep.resources, *machine())  # refuses before Ray starts
+    with ray_cluster(address, dashboard=several, logs=False) as there:
+        parallel, use_gpu, needed = plan_trials(sweep.resources, *there)
+        given = {
+            "data": str(DATA.resolve()),
+            "weights": str(ANN.resolve()),
+            "thresholds": str(THRESHOLDS.resolve()),
+            "storage": str(work / "states"),
+            "checkpoint_steps": params.cluster.checkpoint_steps,
+            "readers": 0,
+            "use_gpu": use_gpu,
+            "cpus": sweep.resources.cpus,
+            "workers": sweep.resources.workers,
+            "train_images": sweep.train_images,
+            "seed": sweep.seed,
+            "network": params.network.model_dump(),
+            "evaluate_converted": params.evaluate_converted.model_dump(),
+            "stdb": params.stdb.model_dump() | {"epochs": sweep.epochs},
+        }
+        stage.say(f"up to {total} trials, {parallel} at once")
+        Watch.tracker, Watch.total = stage.tracker, total
+        trainable = tune.with_resources(partial(run_trial, given=given), needed)
+        found = make_tuner(trainable, sweep, work, parallel, params.stdb.timesteps).fit()
+        return tables(found, sweep, params.stdb, work)
+
+
+def plan_trials(resources: ResourceParams, cpus: int, gpus: int) -> tuple[int, bool, Any]:
+    """How many trials run at once, whether on GPUs, and what Tune reserves for each.
+
+    A trial of several workers reserves next to nothing for itself: its workers need the rest.
+
+    Raises:
+        StageError: a trial needs more than there is.
+    """
+    from ray import tune
+
+    each = (1.0 if gpus else 0.0) if resources.gpus == "auto" else resources.gpus
+    workers, room = resources.workers, math.inf
+    for name, there, asked in (("CPUs", cpus, resources.cpus), ("GPUs", gpus, each)):
+        if workers * asked > there:
+            raise StageError(
+                f"a trial needs {workers * asked:g} {name} (resources of the sweep); there are "
+                f"{there}"
+            )
+        room = min(room, there // (workers * asked)) if asked else room
+    parallel = int(room) if resources.parallel == "auto" else min(int(room), resources.parallel)
+    if workers > 1:
+        return parallel, each > 0, tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+    return parallel, each > 0, {"CPU": resources.cpus, "GPU": each}
+
+
+def tables(
+    found: Any, sweep: SweepParams, base: StdbParams, work: Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row a trial and a row an epoch, from the states that trials keep."""
+    trials, epochs = [], []
+    for trial, result in zip(found._experiment_analysis.trials, found, strict=True):
+        state = Checkpoints(str(work / "states"), "trial", trial.trial_id).load() or {}
+        history = state.get("history", [])
+        sample = {name: trial.config[name] for name in sweep.space}
+        params = settings(sample, base)
+        best: dict[str, Any] = max(history, key=lambda row: row["accuracy/validation"], default={})
+        early = "stopped" if len(history) < sweep.epochs else "finished"
+        trials.append(
+            {
+                "trial": trial.trial_id,
+                "status": "failed" if result.error else early,
+                **sample,
+                **{n: getattr(params, n) for n in ("timesteps", "alpha", "beta")},
+                "epochs": len(history),
+                "accuracy": best.get("accuracy/validation"),
+                "best_epoch": best.get("epoch"),
+                "spikes": best.get("spikes"),
+                "energy_pj": best.get("energy/validation_pj"),
+                "energy_delay": best.get("energy_delay"),
+                "neuron_steps": history[-1]["neuron_steps"] if history else 0.0,
+                "error": reason(result.error) if result.error else "",
+            }
+        )
+        epochs += [
+            {**sample, "epoch": row["epoch"], "accuracy": row["accuracy/validation"]}
+            for row in history
+        ]
+    return trials, epochs
+
+
+def _work(stage: Stage) -> Path:
+    """Where an unfinished sweep is kept."""
+    storage = stage.params.cluster.storage
+    if "://" in storage:
+        raise StageError(f"cluster.storage is {storage}; allowed for a sweep: a folder")
+    return Path(storage).resolve() / f"{stage.name}-{stage.key}"
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1] if len(sys.argv) > 1 else "sweep")
+    run_stage(where.name, partial(main, folder=where), where / "dvc.yaml")

@@ -1,0 +1,204 @@
+"""A sweep's own parameters, sweep/params.yaml: what is searched, how, and for how long.
+
+α and β depend on T: "if T is large, α and β are lowered" (paper §2.2), so searching them apart from
+T would pair a T with another one's α. ``alpha_100`` and ``beta_100`` are their values at T = 100:
+
+    α = alpha_100 · √(100 / T)        β = beta_100 · 100 / T
+
+so that the surrogate decays by as much over a presentation, whatever its length. 0.3 and 0.01 are
+the paper's. ``alpha`` and ``beta`` themselves can be searched, too.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.params import (
+    Count,
+    NonNegative,
+    ParamsError,
+    Positive,
+    Section,
+    Seed,
+    StdbParams,
+    load,
+)
+
+SWEEP_FILE = Path("sweep/params.yaml")
+Scaled = tuple[str, Callable[[float, int], float]]
+SCALED: dict[str, Scaled] = {  # name → what it stands for, and its value from this one's and T
+    "alpha_100": ("alpha", lambda value, timesteps: value * math.sqrt(100 / timesteps)),
+    "beta_100": ("beta", lambda value, timesteps: value * 100 / timesteps),
+}
+SEARCHABLE = (*StdbParams.model_fields, *SCALED)
+
+Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+Integers = Annotated[list[int], Field(min_length=2, max_length=2)]
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
+class Range(Section):
+    """The values of one parameter: exactly one of these."""
+
+    choice: Values | None = None
+    """One of these values, drawn."""
+    grid: Values | None = None
+    """Each of these values."""
+    uniform: Bounds | None = None
+    """Between two numbers."""
+    log_uniform: Bounds | None = None
+    """Between two numbers above 0, equally likely by order of magnitude."""
+    integer: Integers | None = None
+    """A whole number from the first to the last."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "Range":
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError(
+                f"says {sorted(given) or 'nothing'}; allowed: exactly one of "
+                f"{', '.join(type(self).model_fields)}"
+            )
+        if self.kind not in ("choice", "grid") and not self.values[0] < self.values[1]:
+            raise ValueError(f"{self.kind} is {self.values}; allowed: the smaller number first")
+        if self.log_uniform is not None and self.log_uniform[0] <= 0:
+            raise ValueError(f"log_uniform is {self.log_uniform}; allowed: numbers above 0")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Which one it is."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def values(self) -> list[Any]:
+        """The values, or first and last."""
+        return next(iter(self.model_dump(exclude_none=True).values()))
+
+
+class BudgetParams(Section):
+    """When a sweep ends, besides the number of trials; what runs then is stopped and counts."""
+
+    neuron_steps: Positive | None
+    """Neurons × time steps × images of all trials' training: a trial's cost, which grows with T."""
+    seconds: Positive | None
+    """Wall-clock time, over all attempts where a sweep was killed and goes on."""
+
+
+class AshaParams(Section):
+    """Successive halving (Li et al. 2020): bad trials end early, compared at the same epoch.
+
+    Trials are compared with those of about the same T, within a factor of 2, where there is a cost.
+    """
+
+    grace: Count
+    """Epochs that every trial has."""
+    reduction: Annotated[int, Field(ge=2)]
+    """One of so many goes on."""
+
+
+class ResourceParams(Section):
+    """What a trial may use."""
+
+    parallel: Count | Literal["auto"]
+    """Trials at once; auto: as many as there is room for."""
+    workers: Count
+    """Of each; several are a Ray Train job of its own."""
+    cpus: Positive
+    """Cores of a worker."""
+    gpus: NonNegative | Literal["auto"]
+    """GPUs of a worker; a fraction shares one; auto: one where there are any."""
+
+
+class SweepParams(Section):
+    """All of sweep/params.yaml."""
+
+    method: Literal["optuna", "random", "grid"]
+    """TPE of Optuna, random values, or every combination."""
+    objectives: Literal["accuracy", "accuracy, timesteps", "accuracy, energy_delay"]
+    """Accuracy alone, or its Pareto front against time steps or energy-delay."""
+    floor: NonNegative
+    """The winner has the least time steps (energy-delay) at which accuracy is within so many points
+    of the ANN's; accuracy alone: it is the most accurate."""
+    trials: Count
+    """How many; grid: the number of combinations at most."""
+    epochs: Count
+    """Of a trial."""
+    train_images: Count | None
+    """Training images of a trial, equal by class as far as the draw makes them; None: all."""
+    seed: Seed
+    """Of the search."""
+    budget: BudgetParams
+    asha: AshaParams | None
+    """None: every trial runs to its end."""
+    resources: ResourceParams
+    space: Annotated[dict[str, Range], Field(min_length=1)]
+    """Name → values: any parameter of ``stdb`` in params.yaml, alpha_100, beta_100."""
+
+    @model_validator(mode="after")
+    def _space_is_known(self) -> "SweepParams":
+        for name, values in self.space.items():
+            if name not in SEARCHABLE or name == "epochs":
+                allowed = ", ".join(n for n in SEARCHABLE if n != "epochs")
+                raise ValueError(f"space.{name} is nothing to search; allowed: {allowed}")
+            if (self.method == "grid") != (values.kind == "grid"):
+                raise ValueError(
+                    f"space.{name} is {values.kind} and method is {self.method}; allowed: grid "
+                    "with method: grid, anything else with optuna or random"
+                )
+        for name, (base, _) in SCALED.items():
+            if name in self.space and base in self.space:
+                raise ValueError(f"space has {name} and {base}; allowed: one of them")
+        if self.asha is not None and self.asha.grace > self.epochs:
+            raise ValueError(
+                f"asha.grace is {self.asha.grace}; allowed: up to epochs, {self.epochs}"
+            )
+        return self
+
+    @property
+    def cost(self) -> str | None:
+        """The metric that accuracy is weighed against."""
+        return self.objectives.partition(", ")[2] or None
+
+    @property
+    def combinations(self) -> int:
+        """Of a grid."""
+        return math.prod(len(values.values) for values in self.space.values())
+
+
+def load_sweep(path: Path, base: StdbParams) -> SweepParams:
+    """Read and check a sweep's parameters; every value that can be drawn is allowed in params.yaml.
+
+    Raises:
+        ParamsError: names keys, values, and what is allowed.
+    """
+    sweep = load(path, SweepParams)
+    ends = [[(name, value) for value in values.values] for name, values in sweep.space.items()]
+    for corner in itertools.islice(itertools.product(*ends), 4096):
+        try:
+            settings(dict(corner), base)
+        except ParamsError as error:
+            raise ParamsError(f"{path} cannot be used:\n  space: {error}") from None
+    return sweep
+
+
+def settings(sample: dict[str, Any], base: StdbParams) -> StdbParams:
+    """The ``stdb`` parameters of a trial: params.yaml's, with what was drawn.
+
+    Raises:
+        ParamsError: a value is not allowed.
+    """
+    values = base.model_dump() | {k: v for k, v in sample.items() if k not in SCALED}
+    for name, (stands_for, of) in SCALED.items():
+        if name in sample:
+            values[stands_for] = of(sample[name], values["timesteps"])
+    try:
+        return StdbParams(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"][:1]))
+        raise ParamsError(f"{key} is {problem['input']!r}; allowed: {problem['msg']}") from None

@@ -1,0 +1,392 @@
+"""Sweeps: what may be searched, what wins, what stops and what it costs; and the whole chain."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+import yaml
+from ray.tune.schedulers import TrialScheduler
+
+from pipeline.apply_best import apply
+from pipeline.params import ParamsError, load_params
+from pipeline.pareto import candidates, choose, front
+from pipeline.stage import StageError
+from pipeline.sweep import plan_trials
+from pipeline.sweep_params import BudgetParams, ResourceParams, load_sweep, settings
+from pipeline.tune import ACCURACY, Budget, Halving
+from tests.pipeline.conftest import ROOT, Started, copy_of
+from tests.pipeline.test_stage import NOT_IN_RESULT, needed
+
+BASE = load_params(ROOT / "params.yaml").stdb
+TEXT = (ROOT / "sweep/params.yaml").read_text()
+SPACE = TEXT[TEXT.index("space:") :]
+
+
+def load(tmp_path, before="", after="", space=None):
+    assert before in TEXT, f"{before!r} is not in sweep/params.yaml"
+    text = TEXT.replace(before, after, 1)
+    if space is not None:
+        text = text.replace(SPACE, "space:\n" + "".join(f"  {line}\n" for line in space))
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    return load_sweep(path, BASE)
+
+
+def refusal(tmp_path, *change, **changes) -> str:
+    with pytest.raises(ParamsError) as caught:
+        load(tmp_path, *change, **changes)
+    return str(caught.value)
+
+
+# -- what may be searched --------------------------------------------------------------------------
+
+
+def test_every_parameter_of_a_sweep_is_documented():
+    """As those of the pipeline are."""
+    sweep = load_sweep(ROOT / "sweep/params.yaml", BASE)
+    for part in (type(sweep), BudgetParams, ResourceParams):
+        for name, field in part.model_fields.items():
+            assert field.description or name in ("budget", "asha", "resources"), name
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (["alhpa: {choice: [0.3]}"], "space.alhpa is nothing to search; allowed: batch_size"),
+        (["epochs: {choice: [3]}"], "space.epochs is nothing to search"),
+        (["alpha: {choice: [0.3], uniform: [0, 1]}"], "allowed: exactly one of choice, grid, uni"),
+        (["alpha: {}"], "says nothing; allowed: exactly one of"),
+        (["alpha: {normal: [0, 1]}"], "space.alpha.normal is no known key; allowed: choice, grid"),
+        (["alpha: {uniform: [1, 0.5]}"], "uniform is [1.0, 0.5]; allowed: the smaller number fi"),
+        (["alpha: {log_uniform: [0, 1]}"], "log_uniform is [0.0, 1.0]; allowed: numbers above 0"),
+        (["timesteps: {integer: [4, 8.5]}"], "space.timesteps.integer.1 is 8.5; allowed: int"),
+        (["leak: {uniform: [0.5, 1.5]}"], "space: leak is 1.5; allowed: "),
+        (["timesteps: {choice: [8, 0]}"], "space: timesteps is 0; allowed: "),
+        (["surrogate: {choice: [stdb, sigmoid]}"], "space: surrogate is 'sigmoid'; allowed: "),
+        (["alpha: {choice: [1.0]}", "alpha_100: {choice: [1.0]}"], "has alpha_100 and alpha; all"),
+        (["alpha: {grid: [0.1]}"], "space.alpha is grid and method is optuna; allowed: grid wit"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(tmp_path, space, message):
+    """Before anything starts, with what is allowed; also a value that params.yaml would refuse."""
+    assert message in refusal(tmp_path, space=space)
+
+
+def test_a_grid_has_values_only(tmp_path):
+    """And knows how many combinations it has."""
+    both = ["alpha: {grid: [0.1, 0.2]}", "seed: {grid: [0, 1, 2]}"]
+    assert load(tmp_path, "method: optuna ", "method: grid ", space=both).combinations == 6
+    mixed = ["alpha: {grid: [0.1, 0.2]}", "beta: {uniform: [0, 1]}"]
+    assert "space.beta is uniform and method is grid" in refusal(
+        tmp_path, "method: optuna ", "method: grid ", space=mixed
+    )
+    assert "asha.grace is 9; allowed: up to epochs, 4" in refusal(tmp_path, "grace: 1", "grace: 9")
+
+
+@pytest.mark.parametrize(("timesteps", "alpha", "beta"), [(100, 0.3, 0.01), (25, 0.6, 0.04)])
+def test_alpha_and_beta_follow_the_time_steps(timesteps, alpha, beta):
+    """The paper's at T = 100; larger at a smaller T, the decay over a presentation the same."""
+    found = settings({"alpha_100": 0.3, "beta_100": 0.01, "timesteps": timesteps}, BASE)
+    assert (found.alpha, found.beta) == (pytest.approx(alpha), pytest.approx(beta))
+    assert found.timesteps == timesteps
+    assert settings({"alpha": 0.7}, BASE).alpha == 0.7
+    untouched = settings({"timesteps": timesteps}, BASE).model_dump()
+    assert untouched == BASE.model_dump() | {"timesteps": timesteps}
+
+
+def test_a_sweep_depends_on_the_code_that_makes_its_result():
+    """And on no test split, which it never reads."""
+    for folder in ("sweep", "sweep/ablation"):
+        stages = yaml.safe_load((ROOT / folder / "dvc.yaml").read_text())["stages"]
+        (stage,) = stages.values()
+        deps = set(stage["deps"])
+        code = {path for path in needed("pipeline/sweep.py") if not path.startswith("stdb")}
+        assert code - deps - NOT_IN_RESULT.get("sweep", set()) == set()
+        assert "stdb" in deps
+        assert not any("test" in path for path in deps)
+
+
+# -- what wins -------------------------------------------------------------------------------------
+
+
+def trial(accuracy, timesteps, seed=0, alpha=1.0):
+    return {"accuracy": accuracy, "timesteps": timesteps, "seed": seed, "alpha": alpha}
+
+
+def test_the_front_is_what_nothing_beats():
+    """Each point more accurate than all that cost as much or less."""
+    rows = [trial(0.9, 4), trial(0.8, 4, alpha=2), trial(0.85, 6), trial(0.95, 8), trial(0.95, 9)]
+    found = candidates(rows, ["timesteps", "alpha"], "timesteps")
+    assert [(c.cost, c.accuracy) for c in front(found)] == [(4, 0.9), (8, 0.95)]
+
+
+@pytest.mark.parametrize(
+    ("floor", "cost", "timesteps"),
+    [(0.5, "timesteps", 4), (0.91, "timesteps", 8), (0.99, "timesteps", 16), (0.5, None, 16)],
+)
+def test_the_winner_is_the_cheapest_above_the_floor(floor, cost, timesteps):
+    """Or the most accurate, where none is or where accuracy is all that counts."""
+    rows = [trial(0.9, 4), trial(0.95, 8), trial(0.96, 16), trial(0.96, 32)]
+    found = candidates(rows, ["timesteps"], cost)
+    assert choose(found, cost, floor).cost == timesteps
+
+
+def test_seeds_are_one_candidate_and_failures_none():
+    """The mean decides, and the spread is known."""
+    rows = [trial(0.9, 4), trial(0.8, 4, seed=1), trial(None, 4, seed=2), trial(0.86, 5)]
+    found = candidates(rows, ["timesteps", "seed"], "timesteps")
+    assert [(c.accuracy, len(c.trials)) for c in found] == [(pytest.approx(0.85), 2), (0.86, 1)]
+    assert found[0].spread == pytest.approx(0.05)
+
+
+# -- what stops and what it costs ------------------------------------------------------------------
+
+
+def test_a_budget_counts_a_trial_once_also_after_a_kill(tmp_path):
+    """Neuron-steps grow within a trial; what was spent before is read back."""
+    limits = BudgetParams(neuron_steps=100.0, seconds=None)
+    budget = Budget(limits, tmp_path / "spent.json")
+    for name, steps in (("a", 30.0), ("a", 60.0), ("b", 30.0)):
+        assert budget(name, {"neuron_steps": steps}) is False
+    assert budget.neuron_steps == 90
+    assert not budget.stop_all()
+    again = Budget(limits, tmp_path / "spent.json")
+    again("b", {"neuron_steps": 30.0})  # the same epoch, after a restart
+    assert not again.stop_all()
+    again("b", {"neuron_steps": 40.0})
+    assert again.stop_all()
+
+
+def test_seconds_are_those_of_all_attempts(tmp_path, monkeypatch):
+    """The clock of an earlier attempt goes on."""
+    path = tmp_path / "spent.json"
+    path.write_text(json.dumps({"neuron_steps": {}, "seconds": 50.0}))
+    start = time.monotonic()
+    budget = Budget(BudgetParams(neuron_steps=None, seconds=60.0), path)
+    monkeypatch.setattr(time, "monotonic", lambda: start + 9)
+    assert not budget.stop_all()
+    monkeypatch.setattr(time, "monotonic", lambda: start + 11)
+    assert budget.stop_all()
+
+
+@pytest.mark.parametrize(
+    ("objectives", "decision"),
+    [("accuracy, timesteps", TrialScheduler.CONTINUE), ("accuracy", TrialScheduler.STOP)],
+)
+def test_a_trial_is_compared_with_those_of_its_time_steps(tmp_path, objectives, decision):
+    """T = 4 less accurate than T = 16 goes on where T is a cost, and not where it is none."""
+    before = "objectives: accuracy, timesteps "
+    sweep = load(tmp_path, before, f"objectives: {objectives} ")
+    halving = Halving(sweep, default=8)
+    trials = [
+        SimpleNamespace(trial_id=str(k), config={"timesteps": t}, status="RUNNING")
+        for k, t in enumerate((16, 17, 15, 4))
+    ]
+    for one in trials:
+        halving.on_trial_add(None, one)
+    said = [
+        halving.on_trial_result(None, one, {"epoch": 1, ACCURACY: accuracy})
+        for one, accuracy in zip(trials, (0.9, 0.95, 0.1, 0.5), strict=True)
+    ]
+    assert said[:2] == [TrialScheduler.CONTINUE] * 2
+    assert said[2] == TrialScheduler.STOP  # among those of its own
+    assert said[3] == decision
+
+
+RESOURCES = {"parallel": "auto", "workers": 1, "cpus": 1.0, "gpus": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("change", "there", "parallel", "use_gpu"),
+    [
+        ({}, (2, 0), 2, False),
+        ({"cpus": 2.0}, (2, 0), 1, False),
+        ({"cpus": 0.5}, (2, 0), 4, False),
+        ({"parallel": 3}, (8, 0), 3, False),
+        ({"parallel": 3}, (2, 0), 2, False),
+        ({"workers": 2}, (5, 0), 2, False),
+        ({}, (16, 2), 2, True),
+        ({"gpus": 0.25}, (16, 2), 8, True),
+        ({"gpus": 0.0}, (16, 2), 16, False),
+    ],
+)
+def test_as_many_trials_run_at_once_as_there_is_room_for(change, there, parallel, use_gpu):
+    """Cores, GPUs and fractions of them."""
+    found = plan_trials(ResourceParams(**(RESOURCES | change)), *there)
+    assert found[:2] == (parallel, use_gpu)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cpus": 3.0}, "a trial needs 3 CPUs .*; there are 2"),
+        ({"workers": 3}, "a trial needs 3 CPUs"),
+        ({"gpus": 1.0}, "a trial needs 1 GPUs .*; there are 0"),
+    ],
+)
+def test_a_trial_that_never_fits_is_refused(change, message):
+    """It would wait for ever."""
+    with pytest.raises(StageError, match=message):
+        plan_trials(ResourceParams(**(RESOURCES | change)), 2, 0)
+
+
+# -- the winner becomes params.yaml ----------------------------------------------------------------
+
+
+def test_the_winner_is_written_with_all_comments_kept(tmp_path):
+    """Only its lines differ; the difference is shown."""
+    target, overlay = tmp_path / "params.yaml", tmp_path / "best.yaml"
+    shutil.copy(ROOT / "params.yaml", target)
+    overlay.write_text("stdb: {timesteps: 5, alpha: 0.61, threshold_scale: 0.4, surrogate: linear}")
+    shown = apply(overlay, target)
+    after = load_params(target).stdb
+    assert (after.timesteps, after.alpha, after.threshold_scale) == (5, 0.61, 0.4)
+    before = (ROOT / "params.yaml").read_text().splitlines()
+    now = target.read_text().splitlines()
+    differing = [(a, b) for a, b in zip(before, now, strict=True) if a != b]
+    assert len(differing) == 4
+    assert all(a.partition("#")[2] == b.partition("#")[2] for a, b in differing)
+    assert shown.count("\n+  ") == 4
+    assert apply(overlay, target) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stdb: {alhpa: 1.0}", "has alhpa; allowed: timesteps"),
+        ("stdb: {alpha: -1.0}", "stdb.alpha is -1.0; allowed: greater than 0"),
+        (None, "is missing; make sweep makes it"),
+    ],
+)
+def test_what_is_not_allowed_leaves_params_yaml_as_it_is(tmp_path, text, message):
+    """With the reason."""
+    target, overlay = tmp_path / "params.yaml", tmp_path / "best.yaml"
+    shutil.copy(ROOT / "params.yaml", target)
+    if text is not None:
+        overlay.write_text(text)
+    with pytest.raises(ParamsError, match=message):
+        apply(overlay, target)
+    assert target.read_text() == (ROOT / "params.yaml").read_text()
+    assert set(tmp_path.iterdir()) <= {target, overlay}
+
+
+# -- the chain -------------------------------------------------------------------------------------
+
+SWEEP = [sys.executable, "-m", "pipeline.sweep"]
+SMALL = {
+    "trials: 24 ": "trials: 6 ",
+    "epochs: 4 ": "epochs: 3 ",
+    "timesteps: {choice: [2, 3, 4, 6, 8, 12, 16]}": "timesteps: {choice: [2, 3, 4]}",
+    "seconds: 600": "seconds: 240",
+    "floor: 1.0 ": "floor: 90.0 ",
+}
+
+
+@pytest.fixture
+def searched(finished, tmp_path):
+    """The finished repository with a small sweep in it, and without a test split."""
+    repository = copy_of(finished, tmp_path / "repository")
+    edit(repository, SMALL)
+    return repository
+
+
+def edit(repository, changes: dict[str, str]) -> None:
+    path = repository.root / "sweep/params.yaml"
+    text = path.read_text()
+    for before, after in changes.items():
+        assert before in text, before
+        text = text.replace(before, after, 1)
+    path.write_text(text)
+
+
+def rows(repository) -> list[dict[str, str]]:
+    with (repository.root / "sweep/trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def children(repository) -> list:
+    """MLflow's runs of trials, below one run of the sweep."""
+    client = mlflow.MlflowClient(f"sqlite:///{repository.root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("stdb").experiment_id
+    (parent,) = client.search_runs([experiment], "attributes.run_name = 'sweep'")
+    assert parent.info.status == "FINISHED"
+    return client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_its_winner_makes_a_full_run(searched, tmp_path):
+    """Search, kill, search, apply, repro. The test split is not there while it searches."""
+    hidden = searched.root / "data/prepared/test.safetensors"
+    hidden.rename(tmp_path / "test.safetensors")
+    started = Started(searched, tmp_path / "log", SWEEP)
+    deadline = time.monotonic() + 200
+    while started.says().count("[sweep] trial") < 2:
+        assert started.process.poll() is None, started.says()
+        assert time.monotonic() < deadline, started.says()
+        time.sleep(0.2)
+    time.sleep(3)  # until Tune has noted it
+    os.killpg(started.process.pid, signal.SIGKILL)
+    started.wait_until_gone(60)
+    output = searched.run(*SWEEP).stdout
+    assert "goes on: finished trials are kept" in output
+    found = rows(searched)
+    assert len(found) == len({row["trial"] for row in found}) == 6
+    assert {row["status"] for row in found} <= {"finished", "stopped"}
+    assert output.count("[sweep] trial") <= 4  # two were done before
+    runs = children(searched)
+    assert sorted(run.info.run_name for run in runs) == sorted(row["trial"] for row in found)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        row = next(row for row in found if row["trial"] == run.info.run_name)
+        assert run.data.params["timesteps"] == row["timesteps"]
+        assert run.data.metrics["accuracy/best"] == pytest.approx(float(row["accuracy"]))
+    assert not list((searched.root / ".results").glob("sweep-*"))
+    (tmp_path / "test.safetensors").rename(hidden)
+    best = yaml.safe_load((searched.root / "sweep/best_params.yaml").read_text())["stdb"]
+    floor = json.loads((searched.root / "metrics/train_ann.json").read_text())
+    enough = [r for r in found if float(r["accuracy"]) >= floor["accuracy"]["validation"] - 0.9]
+    assert best.get("timesteps", 3) == min(int(row["timesteps"]) for row in enough)
+    shown = searched.run(sys.executable, "-m", "pipeline.apply_best").stdout
+    assert "+  alpha:" in shown
+    searched.repro()
+    made = json.loads((searched.root / "metrics/finetune_stdb.json").read_text())
+    assert made["timesteps"] == best.get("timesteps", 3)
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_is_a_row_and_not_the_end(searched):
+    """Through DVC; its error is in the table, its run is FAILED."""
+    edit(searched, {"method: optuna": "method: grid  "})
+    text = (searched.root / "sweep/params.yaml").read_text()
+    keep = text[: text.index("space:")] + "space:\n  learning_rate: {grid: [1.0e-4, 1.0e+30]}\n"
+    (searched.root / "sweep/params.yaml").write_text(keep)
+    searched.repro("sweep/dvc.yaml")
+    good, bad = sorted(rows(searched), key=lambda row: float(row["learning_rate"]))
+    assert good["status"] == "finished"
+    assert bad["status"] == "failed"
+    assert "the training diverged" in bad["error"]
+    assert {run.info.status for run in children(searched)} == {"FINISHED", "FAILED"}
+    assert searched.run("dvc", "status", "-q", "sweep/dvc.yaml").returncode == 0
+    assert "Running stage" not in searched.repro().stdout  # the main pipeline is as it was
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_do_not_wait_for_each_other(searched):
+    """Six trials of two workers on two cores, ended early, in a time limit: no dead-lock."""
+    edit(
+        searched,
+        {"workers: 1 ": "workers: 2 ", "trials: 6 ": "trials: 3 ", "seconds: 240": "seconds: 400"},
+    )
+    start = time.monotonic()
+    searched.run(*SWEEP)
+    assert time.monotonic() - start < 450
+    assert len(rows(searched)) == 3
+    assert all(math.isfinite(float(row["accuracy"])) for row in rows(searched))
