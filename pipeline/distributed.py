@@ -8,7 +8,9 @@ worker or a node goes on from its last checkpoint.
 
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -177,7 +179,7 @@ def fit_on_ray(loop: Loop, plan: Plan, config: dict[str, Any], callback: Any) ->
         "callbacks": [callback],
         "logging_config": ray.train.LoggingConfig(log_level="ERROR"),
     }
-    TorchTrainer(
+    trainer = TorchTrainer(
         loop,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if plan.use_gpu else "gloo"),
@@ -185,7 +187,29 @@ def fit_on_ray(loop: Loop, plan: Plan, config: dict[str, Any], callback: Any) ->
         run_config=ray.train.RunConfig(
             failure_config=ray.train.FailureConfig(**failure), **running
         ),
-    ).fit()
+    )
+    _in_thread(trainer.fit)
+
+
+def _in_thread(work: Callable[[], Any]) -> None:
+    """Run ``work`` aside, so that ctrl-C and SIGTERM end this function as they end others.
+
+    In the main thread Ray Train would take ctrl-C itself, and end the process without a word.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)  # signals are looked at in between
+    if raised:
+        raise raised[0]
 
 
 def forget_job(stage: Stage) -> None:
@@ -285,6 +309,7 @@ def ray_cluster(
     with tempfile.TemporaryDirectory(
         prefix="ray-", dir=_short_folder(), ignore_cleanup_errors=True
     ) as folder:
+        handler = signal.getsignal(signal.SIGTERM)  # Ray's own would end the process
         ray.init(
             address=address or "local",
             include_dashboard=None if address else dashboard,
@@ -292,6 +317,7 @@ def ray_cluster(
             log_to_driver=logs,
             _temp_dir=None if address else folder,
         )
+        signal.signal(signal.SIGTERM, handler)
         try:
             available = ray.cluster_resources()
             yield int(available.get("CPU", 0)), int(available.get("GPU", 0))

@@ -161,9 +161,11 @@ def test_one_ctrl_c_ends_it_and_leaves_nothing_but_the_checkpoint(long, tmp_path
     assert set(Path(tempfile.gettempdir()).glob("ray-*")) <= folders
 
 
-def test_sigterm_ends_a_stage_in_order(long, tmp_path):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_ends_a_stage_in_order(long, tmp_path, workers):
     """What schedulers such as Slurm send before they kill."""
     repository = copy_of(long, tmp_path / "repository")
+    repository.set("workers: auto", f"workers: {workers}")
     started = Started(repository, tmp_path / "log", STAGE)
     wait_for_progress(repository, [], started)
     started.process.terminate()
