@@ -118,7 +118,7 @@ def search(stage: Stage, sweep: SweepParams) -> tuple[list[dict[str, Any]], list
             "checkpoint_steps": params.cluster.checkpoint_steps,
             "readers": 0,
             "use_gpu": use_gpu,
-            "cpus": sweep.resources.cpus,
+            "cpus": max(1, math.floor(sweep.resources.cpus)),
             "workers": sweep.resources.workers,
             "train_images": sweep.train_images,
             "seed": sweep.seed,

@@ -38,10 +38,10 @@ def run_trial(sample: dict[str, Any], given: dict[str, Any]) -> None:
     config = given | {"stdb": params.model_dump(), "checkpoints": checkpoints}
     workers, use_gpu = given["workers"], given["use_gpu"]
     if workers > 1:
-        plan = Plan(workers, workers, use_gpu, max(1, math.floor(given["cpus"])))
+        plan = Plan(workers, workers, use_gpu, given["cpus"])
         fit_on_ray(search_loop, plan, config, TuneReportCallback())
         return
-    torch.set_num_threads(max(1, math.floor(given["cpus"])))
+    torch.set_num_threads(given["cpus"])
 
     def send(rows: list[Row]) -> None:
         for row in rows:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 import ray
@@ -75,7 +76,7 @@ def test_what_a_node_does_not_see_is_refused(joined, tmp_path, monkeypatch):
         for mark in create(self):
             yield mark + "-elsewhere"
 
-    monkeypatch.setattr(Checkpoints, "mark", __import__("contextlib").contextmanager(elsewhere))
+    monkeypatch.setattr(Checkpoints, "mark", contextmanager(elsewhere))
     with pytest.raises(StageError, match=r"does not see cluster\.storage, .*allowed on 2 nodes: a"):
         check_nodes([], storage)
 
