@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -90,6 +91,11 @@ def copy_of(repository, folder):
     return copied
 
 
+def listen_to_ctrl_c() -> None:
+    """As a command of an interactive shell does; one of a script in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Started:
     """A command in a process group of its own, and all that comes from it."""
 
@@ -99,6 +105,7 @@ class Started:
             self.process = subprocess.Popen(
                 command, cwd=repository.root, stdout=file, stderr=file, start_new_session=True,
                 env=repository.environment() | {MARK: self.mark} | environment,
+                preexec_fn=listen_to_ctrl_c,
             )  # fmt: skip
 
     def processes(self) -> list[psutil.Process]:
