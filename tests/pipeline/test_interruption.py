@@ -53,7 +53,7 @@ def checkpoints(repository) -> list[str]:
 
 def wait_for_progress(repository, before: list[str], started: Started) -> None:
     """Until the stage has written a state, or is done."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while checkpoints(repository)[-1:] == before[-1:]:
         if started.process.poll() is not None:
             assert started.process.returncode == 0, started.says()
@@ -130,7 +130,7 @@ def test_a_soak_of_kills(long, undisturbed, tmp_path, workers, kills):
             started.wait_until_gone(60)
             started = None
     started = started or Started(repository, tmp_path / "last.log", STAGE)
-    assert started.process.wait(300) == 0, started.says()
+    assert started.process.wait(600) == 0, started.says()
     assert ("a worker was lost" in "".join(p.read_text() for p in tmp_path.glob("*.log"))) == (
         workers > 1
     )

@@ -196,7 +196,7 @@ def test_make_repro_has_one_ray_for_all_stages_and_leaves_nothing(finished, tmp_
     started = Started(
         copied, tmp_path / "log", [sys.executable, "-m", "pipeline.repro", "evaluate_converted"]
     )
-    assert started.process.wait(300) == 0, started.says()
+    assert started.process.wait(600) == 0, started.says()
     started.wait_until_gone(20)
     assert started.says().count("Ray Train job on 2 CPU worker(s)") == 2
     assert set(Path(tempfile.gettempdir()).glob("ray-*")) <= folders

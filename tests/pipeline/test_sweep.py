@@ -327,7 +327,7 @@ def test_a_killed_sweep_goes_on_and_its_winner_makes_a_full_run(searched, tmp_pa
     hidden = searched.root / "data/prepared/test.safetensors"
     hidden.rename(tmp_path / "test.safetensors")
     started = Started(searched, tmp_path / "log", SWEEP)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while started.says().count("[sweep] trial") < 2:
         assert started.process.poll() is None, started.says()
         assert time.monotonic() < deadline, started.says()
