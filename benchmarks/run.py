@@ -151,8 +151,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
         "| workload | phase | contender | ms an image | × stdb | MiB over base | at batch | "
-        "bytes a neuron-step |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "bytes a neuron-step | processor |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for r in rows:
         memory = ("", "")
@@ -160,7 +160,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             memory = f"{r['peak_bytes'] / 2**20:,.0f}", f"{r['bytes_per_neuron_step']:.2f}"
         lines.append(
             f"| {r['workload']} | {r['phase']} | {r['contender']} | {1e3 * r['seconds']:,.1f} "
-            f"| {r['ratio_to_stdb']:.2f} | {memory[0]} | {r['batch']} | {memory[1]} |"
+            f"| {r['ratio_to_stdb']:.2f} | {memory[0]} | {r['batch']} | {memory[1]} "
+            f"| {r['machine']['processor']} |"
         )
     return "\n".join(lines)
 
@@ -213,7 +214,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> bool:
 def write(rows: list[dict[str, Any]]) -> None:
     """results.json, and README.md with the table and the picture."""
     (FOLDER / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    facts = ", ".join(f"{key} {value}" for key, value in machine().items())
+    facts = ", ".join(f"{k} {v}" for k, v in machine().items() if k != "processor")
     picture = ""
     if figure(rows, FOLDER / "appendix_b.png"):
         picture = "\n![Time and memory of ANN, SNN from scratch and hybrid](appendix_b.png)\n"

@@ -1,6 +1,8 @@
 """Write a sweep's winner into params.yaml, comments kept, and show what changed.
 
-python -m pipeline.apply_best [sweep/best_params.yaml]     # make apply-best
+    python -m pipeline.apply_best [sweep/best_params.yaml]     # make apply-best
+
+Nothing is changed where the result would not be allowed.
 """
 
 import difflib

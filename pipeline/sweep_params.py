@@ -28,7 +28,6 @@ from pipeline.params import (
     load,
 )
 
-SWEEP_FILE = Path("sweep/params.yaml")
 Scaled = tuple[str, Callable[[float, int], float]]
 SCALED: dict[str, Scaled] = {  # name → what it stands for, and its value from this one's and T
     "alpha_100": ("alpha", lambda value, timesteps: value * math.sqrt(100 / timesteps)),
