@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import stdb
-from pipeline.data import load_split, normalise
+from pipeline.data import Samples, load_split, normalise
 from pipeline.distributed import forget_job, report, run_job, setup, total
 from pipeline.network import build_ann, build_snn, load_weights
 from pipeline.params import BalanceThresholdsParams, NetworkParams, StdbParams
@@ -102,6 +103,25 @@ def load_thresholds(snn: stdb.SpikingNetwork, path: Path = THRESHOLDS) -> None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StageError(f"{path}: {error}; run balance_thresholds for this network") from error
+
+
+def converted(
+    network: NetworkParams,
+    params: StdbParams,
+    data: Samples,
+    weights: Path = ANN,
+    thresholds: Path = THRESHOLDS,
+) -> tuple[nn.Module, stdb.SpikingNetwork]:
+    """The trained ANN, and the spiking network that it is converted to, at its balanced thresholds.
+
+    Raises:
+        StageError: weights or thresholds are another network's.
+    """
+    ann = build_ann(network, data)
+    load_weights(ann, weights)
+    snn = build_snn(ann, params, params.seed)
+    load_thresholds(snn, thresholds)
+    return ann, snn
 
 
 if __name__ == "__main__":

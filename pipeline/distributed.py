@@ -80,8 +80,7 @@ def run_job(stage: Stage, loop: Loop, config: dict[str, Any]) -> dict:
     Raises:
         StageError: too few resources, or a worker failed; the message is the worker's.
     """
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    prefer(ENVIRONMENT)
     cluster = stage.params.cluster
     checkpoints = Checkpoints(cluster.storage, stage.name, stage.key)
     config = config | {
@@ -100,6 +99,12 @@ def run_job(stage: Stage, loop: Loop, config: dict[str, Any]) -> dict:
     if state is None:
         raise StageError("the job ended without a result")
     return state
+
+
+def prefer(settings: dict[str, str]) -> None:
+    """Set environment variables that the user has not set."""
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
 
 
 def _settings(config: dict[str, Any], cluster: ClusterParams, plan: Plan) -> dict[str, Any]:
@@ -304,8 +309,7 @@ def ray_cluster(
     """Ray, joined or started; gives its CPUs and GPUs. What was started leaves nothing behind."""
     import ray
 
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    prefer(ENVIRONMENT)
     with tempfile.TemporaryDirectory(
         prefix="ray-", dir=_short_folder(), ignore_cleanup_errors=True
     ) as folder:

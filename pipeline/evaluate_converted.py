@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import stdb
-from pipeline.balance_thresholds import load_thresholds
+from pipeline.balance_thresholds import converted
 from pipeline.data import Samples, load_split, load_splits
 from pipeline.distributed import forget_job, report, run_job, setup
 from pipeline.evaluation import Evaluation, ann_energy, evaluate_snn, spike_metrics
-from pipeline.network import build_ann, build_snn, load_weights
 from pipeline.params import EvaluateConvertedParams, NetworkParams, StdbParams
 from pipeline.stage import (
     ANN,
@@ -35,9 +34,7 @@ def main(stage: Stage) -> None:
     """Check the inputs, run the job, write scale, metrics and curves."""
     params = stage.params
     train = load_split(DATA / "train.safetensors")
-    ann = build_ann(params.network, train)
-    load_weights(ann, ANN)
-    load_thresholds(build_snn(ann, params.stdb, params.stdb.seed))
+    ann, _ = converted(params.network, params.stdb, train)
     ann_accuracy = read_json(Path("metrics/train_ann.json"))["accuracy"]["test"]
     state = run_job(
         stage,
@@ -114,10 +111,9 @@ def evaluate_loop(config: dict[str, Any]) -> None:
     validation, test = load_splits(
         Path(config["data"]), device, "validation", "test", readers=config["readers"]
     )
-    ann = build_ann(NetworkParams(**config["network"]), test)
-    load_weights(ann, Path(config["weights"]))
-    snn = build_snn(ann, stdb_params, stdb_params.seed).to(device)
-    load_thresholds(snn, Path(config["thresholds"]))
+    network, weights, thresholds = (config[key] for key in ("network", "weights", "thresholds"))
+    _, snn = converted(NetworkParams(**network), stdb_params, test, Path(weights), Path(thresholds))
+    snn = snn.to(device)
     best = best_scale(snn, validation, stdb_params.timesteps, params, rank, world)
     snn.scale_thresholds(best)
     reduced = evaluate_snn(snn, test, stdb_params.timesteps, params.batch_size, rank, world)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import stdb
-from pipeline.balance_thresholds import load_thresholds
+from pipeline.balance_thresholds import converted, load_thresholds
 from pipeline.data import Samples, load_split, load_splits, normalise
 from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
 from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
@@ -47,9 +47,7 @@ def main(stage: Stage) -> None:
     """Check the inputs, run the job, write weights, metrics and curves."""
     params = stage.params
     train = load_split(DATA / "train.safetensors")
-    ann = build_ann(params.network, train)
-    load_weights(ann, ANN)
-    load_thresholds(build_snn(ann, params.stdb, params.stdb.seed))
+    converted(params.network, params.stdb, train)  # refuses files of another network
     found = 1.0 if params.stdb.from_scratch else read_json(CONVERSION)["scale"]
     scale = params.stdb.threshold_scale or found
     start = "random weights, " if params.stdb.from_scratch else ""

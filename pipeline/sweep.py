@@ -19,11 +19,10 @@ from typing import Any
 
 import yaml
 
-from pipeline.balance_thresholds import load_thresholds
+from pipeline.balance_thresholds import converted
 from pipeline.checkpoints import Checkpoints
 from pipeline.data import load_split
-from pipeline.distributed import machine, ray_cluster, reason
-from pipeline.network import build_ann, build_snn, load_weights
+from pipeline.distributed import machine, prefer, ray_cluster, reason
 from pipeline.params import StdbParams
 from pipeline.pareto import candidates, choose, draw_curves, draw_front, draw_parallel
 from pipeline.stage import (
@@ -54,9 +53,7 @@ def main(stage: Stage, folder: Path) -> None:
     params = stage.params
     sweep = load_sweep(folder / "params.yaml", params.stdb)
     train = load_split(DATA / "train.safetensors")
-    ann = build_ann(params.network, train)
-    load_weights(ann, ANN)
-    load_thresholds(build_snn(ann, params.stdb, params.stdb.seed))
+    converted(params.network, params.stdb, train)  # refuses files of another network
     accuracy = read_json(Path("metrics/train_ann.json"))["accuracy"]["validation"]
     trials, epochs = search(stage, sweep)
     found = candidates(trials, list(sweep.space), sweep.cost)
@@ -90,8 +87,7 @@ def main(stage: Stage, folder: Path) -> None:
 
 def search(stage: Stage, sweep: SweepParams) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run the trials; the table of them, and of their epochs."""
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    prefer(ENVIRONMENT)
     from ray import tune
 
     from pipeline.tune import Watch, make_tuner

@@ -113,13 +113,13 @@ def fit(
         if rank > 0:  # the state is rank 0's
             sums = torch.zeros_like(sums)
         norm = 0.0
+        weight = world / len(batches[0])
         mine = train.stream([batch[rank::world] for batch in batches[done:]], device)
         for step, share in enumerate(mine, start=done + 1):
             images = share.images
             if params.augment:
                 images = augment(images, share.ids, params.seed, epoch)
             optimizer.zero_grad(set_to_none=True)
-            weight = world / len(batches[0])
             loss, correct = _backward(
                 model, windows, normalise(images), share, epoch, weight, micro_batch
             )

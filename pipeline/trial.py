@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from pipeline.balance_thresholds import load_thresholds
+from pipeline.balance_thresholds import converted
 from pipeline.checkpoints import Checkpoints
 from pipeline.data import Samples, load_splits
 from pipeline.distributed import Plan, Row, fit_on_ray, report, setup, work_for
 from pipeline.evaluate_converted import best_scale
 from pipeline.evaluation import Evaluation
 from pipeline.finetune_stdb import fine_tune
-from pipeline.network import build_ann, build_snn, load_weights
 from pipeline.params import EvaluateConvertedParams, NetworkParams, StdbParams
 from pipeline.sweep_params import settings
+from pipeline.training import order
 
 
 def run_trial(sample: dict[str, Any], given: dict[str, Any]) -> None:
@@ -63,11 +63,12 @@ def learn(config: dict[str, Any], rank: int, world: int, device: torch.device) -
         Path(config["data"]), device, "train", "validation", readers=config["readers"]
     )
     train = some(train, config["train_images"], config["seed"])
-    ann = build_ann(NetworkParams(**config["network"]), train)
-    snn = build_snn(ann, params, params.seed).to(device)
+    network, weights, thresholds = (config[key] for key in ("network", "weights", "thresholds"))
+    _, snn = converted(NetworkParams(**network), params, train, Path(weights), Path(thresholds))
     shapes = snn.shapes(train.shape)
     neurons = sum(math.prod(shapes[i]) for i in snn.graph.labels)
-    steps = len(train) // params.batch_size * params.batch_size * params.timesteps * neurons
+    images = sum(map(len, order(len(train), params.batch_size, params.seed, 1)))
+    steps = images * params.timesteps * neurons
 
     validated: list[int] = []
 
@@ -82,10 +83,8 @@ def learn(config: dict[str, Any], rank: int, world: int, device: torch.device) -
 
     scale = 1.0 if params.from_scratch else params.threshold_scale
     if scale is None:
-        load_weights(ann, Path(config["weights"]))
-        load_thresholds(snn, Path(config["thresholds"]))
         evaluation = EvaluateConvertedParams(**config["evaluate_converted"])
-        scale = best_scale(snn, validation, params.timesteps, evaluation, rank, world)
+        scale = best_scale(snn.to(device), validation, params.timesteps, evaluation, rank, world)
     _, state = fine_tune(config | {"scale": scale}, train, validation, rank, world, device, extra)
     if not validated:  # killed after its last epoch, before anybody noted that it was done
         report(state, state["history"][-1:])

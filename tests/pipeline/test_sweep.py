@@ -12,10 +12,15 @@ from types import SimpleNamespace
 
 import mlflow
 import pytest
+import torch
 import yaml
 from ray.tune.schedulers import TrialScheduler
+from safetensors.torch import load_file
 
+import pipeline.trial
 from pipeline.apply_best import apply
+from pipeline.checkpoints import Checkpoints
+from pipeline.distributed import work_for
 from pipeline.params import ParamsError, load_params
 from pipeline.pareto import candidates, choose, front
 from pipeline.stage import StageError
@@ -23,6 +28,7 @@ from pipeline.sweep import plan_trials
 from pipeline.sweep_params import BudgetParams, ResourceParams, load_sweep, settings
 from pipeline.tune import ACCURACY, Budget, Halving
 from tests.pipeline.conftest import ROOT, Started, copy_of
+from tests.pipeline.test_loops import STDB, THRESHOLDS, given, make_files
 from tests.pipeline.test_stage import NOT_IN_RESULT, needed
 
 BASE = load_params(ROOT / "params.yaml").stdb
@@ -236,6 +242,40 @@ def test_a_trial_that_never_fits_is_refused(change, message):
     """It would wait for ever."""
     with pytest.raises(StageError, match=message):
         plan_trials(ResourceParams(**(RESOURCES | change)), 2, 0)
+
+
+def test_a_trial_finds_its_threshold_scale_on_the_trained_network(tmp_path, monkeypatch):
+    """Where none is drawn: the ANN's weights, the balanced thresholds. Then it learns at it."""
+    files = make_files(tmp_path)
+    seen, thresholds = {}, {}
+
+    def scale(snn, *arguments):
+        seen.update(snn.net.state_dict())
+        thresholds.update(snn.thresholds)
+        return 0.35
+
+    monkeypatch.setattr(pipeline.trial, "best_scale", scale)
+    rows = []
+    work_for(Checkpoints(str(tmp_path / "states"), "trial", "0"), None, 0, rows.extend)
+    params = STDB.model_copy(update={"threshold_scale": None})
+    shared = {"stdb": params.model_dump(), "train_images": 30, "seed": 0}
+    evaluation = load_params(ROOT / "params.yaml").evaluate_converted.model_dump()
+    config = given(files[0]) | shared | {"evaluate_converted": evaluation}
+    learned = []
+    tune = pipeline.trial.fine_tune
+
+    def fine_tune(config, *arguments):
+        learned.append(config["scale"])
+        return tune(config, *arguments)
+
+    monkeypatch.setattr(pipeline.trial, "fine_tune", fine_tune)
+    pipeline.trial.learn(config, 0, 1, torch.device("cpu"))
+    for name, weight in load_file(files[0] / "ann.safetensors").items():
+        assert torch.equal(seen[name], weight), name
+    assert thresholds == pytest.approx(THRESHOLDS)
+    assert learned == [0.35]
+    assert [row["epoch"] for row in rows] == [1]
+    assert rows[0]["timesteps"] == params.timesteps
 
 
 # -- the winner becomes params.yaml ----------------------------------------------------------------
