@@ -5,7 +5,8 @@
 At the long T with balanced thresholds, and at the reduced T of ``stdb.timesteps`` with the
 threshold scale that is best on the validation split. The output layer only accumulates, so one
 presentation gives the accuracy at every t.
-Out: models/conversion.json (the scale), metrics/evaluate_converted.json, plots/converted_*.csv.
+Out: models/conversion.json (the scale), metrics/evaluate_converted.json, plots/converted_*.csv;
+among them a diagnosis of every layer, which the stage ends with where accuracy is at chance level.
 """
 
 from pathlib import Path
@@ -15,7 +16,14 @@ import stdb
 from pipeline.balance_thresholds import converted
 from pipeline.data import Samples, load_split, load_splits
 from pipeline.distributed import forget_job, report, run_job, setup
-from pipeline.evaluation import Evaluation, ann_energy, evaluate_snn, spike_metrics
+from pipeline.evaluation import (
+    Evaluation,
+    ann_energy,
+    collapse,
+    diagnose,
+    evaluate_snn,
+    spike_metrics,
+)
 from pipeline.params import EvaluateConvertedParams, NetworkParams, StdbParams
 from pipeline.stage import (
     ANN,
@@ -72,6 +80,7 @@ def main(stage: Stage) -> None:
         Path("plots/converted_spikes.csv"),
         [{"layer": name, "spikes": value} for name, value in reduced.spikes.items()],
     )
+    write_csv(Path("plots/converted_diagnosis.csv"), state["diagnosis"])
     for step, accuracy in enumerate(long.accuracy, start=1):
         if step == len(long.accuracy) or step & (step - 1) == 0:  # powers of two suffice there
             stage.log({"accuracy/at_timestep": accuracy}, step)
@@ -82,6 +91,7 @@ def main(stage: Stage) -> None:
             "threshold_scale": state["scale"],
             "energy/reduced_pj": reduced.energy,
             **spike_metrics(reduced.spikes),
+            **{f"correlation/{row['layer']}": row["correlation"] for row in state["diagnosis"]},
         }
     )
     stage.say(
@@ -89,6 +99,9 @@ def main(stage: Stage) -> None:
         f"{reduced.accuracy[-1]:.2%} at T = {len(reduced.accuracy)} (scale {state['scale']}); "
         f"ANN {ann_accuracy:.2%}"
     )
+    images = sum(map(sum, reduced.confusion))
+    if ill := collapse(reduced.accuracy[-1], len(train.classes), images, state["diagnosis"]):
+        stage.say(ill)
     forget_job(stage)
 
 
@@ -112,11 +125,14 @@ def evaluate_loop(config: dict[str, Any]) -> None:
         Path(config["data"]), device, "validation", "test", readers=config["readers"]
     )
     network, weights, thresholds = (config[key] for key in ("network", "weights", "thresholds"))
-    _, snn = converted(NetworkParams(**network), stdb_params, test, Path(weights), Path(thresholds))
+    ann, snn = converted(
+        NetworkParams(**network), stdb_params, test, Path(weights), Path(thresholds)
+    )
     snn = snn.to(device)
     best = best_scale(snn, validation, stdb_params.timesteps, params, rank, world)
     snn.scale_thresholds(best)
     reduced = evaluate_snn(snn, test, stdb_params.timesteps, params.batch_size, rank, world)
+    diagnosis = diagnose(ann, snn, validation, stdb_params.timesteps)
     at_best = evaluate_snn(snn, test, params.timesteps, params.batch_size, rank, world)
     snn.scale_thresholds(1.0)
     long = evaluate_snn(snn, test, params.timesteps, params.batch_size, rank, world)
@@ -126,6 +142,7 @@ def evaluate_loop(config: dict[str, Any]) -> None:
             "long": vars(long),
             "reduced": vars(reduced),
             "curves": {1.0: long.accuracy, best: at_best.accuracy},
+            "diagnosis": diagnosis,
         },
     )
 

@@ -3,14 +3,20 @@
 A worker gets whole batches, the same for any number of workers, so the counts are the same, too.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import stdb
 from pipeline.data import Samples, normalise, shares
 from pipeline.distributed import total
+from stdb.decision import first_confident
+
+CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # at which leaving early is looked at
+DIAGNOSED = 64  # images of a diagnosis
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,16 @@ class Evaluation:
         spikes: layer → spikes per neuron and image (Fig. 3).
         energy: picojoules per image (45 nm CMOS).
         operations: synaptic operations per image.
+        confusion: images by class and by the class decided for, after T steps.
+        exits: leaving early: confidence → mean steps, and fraction of correct decisions.
     """
 
     accuracy: list[float]
     spikes: dict[str, float]
     energy: float
     operations: float
+    confusion: list[list[int]]
+    exits: dict[float, tuple[float, float]]
 
 
 @torch.no_grad()
@@ -53,16 +63,80 @@ def evaluate_snn(
     """Accuracy after every step and spikes of every layer; one presentation gives them all."""
     device = next(snn.parameters()).device
     snn.eval()
+    classes = len(split.classes)
     correct = torch.zeros(timesteps, dtype=torch.int64, device=device)
+    confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
+    exits = torch.zeros(len(CONFIDENCES), 2, dtype=torch.int64, device=device)
     with stdb.record_spikes(snn) as statistics:
         for batch in split.stream(shares(len(split), batch_size, rank, world), device):
             images = normalise(batch.images)
             logits = snn.logits_over_time(images, timesteps, sample_ids=batch.ids)
-            correct += (logits.argmax(2) == batch.labels).sum(1)  # (T, B) → (T,)
+            decided = logits.argmax(2)  # (T, B)
+            right = decided == batch.labels
+            correct += right.sum(1)
+            pairs = batch.labels * classes + decided[-1]
+            confusion += torch.bincount(pairs, minlength=classes**2)
+            exits += _exits(logits.softmax(2), right)
     _merge(statistics, snn, split.shape, device)
     accuracy = (total(correct).double() / len(split)).tolist()
     operations = sum(statistics.synaptic_operations().values())
-    return Evaluation(accuracy, statistics.spikes_per_neuron(), statistics.energy(), operations)
+    means = (total(exits).double() / len(split)).tolist()
+    return Evaluation(
+        accuracy,
+        statistics.spikes_per_neuron(),
+        statistics.energy(),
+        operations,
+        total(confusion).view(classes, classes).tolist(),
+        {c: (steps, right) for c, (steps, right) in zip(CONFIDENCES, means, strict=True)},
+    )
+
+
+def _exits(probabilities: Tensor, right: Tensor) -> Tensor:
+    """(confidences, 2): steps until confidence, and right decisions then, summed over images.
+
+    Args:
+        probabilities: (T, B, classes).
+        right: (T, B), whether the decision after a step is right.
+    """
+    rows = []
+    for confidence in CONFIDENCES:
+        steps = first_confident(probabilities, confidence, len(probabilities))
+        rows.append(torch.stack([steps.sum(), right.gather(0, steps[None] - 1).sum()]))
+    return torch.stack(rows)
+
+
+def diagnose(
+    ann: nn.Module, snn: stdb.SpikingNetwork, split: Samples, timesteps: int
+) -> list[dict[str, float | str]]:
+    """``stdb.diagnose`` on a few of the images, as rows."""
+    device = next(snn.parameters()).device
+    few = split.take(torch.arange(min(DIAGNOSED, len(split)), device=split.labels.device))
+    few = few.to(device)
+    found = stdb.diagnose(ann.to(device), snn, normalise(few.images), timesteps, sample_ids=few.ids)
+    return [vars(row) | {"hint": row.hint} for row in found]
+
+
+def chance(classes: int, images: int) -> float:
+    """The accuracy that guessing does not exceed in 39 of 40 times."""
+    guess = 1 / classes
+    return guess + 2 * math.sqrt(guess * (1 - guess) / images)
+
+
+def collapse(accuracy: float, classes: int, images: int, rows: Sequence[dict]) -> str:
+    """The diagnosis as text, where an accuracy is at chance level; else empty."""
+    if accuracy > chance(classes, images):
+        return ""
+    lines = [
+        f"test accuracy {accuracy:.1%} is at chance level for {classes} classes; layer by layer:",
+        f"  {'layer':24} {'V':>8} {'rate':>7} {'dead':>6} {'full':>6} {'corr.':>6} {'U/V':>6}",
+    ]
+    lines += [
+        f"  {row['layer']:24} {row['threshold']:8.4g} {row['rate']:7.2%} {row['dead']:6.0%} "
+        f"{row['saturated']:6.0%} {row['correlation']:6.2f} {row['residual']:6.2f}"
+        for row in rows
+    ]
+    first = next((str(row["hint"]) for row in rows if row["hint"]), "")
+    return "\n".join([*lines, *([f"  the first layer that is ill: {first}"] if first else [])])
 
 
 def _merge(

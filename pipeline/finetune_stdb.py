@@ -6,7 +6,7 @@ Algorithms 2 and 3: the balanced thresholds, scaled for the reduced T, and Adam 
 best epoch is chosen on the validation split; the test split is read once, at the end.
 With ``stdb.from_scratch`` random weights are trained in the same way, the baseline of Appendix B.
 Out: models/snn.safetensors, metrics/finetune_stdb.json, plots/finetune_stdb.csv,
-plots/finetuned_spikes.csv, plots/finetuned_accuracy.csv.
+plots/finetuned_*.csv: spikes and diagnosis by layer, accuracy by step, confusion, leaving early.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ import stdb
 from pipeline.balance_thresholds import converted, load_thresholds
 from pipeline.data import Samples, load_split, load_splits, normalise
 from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
-from pipeline.evaluation import Evaluation, evaluate_snn, spike_metrics
-from pipeline.network import build_ann, build_snn, load_weights, save_weights
-from pipeline.params import NetworkParams, StdbParams
+from pipeline.evaluation import Evaluation, collapse, diagnose, evaluate_snn, spike_metrics
+from pipeline.network import build_ann, build_snn, load_weights, recipe
+from pipeline.params import DataParams, NetworkParams, StdbParams
 from pipeline.stage import (
     ANN,
     CONVERSION,
@@ -36,6 +36,7 @@ from pipeline.stage import (
     run_stage,
     write_csv,
     write_json,
+    writing,
 )
 from pipeline.training import fit, order
 
@@ -47,7 +48,7 @@ def main(stage: Stage) -> None:
     """Check the inputs, run the job, write weights, metrics and curves."""
     params = stage.params
     train = load_split(DATA / "train.safetensors")
-    converted(params.network, params.stdb, train)  # refuses files of another network
+    _, snn = converted(params.network, params.stdb, train)  # refuses files of another network
     found = 1.0 if params.stdb.from_scratch else read_json(CONVERSION)["scale"]
     scale = params.stdb.threshold_scale or found
     start = "random weights, " if params.stdb.from_scratch else ""
@@ -65,12 +66,16 @@ def main(stage: Stage) -> None:
         },
     )
     test = Evaluation(**state["test"])
-    save_weights(
-        state["best_network"],
-        SNN,
-        network=params.network.model_dump(),
-        stdb=params.stdb.model_dump(),
-    )
+    snn.net.load_state_dict(state["best_network"])
+    with writing(SNN) as temporary:
+        stdb.save(
+            snn,
+            temporary,
+            network=recipe(params.network, train),
+            timesteps=params.stdb.timesteps,
+            classes=train.classes,
+            stdb=params.stdb.model_dump(),
+        )
     write_json(
         Path("metrics/finetune_stdb.json"),
         {
@@ -92,9 +97,52 @@ def main(stage: Stage) -> None:
         Path("plots/finetuned_accuracy.csv"),
         [{"timesteps": t, "accuracy": a} for t, a in enumerate(state["curve"], start=1)],
     )
+    classes = range(len(train.classes))
+    write_csv(
+        Path("plots/finetuned_confusion.csv"),
+        [
+            {
+                "actual": train.classes[a],
+                "predicted": train.classes[b],
+                "images": test.confusion[a][b],
+            }
+            for a in classes
+            for b in classes
+            if a == b or test.confusion[a][b]
+        ],
+    )
+    write_csv(
+        Path("plots/finetuned_exits.csv"),
+        [
+            {"confidence": confidence, "timesteps": steps, "accuracy": right}
+            for confidence, (steps, right) in test.exits.items()
+        ],
+    )
+    write_csv(Path("plots/finetuned_diagnosis.csv"), state["diagnosis"])
     stage.log({"accuracy/test": test.accuracy[-1], "accuracy/best_validation": state["best"]})
+    about = {
+        "accuracy": state["best"],
+        "timesteps": params.stdb.timesteps,
+        "classes": train.classes,
+        "architecture": params.network.architecture,
+    }
+    stage.tracker.model(SNN, model_name(params.data), example(train), about)
     stage.say(f"STDB: validation {state['best']:.2%}, test {test.accuracy[-1]:.2%}")
+    images = sum(map(sum, test.confusion))
+    if ill := collapse(test.accuracy[-1], len(train.classes), images, state["diagnosis"]):
+        stage.say(ill)
     forget_job(stage)
+
+
+def model_name(data: DataParams) -> str:
+    """Of the registered model: networks of one data set compete for its champion."""
+    name = Path(data.path).name.partition(".")[0] if data.source == "folder" and data.path else ""
+    return f"stdb-{name or data.source}"
+
+
+def example(split: Samples) -> list:
+    """The first image as (1, C, H, W), nested."""
+    return split.take(torch.zeros(1, dtype=torch.int64)).images.tolist()
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -107,7 +155,11 @@ def train_loop(config: dict[str, Any]) -> None:
     snn, state = fine_tune(config, train, validation, rank, world, device)
     found = evaluate_snn(snn, test, timesteps, BATCH, rank, world)
     longer = evaluate_snn(snn, test, longest(timesteps), BATCH, rank, world)
-    report(state | {"test": vars(found), "curve": longer.accuracy})
+    ann = build_ann(NetworkParams(**config["network"]), train)  # with the weights that were learned
+    learned = snn.net.state_dict()
+    ann.load_state_dict({name: learned[name] for name in ann.state_dict()})
+    rows = diagnose(ann, snn, validation, timesteps)
+    report(state | {"test": vars(found), "curve": longer.accuracy, "diagnosis": rows})
 
 
 def fine_tune(

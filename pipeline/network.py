@@ -1,9 +1,9 @@
 """The network of params.yaml: built, loaded from and saved to safetensors, made spiking."""
 
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,31 +16,19 @@ from pipeline.params import NetworkParams, StdbParams
 from pipeline.stage import StageError, writing
 
 
+def recipe(params: NetworkParams, data: Samples) -> dict[str, Any]:
+    """Arguments of ``stdb.build_network`` for a data set's images and classes."""
+    channels, _, size = data.shape
+    fitting = {"in_channels": channels, "image_size": size, "num_classes": len(data.classes)}
+    return params.model_dump() | fitting
+
+
 def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
     """The ANN for a data set's images and classes, weights drawn from torch's generator."""
-    channels, _, size = data.shape
-    classes = len(data.classes)
-    if ":" in params.architecture:
-        return _own(params.architecture, channels, size, classes)
-    return stdb.build(
-        params.architecture,
-        channels,
-        size,
-        classes,
-        width=params.width,
-        hidden=params.hidden,
-        dropout=params.dropout,
-        classifier_dropout=params.classifier_dropout,
-    )
-
-
-def _own(name: str, channels: int, size: int, classes: int) -> nn.Module:
-    module, _, function = name.partition(":")
     try:
-        build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise StageError(f"network.architecture is {name!r}: {error}") from error
-    return build(in_channels=channels, image_size=size, num_classes=classes)
+        return stdb.build_network(**recipe(params, data))
+    except ValueError as error:
+        raise StageError(f"network: {error}") from error
 
 
 def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetwork:

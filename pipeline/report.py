@@ -1,102 +1,154 @@
-"""Stage report: Table 1's row, Fig. 3, accuracy against T, how training went, energy.
+"""Stage report: Table 1's row, Figs. 1 and 3, accuracy against T, and how the network came about.
 
     python -m pipeline.report
 
-Reads what the other stages wrote; trains and evaluates nothing. Out: report/README.md with PNGs.
+Reads what the other stages wrote, and presents one image. Out: report/index.html, which needs no
+other file, and report/README.md with PNGs.
 """
 
+import base64
 import csv
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+import psutil
+import torch
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
-from pipeline.stage import Stage, read_json, run_stage, writing
+import stdb
+from pipeline import figures
+from pipeline.data import load_split, normalise
+from pipeline.paper import nearest
+from pipeline.params import Params
+from pipeline.stage import (
+    DATA,
+    RUNS,
+    SNN,
+    Stage,
+    read_json,
+    run_stage,
+    writing,
+)
+from pipeline.tracking import provenance
 
 OUT = Path("report")
-CONVERTED, FINETUNED, ANN = "#8a8f98", "#c8452d", "#2a5d8f"
+STYLE = """
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+       font: 16px/1.5 system-ui, sans-serif; }
+img { max-width: 100%; } table { border-collapse: collapse; margin: 1rem 0; display: block;
+overflow-x: auto; } th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; }
+th { border-bottom: 2px solid #888; } code { font-size: .9em; }
+"""
+ROWS = ("converted", "converted, scaled", "STDB")  # of the tables
 
 
 def main(stage: Stage) -> None:
-    """Draw the figures, write the page."""
-    params = stage.params
-    ann = read_json(Path("metrics/train_ann.json"))
-    converted = read_json(Path("metrics/evaluate_converted.json"))
-    tuned = read_json(Path("metrics/finetune_stdb.json"))
-    figures = {
-        "accuracy_by_timestep": accuracy_by_timestep(ann, converted, tuned),
-        "spikes_per_layer": spikes_per_layer(converted, tuned),
-        "training": training(ann),
-    }
-    for name, figure in figures.items():
+    """Draw the figures, write the pages."""
+    found = read_results()
+    drawn = draw(stage.params, found)
+    for name, figure in drawn.items():
         with writing(OUT / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
         plt.close(figure)
         stage.tracker.figure(OUT / f"{name}.png")
-    test = read_json(Path("metrics/data.json"))["test"]["images"]
-    text = page(params, ann, converted, tuned, test)
+    text = page(stage, found)
     with writing(OUT / "README.md") as temporary:
         temporary.write_text(text)
-    stage.tracker.figure(OUT / "README.md")
-    stage.say(table(params, ann, converted, tuned))
-    stage.say(f"see {OUT}/README.md")
+    with writing(OUT / "index.html") as temporary:
+        temporary.write_text(as_html(text))
+    for name in ("README.md", "index.html"):
+        stage.tracker.figure(OUT / name)
+    row = table(stage.params, found)
+    stage.tracker.summary(headline(found), row, OUT / "index.html")
+    stage.say(row)
+    stage.say(f"see {OUT}/index.html, or {OUT}/README.md")
 
 
-def table(params, ann: dict, converted: dict, tuned: dict) -> str:
-    """Table 1's row as Markdown."""
+def read_results() -> dict[str, Any]:
+    """What the other stages measured: metrics by stage, plots by file name."""
+    names = ("data", "train_ann", "evaluate_converted", "finetune_stdb")
+    metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in names}
+    return metrics | {"plots": {path.stem: _rows(path) for path in Path("plots").glob("*.csv")}}
+
+
+def headline(found: dict[str, Any]) -> dict[str, float]:
+    """The figures of the whole execution, grouped as MLflow groups them."""
+    converted, tuned = found["evaluate_converted"], found["finetune_stdb"]
     long, reduced = converted["long"], converted["reduced"]
-    rows = [
-        "| | data | ANN | converted | T | converted, scaled | STDB | T |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| **{params.network.architecture}** (width {params.network.width:g}) "
-        f"| {params.data.source} "
-        f"| {ann['accuracy']['test']:.2%} | {long['accuracy']:.2%} | {long['timesteps']} "
-        f"| {reduced['accuracy']:.2%} | **{tuned['accuracy']['test']:.2%}** "
-        f"| {tuned['timesteps']} |",
+    return {
+        "accuracy/ann": found["train_ann"]["accuracy"]["test"],
+        "accuracy/converted_long": long["accuracy"],
+        "accuracy/converted": reduced["accuracy"],
+        "accuracy/stdb": tuned["accuracy"]["test"],
+        "accuracy/stdb_validation": tuned["accuracy"]["validation"],
+        "timesteps/long": long["timesteps"],
+        "timesteps/reduced": tuned["timesteps"],
+        "energy/ann_pj": converted["ann"]["energy_pj"],
+        "energy/converted_long_pj": long["energy_pj"],
+        "energy/converted_pj": reduced["energy_pj"],
+        "energy/stdb_pj": tuned["energy_pj"],
+        **{f"spikes/{name}": value for name, value in tuned["spikes_per_neuron"].items()},
+    }
+
+
+def draw(params: Params, found: dict[str, Any]) -> dict[str, Figure]:
+    """The figures, by the name of their file."""
+    converted, tuned, plots = found["evaluate_converted"], found["finetune_stdb"], found["plots"]
+    reduced = converted["reduced"]
+    marks = [
+        (reduced["timesteps"], reduced["accuracy"]),
+        (tuned["timesteps"], tuned["accuracy"]["test"]),
     ]
-    return "\n".join(rows)
+    snn, about = stdb.load(SNN)
+    one = load_split(DATA / "test.safetensors").take(torch.zeros(1, dtype=torch.int64))
+    return {
+        "accuracy_by_timestep": figures.accuracy_by_timestep(
+            found["train_ann"]["accuracy"]["test"], plots["converted_accuracy"],
+            plots["finetuned_accuracy"], marks,
+        ),
+        "spikes_per_layer": figures.spikes_per_layer(
+            reduced["spikes_per_neuron"], tuned["spikes_per_neuron"],
+            snn.thresholds,
+        ),
+        "surrogate": figures.surrogate(params.stdb),
+        "raster": figures.raster(snn, normalise(one.images), one.ids, about["timesteps"]),
+        "diagnosis": figures.diagnosis(plots["converted_diagnosis"], plots["finetuned_diagnosis"]),
+        "confusion": figures.confusion(plots["finetuned_confusion"], about["classes"]),
+        "training": figures.training(plots["train_ann"], plots["finetune_stdb"]),
+    }  # fmt: skip
 
 
-def page(params, ann: dict, converted: dict, tuned: dict, test: int) -> str:
-    """The report."""
-    lost = ann["accuracy"]["test"] - converted["reduced"]["accuracy"]
-    won = tuned["accuracy"]["test"] - converted["reduced"]["accuracy"]
-    t = tuned["timesteps"]
-    if lost > 0:
-        sentence = (
-            f"At T = {t} the converted network is {100 * lost:.1f} points below the ANN, with the "
-            f"threshold scale ({converted['reduced']['threshold_scale']:g}) that is best on "
-            f"validation; STDB wins back {100 * won:.1f} of them."
-        )
-    else:
-        sentence = f"At T = {t} the converted network loses nothing against the ANN."
-    energy = "\n".join(
-        f"| {name} | {steps} | {row['energy_pj'] / 1000:,.1f} | "
-        + (f"{row['energy_delay'] / 1000:,.1f} |" if "energy_delay" in row else "|")
-        for name, steps, row in (
-            ("ANN", "", converted["ann"]),
-            ("converted", converted["long"]["timesteps"], converted["long"]),
-            ("converted, scaled", t, converted["reduced"]),
-            ("STDB", t, tuned),
-        )
-    )
+# -- the page ------------------------------------------------------------------------------------
+
+
+def page(stage: Stage, found: dict[str, Any]) -> str:
+    """The report, in Markdown."""
+    params, tuned = stage.params, found["finetune_stdb"]
+    t, test = tuned["timesteps"], found["data"]["test"]["images"]
     return f"""# Report
 
-{table(params, ann, converted, tuned)}
+{table(params, found)}
 
-Top-1 accuracy on {test:,} test images, read once; scale and epoch are chosen on validation.
-{sentence}
+Top-1 accuracy on {test:,} test images, read once; scale and epoch are chosen on validation. In
+brackets: 95 % confidence intervals (Wilson) for the test images drawn, seeds not included.
+{gain(found)}
 
 ![Accuracy against T](accuracy_by_timestep.png)
 
+One simulation gives the accuracy at every t: the output layer only accumulates.
+
 ## Spikes (Fig. 3)
 
-Spikes of each layer summed over T = {t}, per neuron and image.
+Spikes of each layer summed over T = {t}, per neuron and image; V after scaling and fine-tuning on
+the bars. {fewer_spikes(found)}
 
 ![Spikes per layer](spikes_per_layer.png)
 
@@ -105,90 +157,216 @@ Spikes of each layer summed over T = {t}, per neuron and image.
 Per image, 45 nm CMOS: 0.9 pJ an accumulate, 4.6 pJ a multiply-accumulate; synaptic operations by
 real fan-out.
 
-| | T | nJ | nJ · steps |
-| --- | ---: | ---: | ---: |
-{energy}
+{energy(found)}
+
+## The surrogate gradient (Fig. 1)
+
+![Surrogate gradient](surrogate.png)
+
+## One image
+
+![Spikes and membranes](raster.png)
+
+## Leaving early
+
+The output may be read as soon as the largest probability is large enough.
+
+{exits(found)}
+
+## Layer by layer: does it follow its ANN?
+
+Correlation of spike counts with the activations of the ANN of the same weights, neurons that never
+fired, and neurons that fired in nine of ten steps or more.
+
+![Diagnosis](diagnosis.png)
+
+{diagnosis(found)}
+
+## Decisions
+
+![Confusion matrix](confusion.png)
 
 ## Training
 
 ![Training](training.png)
 
-Reproduce with `dvc repro`; every parameter is in `params.yaml` (seeds: data {params.data.seed},
-ANN {params.train_ann.seed}, calibration {params.balance_thresholds.seed}, STDB {params.stdb.seed}).
+## How it came about
+
+{origin(stage)}
+
+{parameters(params)}
+
+Reproduce with `dvc repro`.
 """
 
 
-def accuracy_by_timestep(ann: dict, converted: dict, tuned: dict) -> Figure:
-    """Accuracy on the test split after every step, converted and fine-tuned."""
-    figure, axes = _axes("Accuracy against T", "time steps", "test accuracy (%)")
-    rows = _rows("plots/converted_accuracy.csv")
-    for scale in dict.fromkeys(row["threshold_scale"] for row in rows):
-        curve = [row for row in rows if row["threshold_scale"] == scale]
-        label = "balanced thresholds" if float(scale) == 1 else f"thresholds × {float(scale):g}"
-        style = "-" if float(scale) != 1 else ":"
-        _curve(axes, curve, f"converted, {label}", CONVERTED, style)
-    _curve(axes, _rows("plots/finetuned_accuracy.csv"), "STDB", FINETUNED, "-")
-    axes.axhline(100 * ann["accuracy"]["test"], color=ANN, lw=1.2, ls="--", label="ANN")
-    axes.plot(tuned["timesteps"], 100 * tuned["accuracy"]["test"], "o", color=FINETUNED)
-    axes.plot(
-        converted["reduced"]["timesteps"], 100 * converted["reduced"]["accuracy"], "o",
-        color=CONVERTED,
-    )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_ylim(0, 102)
-    axes.legend(frameon=False, loc="lower right")
-    return figure
+def table(params: Params, found: dict[str, Any]) -> str:
+    """Table 1's row, ours above the paper's."""
+    converted, tuned = found["evaluate_converted"], found["finetune_stdb"]
+    long, reduced = converted["long"], converted["reduced"]
+    test = found["data"]["test"]["images"]
+    row, network = nearest(params.network, params.data), params.network
+    accuracies = [
+        with_interval(value, test)
+        for value in (
+            found["train_ann"]["accuracy"]["test"], long["accuracy"], reduced["accuracy"],
+            tuned["accuracy"]["test"],
+        )
+    ]  # fmt: skip
+    ours = [
+        f"**{network.architecture}** (width {network.width:g})", params.data.source,
+        accuracies[0], accuracies[1], long["timesteps"], *accuracies[2:], tuned["timesteps"],
+    ]  # fmt: skip
+    paper = [
+        f"{row.architecture}, the paper's", row.source, f"{row.ann} %", f"{row.converted} %", 2500,
+        f"{row.reduced} %", f"{row.hybrid} %", row.timesteps,
+    ]  # fmt: skip
+    head = ["", "data", "ANN", "converted", "T", "converted, scaled", "STDB", "T"]
+    return markdown_table(head, [ours, paper], text=2)
 
 
-def spikes_per_layer(converted: dict, tuned: dict) -> Figure:
-    """Fig. 3: average spikes per neuron of every layer, converted and fine-tuned side by side."""
-    figure, axes = _axes("Spikes per neuron", "layer", "spikes per image")
-    before, after = converted["reduced"]["spikes_per_neuron"], tuned["spikes_per_neuron"]
-    x = range(len(before))
-    axes.bar([i - 0.2 for i in x], list(before.values()), 0.4, color=CONVERTED, label="converted")
-    axes.bar([i + 0.2 for i in x], list(after.values()), 0.4, color=FINETUNED, label="STDB")
-    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(list(x), list(before), **(slanted if len(before) > 8 else {}))
-    axes.legend(frameon=False)
-    return figure
+def with_interval(accuracy: float, images: int) -> str:
+    """An accuracy with its 95 % interval (Wilson), for so many independent images."""
+    interval = binomtest(round(accuracy * images), images).proportion_ci(method="wilson")
+    return f"{accuracy:.2%} ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
 
 
-def training(ann: dict) -> Figure:
-    """Accuracy by epoch of both trainings."""
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axes, name, title in (
-        (both[0], "train_ann", "ANN"),
-        (both[1], "finetune_stdb", "STDB"),
-    ):
-        rows = _rows(f"plots/{name}.csv")
-        epochs = [int(row["epoch"]) for row in rows]
-        for key, style in (("train", ":"), ("validation", "-")):
-            if f"accuracy/{key}" in rows[0]:
-                values = [100 * float(row[f"accuracy/{key}"]) for row in rows]
-                color = ANN if name == "train_ann" else FINETUNED
-                axes.plot(epochs, values, style, color=color, label=key)
-        axes.set(title=title, xlabel="epoch")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
-    both[0].set_ylabel("accuracy (%)")
-    return figure
+def gain(found: dict[str, Any]) -> str:
+    """What the conversion loses and STDB wins back, as a sentence."""
+    reduced, tuned = found["evaluate_converted"]["reduced"], found["finetune_stdb"]
+    lost = found["train_ann"]["accuracy"]["test"] - reduced["accuracy"]
+    won = tuned["accuracy"]["test"] - reduced["accuracy"]
+    if lost <= 0:
+        return f"At T = {tuned['timesteps']} the converted network loses nothing against the ANN."
+    back = f"wins back {100 * won:.1f} of them" if won >= 0 else f"loses {-100 * won:.1f} more"
+    return (
+        f"At T = {tuned['timesteps']} the converted network is {100 * lost:.1f} points below the "
+        f"ANN, with the threshold scale ({reduced['threshold_scale']:g}) that is best on "
+        f"validation; STDB {back}."
+    )
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def fewer_spikes(found: dict[str, Any]) -> str:
+    """The two networks' spikes, as a sentence."""
+    sums = [
+        sum(found[stage]["spikes_per_neuron"].values())
+        if stage == "finetune_stdb"
+        else sum(found[stage]["reduced"]["spikes_per_neuron"].values())
+        for stage in ("evaluate_converted", "finetune_stdb")
+    ]
+    return f"The layers' averages sum to {sums[0]:.2f} converted and {sums[1]:.2f} after STDB."
 
 
-def _curve(axes: Axes, rows: list[dict[str, str]], label: str, color: str, style: str) -> None:
-    steps = [int(row["timesteps"]) for row in rows]
-    accuracy = [100 * float(row["accuracy"]) for row in rows]
-    axes.plot(steps, accuracy, style, color=color, label=label)
+def energy(found: dict[str, Any]) -> str:
+    """Energy and energy–delay product of the ANN and the spiking networks."""
+    converted, tuned = found["evaluate_converted"], found["finetune_stdb"]
+    rows: list[list] = [["ANN", "", f"{converted['ann']['energy_pj'] / 1000:,.1f}", ""]]
+    for name, row in zip(ROWS, (converted["long"], converted["reduced"], tuned), strict=True):
+        pj, delay = row["energy_pj"] / 1000, row["energy_delay"] / 1000
+        rows.append([name, row["timesteps"], f"{pj:,.1f}", f"{delay:,.1f}"])
+    return markdown_table(["", "T", "nJ", "nJ · steps"], rows)
 
 
-def _rows(path: str) -> list[dict[str, str]]:
-    with Path(path).open() as file:
+def exits(found: dict[str, Any]) -> str:
+    """Steps and accuracy when every image is left as soon as it is clear."""
+    rows = [
+        [
+            f"{float(row['confidence']):g}",
+            f"{float(row['timesteps']):.2f}",
+            f"{1 - float(row['timesteps']) / found['finetune_stdb']['timesteps']:.0%}",
+            f"{float(row['accuracy']):.2%}",
+        ]
+        for row in found["plots"]["finetuned_exits"]
+    ]
+    whole = found["finetune_stdb"]
+    rows.append(["never", f"{whole['timesteps']}", "0%", f"{whole['accuracy']['test']:.2%}"])
+    return markdown_table(["confidence", "steps on average", "saved", "accuracy"], rows)
+
+
+def diagnosis(found: dict[str, Any]) -> str:
+    """A table of the fine-tuned layers, and what helps where one is ill."""
+    head = ["layer", "V", "spikes per step", "correlation", "silent", "saturated", "U/V left"]
+    rows = [
+        [
+            row["layer"], f"{float(row['threshold']):.3g}", f"{float(row['rate']):.2%}",
+            f"{float(row['correlation'] or 'nan'):.2f}", f"{float(row['dead']):.0%}",
+            f"{float(row['saturated']):.0%}", f"{float(row['residual']):.2f}",
+        ]
+        for row in found["plots"]["finetuned_diagnosis"]
+    ]  # fmt: skip
+    hints = [
+        f"- {name}: {row['hint']}"
+        for name, key in (("converted", "converted_diagnosis"), ("STDB", "finetuned_diagnosis"))
+        for row in found["plots"][key]
+        if row["hint"]
+    ]
+    return markdown_table(head, rows) + "\n\n" + "\n".join(hints or ["No layer is ill."])
+
+
+def origin(stage: Stage) -> str:
+    """Commit, machine, data and the durations of the stages, as far as they are known here."""
+    tags, data = provenance(), read_json(Path("metrics/data.json"))
+    changed = ", with changes" if tags["git.dirty"] == "true" else ""
+    lines = [
+        f"- commit: `{tags['git.commit']}`{changed}",
+        f"- experiment: {tags['dvc.experiment']}",
+        f"- machine: {machine()}",
+    ]
+    for name in ("train", "validation", "test"):
+        split = data[name]
+        lines.append(f"- {name}: {split['images']:,} images, sha256 `{split['sha256']}`")
+    lines.append(f"- network: sha256 `{stage.inputs[str(SNN)]}`")
+    done = json.loads(RUNS.read_text()) if RUNS.exists() else {}
+    for name, run in done.items():
+        lines.append(f"- {name}: {run['seconds']:.0f} s, ended {run['ended']}, on {run['machine']}")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Processor, cores, memory, GPU, and the versions that matter."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (named := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        model = named[1]
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    memory = psutil.virtual_memory().total / 2**30
+    parts = [model, f"{os.cpu_count()} cores", f"{memory:.0f} GiB", *gpus]
+    return ", ".join([*parts, f"Python {platform.python_version()}", f"torch {torch.__version__}"])
+
+
+def parameters(params: Params) -> str:
+    """Every parameter."""
+    rows = [
+        [f"`{section}.{key}`", f"`{value}`"]
+        for section, values in params.model_dump().items()
+        for key, value in values.items()
+    ]
+    return markdown_table(["parameter", "value"], rows, text=2)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence], text: int = 1) -> str:
+    """A table; the first ``text`` columns are words, the others numbers."""
+    rule = ["---" if k < text else "---:" for k in range(len(head))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, rule, *rows))
+
+
+def as_html(text: str) -> str:
+    """The page with its pictures inside, which a browser shows without any other file."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+
+    def inside(found: re.Match) -> str:
+        data = base64.b64encode((OUT / found[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="([\w.]+\.png)"', inside, body)
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Report</title>\n'
+        f"<style>{STYLE}</style>\n{body}</html>\n"
+    )
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
         return list(csv.DictReader(file))
 
 

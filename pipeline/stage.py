@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ ANN = Path("models/ann.safetensors")
 THRESHOLDS = Path("models/thresholds.json")
 CONVERSION = Path("models/conversion.json")
 SNN = Path("models/snn.safetensors")
+RUNS = Path(".results/runs.json")  # when and how long each stage ran here last; nobody's input
 ROOM = 64 * 2**20  # bytes that have to be free where outs are written
 
 
@@ -60,7 +62,10 @@ class Stage:
         self.inputs = {str(f): digest(f) for d in spec["deps"] for f in _files(Path(d))}
         identity = json.dumps([name, self.tracked, self.inputs], sort_keys=True)
         self.key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        self.tracker = Tracker(name, self.tracked, self.inputs, self.key)
+        sections = list(Params.model_fields)
+        everything = _flatten(params.model_dump(), sections)
+        splits = datasets(params, self.inputs)
+        self.tracker = Tracker(name, self.tracked, self.inputs, self.key, everything, splits)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -85,6 +90,7 @@ def run_stage(name: str, main: Callable[[Stage], None], file: Path = Path("dvc.y
         seconds = time.monotonic() - start
         stage.log({"duration_seconds": seconds})
         status = "FINISHED"
+        note_run(name, seconds)
         stage.say(f"done in {seconds:.0f} s")
     except (ParamsError, DataError, ConversionError, StageError, OSError) as error:
         print(f"\nerror in stage {name}: {error}", file=sys.stderr)
@@ -99,6 +105,32 @@ def run_stage(name: str, main: Callable[[Stage], None], file: Path = Path("dvc.y
     finally:
         if stage is not None:
             stage.tracker.end(status, interrupted)
+
+
+def datasets(params: Params, inputs: dict[str, str]) -> list[dict[str, Any]]:
+    """The splits among a stage's inputs, as MLflow shows data sets."""
+    summary = Path("metrics/data.json")
+    known = json.loads(summary.read_text()) if summary.exists() else {}
+    contexts = {"train": "training", "validation": "validation", "test": "test"}
+    return [
+        {
+            "name": f"{params.data.source} {name}",
+            "digest": inputs[path],
+            "path": path,
+            "context": context,
+            "profile": {k: known.get(k) for k in ("shape", "classes")} | known.get(name, {}),
+        }
+        for name, context in contexts.items()
+        if (path := str(DATA / f"{name}.safetensors")) in inputs
+    ]
+
+
+def note_run(name: str, seconds: float) -> None:
+    """For the report: when, where and how long a stage ran; no out, since it differs each time."""
+    known = json.loads(RUNS.read_text()) if RUNS.exists() else {}
+    ended = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    known[name] = {"seconds": seconds, "ended": ended, "machine": socket.gethostname()}
+    write_json(RUNS, known)
 
 
 def check_outs(outs: list[Path]) -> None:
@@ -170,7 +202,7 @@ def _files(path: Path) -> Iterator[Path]:
         raise StageError(f"{path} is missing; run dvc repro, which makes it")
 
 
-def _flatten(params: dict[str, Any], tracked: list[str | dict[str, None]]) -> dict[str, Any]:
+def _flatten(params: dict[str, Any], tracked: Sequence[str | dict[str, None]]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for entry in tracked:
         if isinstance(entry, dict):  # all of another file

@@ -5,7 +5,7 @@
 Every trial is STDB at the values that were drawn (:mod:`pipeline.trial`). Validation accuracy
 decides; the test split is never read. A sweep that was killed goes on: finished trials are kept,
 running ones go on from their last epoch, and what was spent of the budget stays spent.
-Out, in FOLDER: trials.csv, best_params.yaml, pareto.png, epochs.png.
+Out, in FOLDER: trials.csv, best_params.yaml, pareto.png, epochs.png, parallel.png.
 """
 
 import logging
@@ -123,7 +123,7 @@ def search(stage: Stage, sweep: SweepParams) -> tuple[list[dict[str, Any]], list
             "stdb": params.stdb.model_dump() | {"epochs": sweep.epochs},
         }
         stage.say(f"up to {total} trials, {parallel} at once")
-        Watch.tracker, Watch.total = stage.tracker, total
+        Watch.say, Watch.tracker, Watch.total = stage.say, stage.tracker, total
         trainable = tune.with_resources(partial(run_trial, given=given), needed)
         found = make_tuner(trainable, sweep, work, parallel, params.stdb.timesteps).fit()
         return tables(found, sweep, params.stdb, work)

@@ -1,4 +1,6 @@
-"""MLflow: one run per execution of a stage. A view only; no stage reads anything back from it.
+"""MLflow: a run for each execution of the pipeline, and in it one for each stage that really ran.
+
+A view only: no stage reads anything back from it.
 
 The tracking server, its credentials and the artefact store are MLflow's own environment variables;
 without them everything is in mlflow.db and mlartifacts/ at the root of the repository. Where MLflow
@@ -6,7 +8,6 @@ cannot be reached, that is said once and the work goes on.
 """
 
 import json
-import logging
 import os
 import re
 import socket
@@ -25,7 +26,11 @@ import psutil
 EXPERIMENT = "stdb"
 PATIENCE = 60.0  # seconds that a stage waits for MLflow at its end
 Entry = tuple[str, float, int, int]  # a metric: key, value, milliseconds since 1970, step
-GENERATED = ("dvc.lock", "metrics", "plots", "report")  # what a run itself changes in git's eyes
+# What a run itself changes in git's eyes
+GENERATED = (
+    *("**/dvc.lock", "metrics/**", "plots/**", "report/**"),
+    *("sweep/**/trials.csv", "sweep/**/best_params.yaml", "sweep/**/*.png"),
+)
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # MLflow's own 7 retries of 120 s each would hold up every stage for minutes
@@ -50,7 +55,9 @@ def provenance() -> dict[str, str]:
         result = subprocess.run(["git", *command], capture_output=True, text=True, check=False)
         return result.stdout.strip()
 
-    changed = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in GENERATED))
+    changed = git(
+        "status", "--porcelain", "--", ".", *(f":(exclude,glob){path}" for path in GENERATED)
+    )
     return {
         "git.commit": git("rev-parse", "HEAD") or "none",
         "git.dirty": str(bool(changed)).lower(),
@@ -60,16 +67,22 @@ def provenance() -> dict[str, str]:
 
 
 class Tracker:
-    """The MLflow run of a stage; a process of its own talks to MLflow.
+    """The MLflow run of a stage; a process of its own talks to MLflow (:mod:`pipeline.keeper`).
 
     So whatever MLflow does, the work neither waits for it nor ends with it. The process ends with
     this one; where it is killed the run stays RUNNING, and the next attempt goes on in it.
     """
 
     def __init__(
-        self, stage: str, params: dict[str, Any], inputs: dict[str, str], key: str
+        self,
+        stage: str,
+        params: dict[str, Any],
+        inputs: dict[str, str],
+        key: str,
+        everything: dict[str, Any] | None = None,
+        datasets: list[dict[str, Any]] | None = None,
     ) -> None:
-        code = "from pipeline.tracking import keep; keep()"
+        code = "from pipeline.keeper import keep; keep()"
         paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -81,8 +94,9 @@ class Tracker:
         )
         self._messages: SimpleQueue[list | None] = SimpleQueue()
         threading.Thread(target=self._write, daemon=True).start()
-        tags = {"job": f"{stage}-{key}", "process": _this_process()}
-        self._tell("start", stage, params, inputs, tags)
+        tags = {"job": f"{stage}-{key}", "process": this_process()}
+        parent = {"process": execution(), "params": everything or params}
+        self._tell("start", stage, params, inputs, tags, parent, datasets or [])
 
     @cached_property
     def run_id(self) -> str | None:
@@ -101,6 +115,14 @@ class Tracker:
     def figure(self, path: Path) -> None:
         """A file as an artefact."""
         self._tell("figure", str(path))
+
+    def summary(self, metrics: dict[str, float], text: str, page: Path) -> None:
+        """Of the whole execution, for its parent run: metrics, a description, and a page."""
+        self._tell("summary", _entries(metrics, 0), text, str(page))
+
+    def model(self, path: Path, name: str, example: list, about: dict[str, Any]) -> None:
+        """The network of a file of ``stdb.save`` as a registered model; see :mod:`.keeper`."""
+        self._tell("model", str(path), name, example, about)
 
     def child(self, name: str, params: dict[str, Any]) -> None:
         """Begin a run below this one, or go on in the one of this name that there is."""
@@ -140,117 +162,6 @@ class Tracker:
             pipe.close()
 
 
-def keep() -> None:
-    """What the process does: take messages from its input until it ends."""
-    keeper = _Keeper()
-    for line in sys.stdin:
-        name, *arguments = json.loads(line)
-        try:
-            if not keeper.failed:
-                getattr(keeper, name)(*arguments)
-        except Exception as error:
-            keeper.failed = True
-            text = f"MLflow at {tracking_uri()} does not answer, going on without: {error}"
-            print(f"warning: {without_secrets(text)}", file=sys.stderr, flush=True)
-        if name == "start":
-            with suppress(BrokenPipeError):  # where the stage was killed meanwhile
-                os.write(sys.stdout.fileno(), f"{keeper.run_id}\n".encode())
-
-
-class _Keeper:
-    """MLflow's side of a :class:`Tracker`; its methods are the messages."""
-
-    def __init__(self) -> None:
-        self.run_id = ""
-        self.children: dict[str, str] = {}  # name → run, of those that are open
-        self.failed = False  # said once; MLflow is a view, and its failure stops nothing
-
-    def start(
-        self, stage: str, params: dict[str, Any], inputs: dict[str, str], tags: dict[str, str]
-    ) -> None:
-        import mlflow
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self.client = client = mlflow.MlflowClient(tracking_uri=tracking_uri())
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is not None:
-            experiment_id = experiment.experiment_id
-        elif tracking_uri().startswith("sqlite"):
-            experiment_id = client.create_experiment(
-                EXPERIMENT, artifact_location=(root() / "mlartifacts").as_uri()
-            )
-        else:
-            experiment_id = client.create_experiment(EXPERIMENT)
-        tags |= provenance()
-        self.experiment_id, self.tags = experiment_id, dict(tags)
-        self.run_id = self._unfinished_run(experiment_id, tags)
-        if self.run_id:
-            client.update_run(self.run_id, status="RUNNING")
-            client.set_tag(self.run_id, "process", tags["process"])
-            client.set_tag(self.run_id, "interrupted", "false")
-            return
-        tags |= {f"input.{path}": value for path, value in inputs.items()}
-        run = client.create_run(experiment_id, run_name=stage, tags=tags)
-        self.run_id = run.info.run_id
-        self._log_params(self.run_id, params)
-
-    def _unfinished_run(self, experiment_id: str, tags: dict[str, str]) -> str:
-        """The run of this job that was interrupted, to go on in; or "".
-
-        A kill leaves it RUNNING; those of other jobs are closed.
-        """
-        found = ""
-        running = self.client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-        stopped = self.client.search_runs([experiment_id], "tags.interrupted = 'true'")
-        for run in [*running, *stopped]:
-            if run.info.status == "RUNNING" and not _is_gone(run.data.tags.get("process", "")):
-                continue
-            same = all(run.data.tags.get(k) == tags[k] for k in ("job", "dvc.experiment"))
-            if same and not found:
-                found = run.info.run_id
-            elif run.info.status == "RUNNING":
-                self.client.set_terminated(run.info.run_id, "FAILED")
-        return found
-
-    def log(self, entries: list[Entry]) -> None:
-        _log(self.client, self.run_id, entries)
-
-    def figure(self, path: str) -> None:
-        self.client.log_artifact(self.run_id, path)
-
-    def child(self, name: str, params: dict[str, Any]) -> None:
-        mine = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{name}'"
-        found = self.client.search_runs([self.experiment_id], mine)
-        if found:
-            self.children[name] = found[0].info.run_id
-            self.client.update_run(self.children[name], status="RUNNING")
-            return
-        tags = {"mlflow.parentRunId": self.run_id, **self.tags}
-        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
-        self.children[name] = run.info.run_id
-        self._log_params(run.info.run_id, params)
-
-    def child_log(self, name: str, entries: list[Entry]) -> None:
-        _log(self.client, self.children[name], entries)
-
-    def child_end(self, name: str, status: str) -> None:
-        self.client.set_terminated(self.children.pop(name), status)
-
-    def _log_params(self, run_id: str, params: dict[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        entries = [Param(key, str(value)) for key, value in params.items()]
-        self.client.log_batch(run_id, params=entries)
-
-    def end(self, status: str, interrupted: bool) -> None:
-        for name in list(self.children):
-            self.child_end(name, "FAILED")
-        if interrupted:
-            self.client.set_tag(self.run_id, "interrupted", "true")
-        self.client.set_terminated(self.run_id, status)
-
-
 class Reporter:
     """Logs what a job's workers report, epoch by epoch; runs in Ray Train's controller.
 
@@ -271,7 +182,7 @@ class Reporter:
                 import mlflow
 
                 self._client = mlflow.MlflowClient(tracking_uri=self.uri)
-            _log(self._client, self.run_id, _entries_of_rows(rows))
+            log_entries(self._client, self.run_id, _entries_of_rows(rows))
         except Exception as error:
             text = f"MLflow at {self.uri} did not take a report: {error}"
             print(f"warning: {without_secrets(text)}")
@@ -292,7 +203,8 @@ def _entries_of_rows(rows: list[dict[str, float]]) -> list[Entry]:
     return entries
 
 
-def _log(client: Any, run_id: str, entries: list[Entry]) -> None:
+def log_entries(client: Any, run_id: str, entries: list[Entry]) -> None:
+    """Log metrics to a run."""
     from mlflow.entities import Metric
 
     for start in range(0, len(entries), 1000):  # MLflow's limit for a batch
@@ -305,12 +217,25 @@ def without_secrets(text: str) -> str:
     return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
 
 
-def _this_process() -> str:
+def execution() -> str:
+    """Names what runs this stage: the `dvc` above it; itself where there is none."""
+    for process in [psutil.Process(), *psutil.Process().parents()]:
+        with suppress(psutil.Error):
+            if any(Path(part).name == "dvc" for part in process.cmdline()[:3]):
+                return _named(process)
+    return this_process()
+
+
+def this_process() -> str:
     """Names this process on this machine, also against a later one with the same number."""
-    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+    return _named(psutil.Process())
 
 
-def _is_gone(process: str) -> bool:
+def _named(process: psutil.Process) -> str:
+    return f"{socket.gethostname()} {process.pid} {process.create_time():.0f}"
+
+
+def is_gone(process: str) -> bool:
     """Whether a process of this machine has ended; of another machine nobody knows."""
     host, _, rest = process.partition(" ")
     number, _, created = rest.partition(" ")

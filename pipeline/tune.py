@@ -141,10 +141,12 @@ class Watch(tune.Callback):
     """A line and an MLflow run for every trial.
 
     Attributes:
-        tracker: the sweep's run; of the class, since Tune keeps callbacks in a file.
+        say: the stage's; of the class, as the next, since Tune keeps callbacks in a file.
+        tracker: the sweep's run.
         total: trials that there will be.
     """
 
+    say: Callable[[str], None]
     tracker: Tracker
     total: int
 
@@ -180,7 +182,7 @@ class Watch(tune.Callback):
             if status == "FAILED" or ACCURACY not in last
             else (f"{last[ACCURACY]:.1%} after {last['epoch']} epoch(s)")
         )
-        print(f"[sweep] trial {self.done} of up to {self.total}: {values}: {found}", flush=True)
+        self.say(f"trial {self.done} of up to {self.total}: {values}: {found}")
 
     def __reduce__(self) -> tuple:
         return Watch, ()
@@ -195,7 +197,7 @@ def make_tuner(
     """
     path = folder / "trials"
     if tune.Tuner.can_restore(path):
-        print("[sweep] goes on: finished trials are kept", flush=True)
+        Watch.say("goes on: finished trials are kept")
         return tune.Tuner.restore(str(path), trainable, param_space=space(sweep))
     return tune.Tuner(
         trainable,

@@ -16,10 +16,13 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 from .architectures import ARCHITECTURES, ResidualBlock, build
 from .balancing import balance_thresholds
 from .conversion import ConversionError, convert
+from .decision import Decision, decide
+from .diagnosis import LayerDiagnosis, diagnose
 from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain
 from .memory import largest_chunk, training_memory
 from .network import Presentation, SpikingNetwork
 from .neuron import SpikingNeuron
+from .saving import build_network, load, save
 from .statistics import SpikeStatistics, fan_out, record_spikes
 from .surrogate import STDB, SURROGATES, Exponential, Linear, Surrogate
 
@@ -29,8 +32,10 @@ __all__ = [
     "STDB",
     "SURROGATES",
     "ConversionError",
+    "Decision",
     "DirectEncoder",
     "Exponential",
+    "LayerDiagnosis",
     "Linear",
     "PoissonEncoder",
     "Presentation",
@@ -42,9 +47,14 @@ __all__ = [
     "Surrogate",
     "balance_thresholds",
     "build",
+    "build_network",
     "convert",
+    "decide",
+    "diagnose",
     "fan_out",
     "largest_chunk",
+    "load",
     "record_spikes",
+    "save",
     "training_memory",
 ]

@@ -87,11 +87,9 @@ def test_the_commit_is_dirty_where_the_code_is_and_not_where_results_are(tmp_pat
         subprocess.run([*git, *command], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     for name in GENERATED:
-        if "." in name:
-            Path(name).write_text("new")
-        else:
-            Path(name).mkdir()
-            Path(name, "x.json").write_text("new")
+        path = Path(name.replace("**/", "ablation/").replace("**", "x.json").replace("*", "x"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("new")
     assert provenance()["git.commit"] == head.stdout.strip()
     assert provenance()["git.dirty"] == "false"
     Path("code.py").write_text("2")

@@ -1,0 +1,250 @@
+"""The report's figures. Each takes what is drawn and returns it as matplotlib's figure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import stdb
+from pipeline.evaluation import DIAGNOSED
+from pipeline.params import StdbParams
+from stdb.neuron import fire, membranes
+
+Row = dict[str, Any]  # of a CSV file: values are text
+
+CONVERTED, FINETUNED, ANN = "#8a8f98", "#c8452d", "#2a5d8f"
+SLANTED: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+SHOWN_CLASSES = 30  # of a confusion matrix with numbers in it
+RASTER, TRACES = 12, 4  # neurons shown of a layer
+
+
+def surrogate(params: StdbParams, steps: int = 100) -> Figure:
+    """Fig. 1: a neuron's input, membrane and spikes, and the surrogate gradient below them.
+
+    A single neuron with V = 1 that gets input spikes of weight 0.35 at random.
+    """
+    generator = torch.Generator().manual_seed(1)
+    rate = torch.where(torch.arange(steps) % 50 < 25, 0.5, 0.1)
+    inputs = (torch.rand(steps, generator=generator) < rate).float()
+    current, leak = 0.35 * inputs[:, None], params.leak
+    zero = torch.zeros(1)
+    packed = fire(current.clone(), zero.clone(), 1.0, leak)
+    spikes = stdb.bits.unpack(packed, 1, torch.float32)
+    potential = membranes(current.clone(), spikes, zero, 1.0, leak)
+    kind: Any = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
+    if isinstance(kind, stdb.STDB):
+        gradient = kind.of_spikes(spikes, torch.zeros(1, dtype=torch.int16), 0)
+    else:
+        gradient = kind.of_membrane(potential.clone(), 1.0)
+    t = range(1, steps + 1)
+    figure, (above, middle, below) = plt.subplots(
+        3, 1, figsize=(7, 5), sharex=True, layout="constrained", height_ratios=[0.8, 2, 2]
+    )
+    for height, train, color in ((0, inputs, CONVERTED), (1, spikes[:, 0], FINETUNED)):
+        at = [step for step, spike in zip(t, train.tolist(), strict=True) if spike]
+        above.eventplot(at, lineoffsets=height, linelengths=0.8, colors=color)
+    above.set_yticks([0, 1], ["input", "output"])
+    above.set_title(f"One neuron (λ = {leak:g}) and its surrogate gradient")
+    middle.plot(t, potential[:, 0].tolist(), color=ANN)
+    middle.axhline(1, color="black", ls=":", lw=1)
+    middle.set_ylabel("membrane U / V")
+    below.plot(t, gradient[:, 0].tolist(), color=FINETUNED)
+    beta = "" if params.surrogate == "linear" else f", β = {params.beta:g}"
+    below.set_title(f"{params.surrogate}, α = {params.alpha:g}{beta}", fontsize=10)
+    below.set(xlabel="time step", ylabel="∂O/∂U", ylim=(0, 1.1 * params.alpha))
+    for axes in (above, middle, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def accuracy_by_timestep(
+    ann: float, converted: Sequence[Row], tuned: Sequence[Row], marks: Sequence[tuple[int, float]]
+) -> Figure:
+    """Accuracy on the test split after every step, converted and fine-tuned.
+
+    ``marks`` are T and accuracy of the two at the reduced T.
+    """
+    figure, axes = _axes("Accuracy against T", "time steps", "test accuracy (%)")
+    for scale in dict.fromkeys(row["threshold_scale"] for row in converted):
+        curve = [row for row in converted if row["threshold_scale"] == scale]
+        balanced = float(scale) == 1
+        label = "balanced thresholds" if balanced else f"thresholds × {float(scale):g}"
+        _curve(axes, curve, f"converted, {label}", CONVERTED, ":" if balanced else "-")
+    _curve(axes, tuned, "STDB", FINETUNED, "-")
+    axes.axhline(100 * ann, color=ANN, lw=1.2, ls="--", label="ANN")
+    for (steps, accuracy), color in zip(marks, (CONVERTED, FINETUNED), strict=True):
+        axes.plot(steps, 100 * accuracy, "o", color=color)
+    axes.set_xscale("log")
+    axes.set_ylim(0, 102)
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def spikes_per_layer(
+    before: dict[str, float], after: dict[str, float], thresholds: dict[str, float]
+) -> Figure:
+    """Fig. 3: average spikes per neuron of every layer, thresholds on the bars."""
+    figure, axes = _axes("Spikes per neuron", "layer", "spikes per image")
+    x = range(len(before))
+    axes.bar([i - 0.2 for i in x], list(before.values()), 0.4, color=CONVERTED, label="converted")
+    axes.bar([i + 0.2 for i in x], list(after.values()), 0.4, color=FINETUNED, label="STDB")
+    for i, name in enumerate(before):
+        top = max(before[name], after[name])
+        text = f"V {thresholds[name]:.2g}"
+        axes.annotate(
+            text, (i, top), (0, 3), textcoords="offset points", ha="center", va="bottom",
+            rotation=90 if len(before) > 8 else 0, fontsize=8,
+        )  # fmt: skip
+    axes.margins(y=0.18)
+    axes.set_xticks(list(x), list(before), **(SLANTED if len(before) > 8 else {}))
+    axes.legend(frameon=False)
+    return figure
+
+
+def diagnosis(converted: Sequence[Row], tuned: Sequence[Row]) -> Figure:
+    """Layer by layer: correlation with the ANN; dead and saturated neurons."""
+    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    names, x = [row["layer"] for row in converted], range(len(converted))
+    for rows, color, label in ((converted, CONVERTED, "converted"), (tuned, FINETUNED, "STDB")):
+        values = [float(row["correlation"] or "nan") for row in rows]
+        both[0].plot(x, values, "o-", color=color, label=label)
+        for key, style, word in (("dead", "o--", "silent"), ("saturated", "s:", "saturated")):
+            shares = [100 * float(row[key]) for row in rows]
+            both[1].plot(x, shares, style, color=color, label=f"{label}, {word}")
+    both[0].set(title="Spike counts follow activations", ylabel="correlation", ylim=(0, 1.02))
+    both[1].set(title=f"Neurons, {DIAGNOSED} images", ylabel="share (%)")
+    for axes in both:
+        axes.set_xticks(list(x), names, **SLANTED)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def raster(snn: stdb.SpikingNetwork, image: Tensor, ids: Tensor, timesteps: int) -> Figure:
+    """For one image, spikes of some neurons of every layer, and membranes of some of the last.
+
+    Args:
+        snn: the network.
+        image: (1, C, H, W).
+        ids: (1,) of the image.
+        timesteps: T.
+    """
+    label = list(snn.graph.labels.items())[-1]
+    potentials = []
+    snn.eval()
+    with torch.no_grad(), stdb.record_spikes(snn, trains=True) as statistics:
+        presentation = snn.present(image, sample_ids=ids, chunk=1)
+        for _ in range(timesteps):
+            presentation.advance(1)
+            potentials.append(presentation.membrane[label[0]].clone())
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(7, 7), layout="constrained", height_ratios=[2, 1]
+    )
+    row, ticks = 0, []
+    for name in snn.graph.labels.values():
+        train = statistics.train(name).flatten(1)  # (T, neurons)
+        fired = train.sum(0).nonzero()[:, 0].tolist()
+        few = [fired[k] for k in _spread(len(fired), RASTER)] or [0]
+        for neuron in few:
+            steps = (train[:, neuron].nonzero()[:, 0] + 1).tolist()
+            above.eventplot(steps, lineoffsets=row, linelengths=0.8, colors="black")
+            row += 1
+        ticks.append((row - len(few) / 2, name))
+        above.axhline(row - 0.5, color="#dddddd", lw=0.8)
+    above.set_yticks([tick[0] for tick in ticks], [tick[1] for tick in ticks])
+    title = f"Spikes of up to {RASTER} neurons of each layer that fired, one image"
+    above.set(title=title, xlim=(0, timesteps + 1))
+    above.invert_yaxis()
+    traces = torch.stack(potentials) / presentation.threshold[label[0]]
+    busy = traces.amax(0).argsort(descending=True)[:TRACES]
+    below.plot(range(1, timesteps + 1), traces[:, busy].tolist(), marker=".", lw=1)
+    below.axhline(1, color="black", ls=":", lw=1)
+    below.set(
+        title=f"Membranes of {TRACES} neurons of {label[1]}", xlabel="time step", ylabel="U / V",
+        xlim=(0, timesteps + 1),
+    )  # fmt: skip
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def confusion(rows: Sequence[Row], classes: Sequence[str]) -> Figure:
+    """Images of the test split by class and by what was decided."""
+    place = {name: i for i, name in enumerate(classes)}
+    counts = torch.zeros(len(classes), len(classes))
+    for row in rows:
+        counts[place[row["actual"]], place[row["predicted"]]] = float(row["images"])
+    size = min(9.0, 3 + 0.4 * len(classes))
+    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set(title="Decisions of the fine-tuned network", xlabel="decided", ylabel="class")
+    if len(classes) <= SHOWN_CLASSES:
+        axes.set_xticks(range(len(classes)), classes, **SLANTED)
+        axes.set_yticks(range(len(classes)), classes)
+        for (i, j), count in _entries(counts):
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=8, color=color)
+    return figure
+
+
+def training(ann: Sequence[Row], tuned: Sequence[Row]) -> Figure:
+    """Accuracy by epoch of both trainings."""
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axes, rows, title, color in (
+        (both[0], ann, "ANN", ANN),
+        (both[1], tuned, "STDB", FINETUNED),
+    ):
+        epochs = [int(row["epoch"]) for row in rows]
+        for key, style in (("train", ":"), ("validation", "-")):
+            if rows and f"accuracy/{key}" in rows[0]:
+                values = [100 * float(row[f"accuracy/{key}"]) for row in rows]
+                axes.plot(epochs, values, style, color=color, label=key)
+        axes.set(title=title, xlabel="epoch")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right")
+    both[0].set_ylabel("accuracy (%)")
+    return figure
+
+
+def over_time(probabilities: Tensor, classes: Sequence[str], step: int, title: str) -> Figure:
+    """Class probabilities (t, classes) of one image after every step; ``step`` is the decision."""
+    figure, axes = _axes(title, "time steps", "probability")
+    largest = probabilities.amax(0).argsort(descending=True)[:5].tolist()
+    t = range(1, len(probabilities) + 1)
+    for k in largest:
+        axes.plot(t, probabilities[:, k].tolist(), marker=".", label=classes[k])
+    axes.axvline(step, color="black", ls=":", lw=1)
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _curve(axes: Axes, rows: Sequence[Row], label: str, color: str, style: str) -> None:
+    steps = [int(row["timesteps"]) for row in rows]
+    accuracy = [100 * float(row["accuracy"]) for row in rows]
+    axes.plot(steps, accuracy, style, color=color, label=label)
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """So many positions, evenly spread."""
+    wanted = min(count, wanted)
+    return [k * count // wanted for k in range(wanted)]
+
+
+def _entries(counts: Tensor) -> list[tuple[tuple[int, int], float]]:
+    return [((int(i), int(j)), float(counts[i, j])) for i, j in counts.nonzero()]

@@ -1,0 +1,320 @@
+"""MLflow's side of a stage: the process that takes a :class:`pipeline.tracking.Tracker`'s messages.
+
+    commit or DVC experiment        one execution of the pipeline: all parameters, the final figures
+    ├── prepare_data
+    ├── train_ann                   a stage: its parameters, metrics by epoch, figures, data sets
+    ├── …
+    └── finetune_stdb               the network as a registered model
+
+The first stage of an execution that really runs finds or makes the parent, by the process that
+runs the pipeline. A stage leaves it as FINISHED as it is itself; the next one opens it again.
+"""
+
+import json
+import logging
+import os
+import sys
+from contextlib import redirect_stderr, suppress
+from importlib import metadata
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking import (
+    EXPERIMENT,
+    Entry,
+    is_gone,
+    log_entries,
+    provenance,
+    root,
+    tracking_uri,
+    without_secrets,
+)
+
+CHAMPION = "champion"  # alias of the version that is best on validation
+ACCURACY_TAG = "accuracy.validation"
+REQUIREMENTS = ("mlflow", "numba", "numpy", "safetensors", "torch")  # of the model
+QUIET = ("alembic", "mlflow", "mlflow.system_metrics")
+PARAMS_AT_ONCE = 100  # MLflow's limit
+
+
+def keep() -> None:
+    """What the process does: take messages from its input until it ends."""
+    keeper = Keeper()
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        try:
+            if not keeper.failed or (name == "end" and keeper.run_id):
+                getattr(keeper, name)(*arguments)
+        except Exception as error:
+            if not keeper.failed:
+                warn(f"MLflow at {tracking_uri()} does not answer, going on without: {error}")
+            keeper.failed = True
+        if name == "start":
+            with suppress(BrokenPipeError):  # where the stage was killed meanwhile
+                os.write(sys.stdout.fileno(), f"{keeper.run_id}\n".encode())
+
+
+def warn(text: str) -> None:
+    """Say that something of MLflow's failed; nothing else does with it."""
+    print(f"warning: {without_secrets(text)}", file=sys.stderr, flush=True)
+
+
+class Keeper:
+    """MLflow's side of a :class:`Tracker`; its methods are the messages."""
+
+    def __init__(self) -> None:
+        self.run_id = self.parent_id = ""
+        self.children: dict[str, str] = {}  # name → run, of those that are open
+        self.failed = False  # said once; MLflow is a view, and its failure stops nothing
+        self.monitor: Any = None
+
+    def start(
+        self,
+        stage: str,
+        params: dict[str, Any],
+        inputs: dict[str, str],
+        tags: dict[str, str],
+        execution: dict[str, Any],
+        datasets: list[dict[str, Any]],
+    ) -> None:
+        """Open the stage's run, or go on in the one that was interrupted, below its parent."""
+        import mlflow
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        for name in QUIET:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.client = client = mlflow.MlflowClient(tracking_uri=tracking_uri())
+        self.experiment_id = self._experiment()
+        tags |= provenance()
+        self.tags = dict(tags)
+        self.run_id = self._unfinished_run(tags)
+        self.parent_id = self._parent(execution)
+        below = {"mlflow.parentRunId": self.parent_id}
+        if self.run_id:
+            client.update_run(self.run_id, status="RUNNING")
+            again = {"process": tags["process"], "interrupted": "false", **below}
+            for key, value in again.items():
+                client.set_tag(self.run_id, key, value)
+        else:
+            tags |= below | {f"input.{path}": value for path, value in inputs.items()}
+            run = client.create_run(self.experiment_id, run_name=stage, tags=tags)
+            self.run_id = run.info.run_id
+            self._log_params(self.run_id, params)
+        for run_id in (self.run_id, self.parent_id):
+            self._log_datasets(run_id, datasets)
+        self.monitor = SystemMetricsMonitor(
+            self.run_id, resume_logging=True, tracking_uri=tracking_uri()
+        )
+        self.monitor.start()
+
+    def _experiment(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return found.experiment_id
+        local = tracking_uri().startswith("sqlite")
+        place = (root() / "mlartifacts").as_uri() if local else None
+        try:
+            return self.client.create_experiment(EXPERIMENT, artifact_location=place)
+        except MlflowException:  # perhaps another process was faster
+            found = self.client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+            return found.experiment_id
+
+    def _unfinished_run(self, tags: dict[str, str]) -> str:
+        """The run of this job that was interrupted, to go on in; or "".
+
+        A kill leaves it RUNNING; those of other jobs are closed, and so are parents.
+        """
+        found = ""
+        running = self._search("attributes.status = 'RUNNING'")
+        stopped = self._search("tags.interrupted = 'true'")
+        for run in [*running, *stopped]:
+            if run.info.status == "RUNNING" and not is_gone(run.data.tags.get("process", "")):
+                continue
+            same = all(run.data.tags.get(k) == tags[k] for k in ("job", "dvc.experiment"))
+            if same and not found:
+                found = run.info.run_id
+            elif run.info.status == "RUNNING":
+                self.client.set_terminated(run.info.run_id, "FAILED")
+        return found
+
+    def _parent(self, execution: dict[str, Any]) -> str:
+        """The run of this execution: the one there is, that of the interrupted run, or a new one.
+
+        ``execution`` has ``process``, which runs the pipeline, and all ``params``.
+        """
+        mine = {"process": execution["process"], "dvc.experiment": self.tags["dvc.experiment"]}
+        own = " and ".join(f"tags.`{key}` = '{value}'" for key, value in mine.items())
+        if found := self._search(f"{own} and tags.kind = 'execution'"):
+            parent = found[0].info.run_id
+        elif self.run_id and (earlier := self._parent_of(self.run_id)):
+            parent = earlier
+            self.client.set_tag(parent, "process", mine["process"])
+        else:
+            commit, experiment = self.tags["git.commit"][:7], mine["dvc.experiment"]
+            name = commit + "-dirty" * (self.tags["git.dirty"] == "true")
+            if experiment != "workspace":
+                name = experiment
+            origin = {k: v for k, v in self.tags.items() if k.startswith("git.")}
+            tags = mine | origin | {"kind": "execution"}
+            run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+            parent = run.info.run_id
+            self._log_params(parent, execution["params"])
+        self.client.update_run(parent, status="RUNNING")
+        return parent
+
+    def _parent_of(self, run_id: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        parent = self.client.get_run(run_id).data.tags.get("mlflow.parentRunId", "")
+        try:
+            return self.client.get_run(parent).info.run_id if parent else ""
+        except MlflowException:  # somebody has deleted it
+            return ""
+
+    def _search(self, text: str) -> list:
+        return list(self.client.search_runs([self.experiment_id], text))
+
+    def _log_datasets(self, run_id: str, datasets: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        given = [
+            DatasetInput(
+                Dataset(
+                    row["name"], row["digest"][:36], "local", json.dumps({"uri": row["path"]}),
+                    profile=json.dumps(row["profile"]),
+                ),
+                [InputTag("mlflow.data.context", row["context"])],
+            )
+            for row in datasets
+        ]  # fmt: skip
+        if given:
+            self.client.log_inputs(run_id, given)
+
+    def log(self, entries: list[Entry]) -> None:
+        """Metrics."""
+        log_entries(self.client, self.run_id, entries)
+
+    def figure(self, path: str) -> None:
+        """An artefact."""
+        self.client.log_artifact(self.run_id, path)
+
+    def summary(self, entries: list[Entry], text: str, page: str) -> None:
+        """The execution's final figures, its description, and a page, to the parent run."""
+        log_entries(self.client, self.parent_id, entries)
+        self.client.set_tag(self.parent_id, "mlflow.note.content", text)
+        self.client.log_artifact(self.parent_id, page)
+
+    def model(self, path: str, name: str, example: list, about: dict[str, Any]) -> None:
+        """Log the network as a model, register it, and let the best one be champion.
+
+        Args:
+            path: a file of ``stdb.save``.
+            name: of the registered model.
+            example: uint8 images (1, C, H, W), nested.
+            about: ``accuracy`` on validation, ``timesteps``, ``classes``, ``architecture``.
+        """
+        try:
+            self._register(path, name, example, about)
+        except Exception as error:
+            warn(f"MLflow at {tracking_uri()} did not take the model: {error}")
+        finally:
+            self.client.update_run(self.run_id, status="RUNNING")
+
+    def _register(self, path: str, name: str, example: list, about: dict[str, Any]) -> None:
+        import mlflow
+        import numpy as np
+        from mlflow.exceptions import MlflowException
+        from mlflow.models import ModelSignature
+        from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+        import stdb
+
+        images = np.array(example, dtype=np.uint8)
+        code = [str(Path(stdb.__file__).parent)]
+        if ":" in about["architecture"]:  # the user's own
+            spec = find_spec(about["architecture"].partition(":")[0].partition(".")[0])
+            assert spec is not None
+            assert spec.origin is not None
+            origin = Path(spec.origin)
+            code.append(str(origin.parent if origin.name == "__init__.py" else origin))
+        signature = ModelSignature(
+            Schema([TensorSpec(np.dtype(np.uint8), (-1, *images.shape[1:]), "images")]),
+            Schema([TensorSpec(np.dtype(np.float32), (-1, len(about["classes"])))]),
+            ParamSchema([ParamSpec("timesteps", "integer", about["timesteps"])]),
+        )
+        mlflow.set_tracking_uri(tracking_uri())
+        silent = redirect_stderr(StringIO())
+        with silent, mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
+            info = mlflow.pyfunc.log_model(
+                name="snn",
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                artifacts={"network": path},
+                code_paths=code,
+                signature=signature,
+                input_example={"images": images},
+                pip_requirements=[
+                    f"{p}=={metadata.version(p).partition('+')[0]}" for p in REQUIREMENTS
+                ],
+                registered_model_name=name,
+                metadata=about,
+            )
+        version = info.registered_model_version
+        self.client.set_model_version_tag(name, version, ACCURACY_TAG, str(about["accuracy"]))
+        self.client.set_model_version_tag(name, version, "timesteps", str(about["timesteps"]))
+        try:
+            champion = self.client.get_model_version_by_alias(name, CHAMPION)
+            best = float(champion.tags.get(ACCURACY_TAG, "-inf"))
+        except MlflowException:  # there is none yet
+            best = float("-inf")
+        champion_too = about["accuracy"] >= best
+        if champion_too:
+            self.client.set_registered_model_alias(name, CHAMPION, version)
+        which = f"now models:/{name}@{CHAMPION}" if champion_too else "the champion is better"
+        print(f"MLflow: model {name}, version {version}, {which}", file=sys.stderr, flush=True)
+
+    def child(self, name: str, params: dict[str, Any]) -> None:
+        """Open a run below the stage's, or the one of this name that there is."""
+        found = self._search(
+            f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{name}'"
+        )
+        if found:
+            self.children[name] = found[0].info.run_id
+            self.client.update_run(self.children[name], status="RUNNING")
+            return
+        tags = {**self.tags, "mlflow.parentRunId": self.run_id}
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        self.children[name] = run.info.run_id
+        self._log_params(run.info.run_id, params)
+
+    def child_log(self, name: str, entries: list[Entry]) -> None:
+        """A child's metrics."""
+        log_entries(self.client, self.children[name], entries)
+
+    def child_end(self, name: str, status: str) -> None:
+        """Close a child."""
+        self.client.set_terminated(self.children.pop(name), status)
+
+    def _log_params(self, run_id: str, params: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(key, str(value)) for key, value in params.items()]
+        for start in range(0, len(entries), PARAMS_AT_ONCE):
+            self.client.log_batch(run_id, params=entries[start : start + PARAMS_AT_ONCE])
+
+    def end(self, status: str, interrupted: bool) -> None:
+        """Close the stage's run, its children, and the parent with it."""
+        if self.monitor is not None:
+            self.monitor.finish()
+        for name in list(self.children):
+            self.child_end(name, "FAILED")
+        if interrupted:
+            self.client.set_tag(self.run_id, "interrupted", "true")
+        for run_id in (self.run_id, self.parent_id):
+            if run_id:
+                self.client.set_terminated(run_id, status)

@@ -1,0 +1,177 @@
+"""Diagnosis of a conversion: where, layer by layer, a spiking network stops following its ANN.
+
+An IF neuron's firing rate approximates the ReLU that it stands for (§2.3). A conversion that
+collapses does so in some layer, and all layers above it only pass that on: this finds it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .layout import from_matrix
+from .network import Presentation, SpikingNetwork
+from .spikes import Spikes
+from .synapse import INPUT, Value, dense
+
+NEARLY_EVERY = 0.9  # of the steps: a neuron that spikes so often cannot say "more"
+SILENT = 1e-3  # spikes per neuron and step below which a layer has collapsed
+MANY = 0.1  # share of saturated neurons that is too large
+UNLIKE = 0.5  # correlation below which rates say little about activations
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One spiking layer beside the ReLU that it stands for.
+
+    Attributes:
+        layer: its name.
+        threshold: V.
+        rate: spikes per neuron and step.
+        correlation: Pearson's, of the ANN's activations with the spike counts, over images and
+            neurons; NaN where either is constant.
+        dead: share of the neurons that spiked for no image.
+        saturated: share of (image, neuron) that spiked in nearly every step.
+        residual: mean of max(U_T, 0) / V: spikes' worth of potential that T steps left unsaid.
+    """
+
+    layer: str
+    threshold: float
+    rate: float
+    correlation: float
+    dead: float
+    saturated: float
+    residual: float
+
+    @property
+    def hint(self) -> str:
+        """What is wrong with the layer and what helps, in plain words; empty where it is well."""
+        if self.rate < SILENT:
+            return (
+                f"{self.layer} fires {self.rate:.2%} of the steps: lower its threshold scale, or "
+                "present more steps"
+            )
+        if self.saturated > MANY:
+            return (
+                f"{self.saturated:.0%} of {self.layer} spike in nearly every step and cannot say "
+                "more: raise its threshold scale"
+            )
+        if not self.correlation >= UNLIKE:
+            return (
+                f"the rates of {self.layer} say little about the ANN's activations (correlation "
+                f"{self.correlation:.2f}): present more steps, or look at the layers below it"
+            )
+        return ""
+
+
+class _Sums:
+    """What has been seen of one layer: sums over images and neurons, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.sums = 0, torch.zeros(5, dtype=torch.float64)
+        self.map: Tensor | None = None
+        self.saturated, self.residual = 0, 0.0
+
+    def add(self, activation: Tensor, counts: Tensor, potential: Tensor, steps: int) -> None:
+        """A batch, each (B, …); ``potential`` is U_T / V."""
+        x, y = activation.double(), counts.double()
+        parts = (x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum())
+        self.sums += torch.stack(parts).cpu()
+        total = y.sum(0)
+        self.map = total if self.map is None else self.map + total
+        self.saturated += int((y >= NEARLY_EVERY * steps).sum())
+        self.residual += float(potential.clamp(min=0).double().sum())
+        self.count += x.numel()
+
+    def row(self, layer: str, threshold: float, steps: int) -> LayerDiagnosis:
+        """The layer's diagnosis."""
+        assert self.map is not None
+        n = self.count
+        x, y, xx, yy, xy = self.sums.tolist()
+        spread = (n * xx - x * x) * (n * yy - y * y)
+        return LayerDiagnosis(
+            layer,
+            threshold,
+            rate=y / n / steps,
+            correlation=(n * xy - x * y) / spread**0.5 if spread > 0 else float("nan"),
+            dead=float((self.map == 0).double().mean()),
+            saturated=self.saturated / n,
+            residual=self.residual / n,
+        )
+
+
+@torch.no_grad()
+def diagnose(
+    ann: nn.Module,
+    snn: SpikingNetwork,
+    images: Tensor,
+    timesteps: int,
+    *,
+    sample_ids: Tensor | None = None,
+    batch_size: int = 32,
+) -> list[LayerDiagnosis]:
+    """Compare every spiking layer with the ReLU that it stands for.
+
+    Args:
+        ann: the network that ``snn`` was converted from, on the same device.
+        snn: at the thresholds that are in question.
+        images: (N, C, H, W), pixels in [−1, 1].
+        timesteps: T.
+        sample_ids: as for ``SpikingNetwork.present``.
+        batch_size: presented at once.
+
+    Returns:
+        A row a layer, in the order of a step.
+    """
+    graph, sums = snn.graph, {label: _Sums() for label in snn.graph.labels.values()}
+    if sample_ids is None:
+        sample_ids = torch.arange(len(images), device=images.device)
+    counts: dict[str, Tensor] = {}
+
+    def count(presentation: Presentation, name: str, spikes: Value) -> None:
+        if name == INPUT:
+            return
+        found = spikes.counts() if isinstance(spikes, Spikes) else dense(spikes).sum(0)
+        counts[name] = counts[name] + found if name in counts else found
+
+    was_training = ann.training, snn.training
+    ann.eval()
+    snn.eval()
+    snn.observers.append(count)
+    try:
+        for batch, ids in zip(images.split(batch_size), sample_ids.split(batch_size), strict=True):
+            counts.clear()
+            activations = _activations(ann, batch, snn)
+            presentation = snn.present(batch, sample_ids=ids)
+            presentation.advance(timesteps)
+            for i, label in graph.labels.items():
+                shape = (1, *counts[label].shape)
+                membrane = from_matrix(presentation.membrane[i][None], shape)[0]
+                potential = membrane / presentation.threshold[i]
+                sums[label].add(activations[label], counts[label], potential, timesteps)
+    finally:
+        snn.observers.remove(count)
+        ann.train(was_training[0])
+        snn.train(was_training[1])
+    thresholds = snn.thresholds
+    return [found.row(label, thresholds[label], timesteps) for label, found in sums.items()]
+
+
+def _activations(ann: nn.Module, images: Tensor, snn: SpikingNetwork) -> dict[str, Tensor]:
+    """What the ANN's ReLUs give, by the name of the spiking layer in the same place."""
+    found: dict[str, Tensor] = {}
+
+    def keep(label: str) -> Callable:
+        return lambda module, inputs, output: found.__setitem__(label, output)
+
+    hooks = [
+        ann.get_submodule(snn.graph.nodes[i].name).register_forward_hook(keep(label))
+        for i, label in snn.graph.labels.items()
+    ]
+    try:
+        ann(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
