@@ -1,0 +1,128 @@
+"""Classify image files with the trained spiking network; how the decision came about over time.
+
+    python -m pipeline.predict IMAGE…
+    python -m pipeline.predict --confidence 0.9 cat.jpg      # leave as soon as it is clear
+    python -m pipeline.predict --model snn.safetensors --plot decisions cat.jpg dog.jpg
+
+Prints for each image the class, its probability, the step at which the decision settled, and the
+probability of the class after every step. Images are brought to the size the network was trained
+at: the largest square in the middle.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import stdb
+from pipeline.data import DataError, normalise, read_image
+from pipeline.stage import SNN, writing
+
+BARS = " ▁▂▃▄▅▆▇█"
+WIDTH = 60  # of the line of bars
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read, classify, print; the exit status."""
+    options = parse(arguments)
+    try:
+        if not options.model.exists():
+            raise DataError(f"{options.model} is missing; make repro makes it")
+        snn, about = stdb.load(options.model)
+        timesteps = options.timesteps or about["timesteps"]
+        pixels = read(options.images, about["network"])
+        decision = classify(snn, pixels, timesteps, options.confidence)
+    except (DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    classes = about["classes"]
+    for k, name in enumerate(options.images):
+        print(describe(name, decision, k, classes))
+        if options.plot is not None:
+            print(f"  see {draw(name, decision, k, classes, options.plot)}")
+    if options.confidence is not None:
+        steps = decision.steps.double().mean().item()
+        saved = 1 - steps / timesteps
+        print(f"{steps:.1f} of {timesteps} steps on average, {saved:.0%} saved")
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.predict", description="Classify images with the trained SNN."
+    )
+    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument("--model", type=Path, default=SNN, help=f"of stdb.save ({SNN})")
+    parser.add_argument("--timesteps", type=_count, help="T; that of the training by default")
+    parser.add_argument(
+        "--confidence", type=_share, help="leave when the largest probability reaches this"
+    )
+    parser.add_argument("--plot", type=Path, help="a folder for pictures of probabilities by step")
+    return parser.parse_args(arguments)
+
+
+def read(images: Sequence[Path], network: dict[str, Any]) -> Tensor:
+    """(N, C, H, W) float32 in [−1, 1]: image files as the network was trained on them."""
+    channels, size = network["in_channels"], network["image_size"]
+    pixels = np.stack([read_image(path, channels, size) for path in images])
+    return normalise(torch.from_numpy(pixels))
+
+
+def classify(
+    snn: stdb.SpikingNetwork, pixels: Tensor, timesteps: int, confidence: float | None
+) -> stdb.Decision:
+    """Decide; every image draws the same random stream, so its neighbours do not matter."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ids = torch.zeros(len(pixels), dtype=torch.int64, device=device)
+    return stdb.decide(snn.to(device), pixels.to(device), timesteps, confidence, sample_ids=ids)
+
+
+def describe(name: Path, decision: stdb.Decision, k: int, classes: Sequence[str]) -> str:
+    """Two lines on image ``k``."""
+    final, steps = decision.final[k], int(decision.steps[k])
+    best = int(final.argmax())
+    over_time = decision.probabilities[:steps, k, best].tolist()
+    shown = over_time[:: -(-len(over_time) // WIDTH)]
+    bars = "".join(BARS[round(p * (len(BARS) - 1))] for p in shown)
+    return (
+        f"{name}: {classes[best]} ({final[best]:.1%}), settled at step "
+        f"{int(decision.settled[k])} of {steps}\n  t = 1 |{bars}| {steps}"
+    )
+
+
+def draw(name: Path, decision: stdb.Decision, k: int, classes: Sequence[str], folder: Path) -> Path:
+    """Probabilities by step as a picture; where it is."""
+    from pipeline import figures
+
+    steps = int(decision.steps[k])
+    probabilities = decision.probabilities[:steps, k].cpu()
+    title = f"{name.name}: {classes[int(decision.final[k].argmax())]}"
+    figure = figures.over_time(probabilities, classes, int(decision.settled[k]), title)
+    path = folder / f"{k + 1}-{name.stem}.png"  # two folders may have files of the same name
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    return path
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; allowed: 1 or more")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value}; allowed: above 0, at most 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
