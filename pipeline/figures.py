@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import stdb
-from pipeline.evaluation import DIAGNOSED
 from pipeline.params import StdbParams
 from stdb.neuron import fire, membranes
 
@@ -113,17 +112,17 @@ def diagnosis(converted: Sequence[Row], tuned: Sequence[Row]) -> Figure:
     figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     names, x = [row["layer"] for row in converted], range(len(converted))
     for rows, color, label in ((converted, CONVERTED, "converted"), (tuned, FINETUNED, "STDB")):
-        values = [float(row["correlation"] or "nan") for row in rows]
+        values = [float(row["correlation"]) for row in rows]
         both[0].plot(x, values, "o-", color=color, label=label)
         for key, style, word in (("dead", "o--", "silent"), ("saturated", "s:", "saturated")):
             shares = [100 * float(row[key]) for row in rows]
             both[1].plot(x, shares, style, color=color, label=f"{label}, {word}")
     both[0].set(title="Spike counts follow activations", ylabel="correlation", ylim=(0, 1.02))
-    both[1].set(title=f"Neurons, {DIAGNOSED} images", ylabel="share (%)")
+    both[1].set(title="Silent and saturated neurons", ylabel="share (%)")
     for axes in both:
         axes.set_xticks(list(x), names, **SLANTED)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+    figure.legend(*both[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

@@ -47,6 +47,10 @@ img { max-width: 100%; } table { border-collapse: collapse; margin: 1rem 0; disp
 overflow-x: auto; } th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #888; } code { font-size: .9em; }
 """
+PLOTS = (
+    *("train_ann", "finetune_stdb", "converted_accuracy", "finetuned_accuracy"),
+    *("converted_diagnosis", "finetuned_diagnosis", "finetuned_confusion", "finetuned_exits"),
+)
 ROWS = ("converted", "converted, scaled", "STDB")  # of the tables
 
 
@@ -76,7 +80,7 @@ def read_results() -> dict[str, Any]:
     """What the other stages measured: metrics by stage, plots by file name."""
     names = ("data", "train_ann", "evaluate_converted", "finetune_stdb")
     metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in names}
-    return metrics | {"plots": {path.stem: _rows(path) for path in Path("plots").glob("*.csv")}}
+    return metrics | {"plots": {name: _rows(Path(f"plots/{name}.csv")) for name in PLOTS}}
 
 
 def headline(found: dict[str, Any]) -> dict[str, float]:
@@ -175,8 +179,9 @@ The output may be read as soon as the largest probability is large enough.
 
 ## Layer by layer: does it follow its ANN?
 
-Correlation of spike counts with the activations of the ANN of the same weights, neurons that never
-fired, and neurons that fired in nine of ten steps or more.
+On a few validation images: correlation of spike counts with the activations of the ANN of the same
+weights, neurons that never fired, neurons that fired in nine of ten steps or more, and the spikes'
+worth of potential that was left.
 
 ![Diagnosis](diagnosis.png)
 
@@ -289,7 +294,7 @@ def diagnosis(found: dict[str, Any]) -> str:
     rows = [
         [
             row["layer"], f"{float(row['threshold']):.3g}", f"{float(row['rate']):.2%}",
-            f"{float(row['correlation'] or 'nan'):.2f}", f"{float(row['dead']):.0%}",
+            f"{float(row['correlation']):.2f}", f"{float(row['dead']):.0%}",
             f"{float(row['saturated']):.0%}", f"{float(row['residual']):.2f}",
         ]
         for row in found["plots"]["finetuned_diagnosis"]

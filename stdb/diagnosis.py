@@ -30,10 +30,11 @@ class LayerDiagnosis:
         threshold: V.
         rate: spikes per neuron and step.
         correlation: Pearson's, of the ANN's activations with the spike counts, over images and
-            neurons; NaN where either is constant.
+            neurons; 0 where either is constant.
         dead: share of the neurons that spiked for no image.
         saturated: share of (image, neuron) that spiked in nearly every step.
-        residual: mean of max(U_T, 0) / V: spikes' worth of potential that T steps left unsaid.
+        residual: mean of max(U_T − V·O_T, 0) / V: spikes' worth of potential that T steps left
+            unsaid.
     """
 
     layer: str
@@ -57,7 +58,7 @@ class LayerDiagnosis:
                 f"{self.saturated:.0%} of {self.layer} spike in nearly every step and cannot say "
                 "more: raise its threshold scale"
             )
-        if not self.correlation >= UNLIKE:
+        if self.correlation < UNLIKE:
             return (
                 f"the rates of {self.layer} say little about the ANN's activations (correlation "
                 f"{self.correlation:.2f}): present more steps, or look at the layers below it"
@@ -74,7 +75,7 @@ class _Sums:
         self.saturated, self.residual = 0, 0.0
 
     def add(self, activation: Tensor, counts: Tensor, potential: Tensor, steps: int) -> None:
-        """A batch, each (B, …); ``potential`` is U_T / V."""
+        """A batch, each (B, …); ``potential`` is U_T / V − O_T."""
         x, y = activation.double(), counts.double()
         parts = (x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum())
         self.sums += torch.stack(parts).cpu()
@@ -94,7 +95,7 @@ class _Sums:
             layer,
             threshold,
             rate=y / n / steps,
-            correlation=(n * xy - x * y) / spread**0.5 if spread > 0 else float("nan"),
+            correlation=(n * xy - x * y) / spread**0.5 if spread > 0 else 0.0,
             dead=float((self.map == 0).double().mean()),
             saturated=self.saturated / n,
             residual=self.residual / n,
@@ -149,6 +150,7 @@ def diagnose(
                 shape = (1, *counts[label].shape)
                 membrane = from_matrix(presentation.membrane[i][None], shape)[0]
                 potential = membrane / presentation.threshold[i]
+                potential = potential - (potential > 1).to(potential.dtype)
                 sums[label].add(activations[label], counts[label], potential, timesteps)
     finally:
         snn.observers.remove(count)

@@ -67,17 +67,36 @@ def test_a_second_run_does_nothing(finished):
     assert min(seconds) < 3
 
 
-def test_mlflow_has_a_run_per_stage(finished):
-    """Each stage is one finished run with parameters, metrics by epoch, and its origin."""
+def test_mlflow_has_a_run_for_the_execution_and_one_below_it_per_stage(finished):
+    """Each stage is one finished run with parameters, metrics by epoch, and its origin.
+
+    The run above them has all parameters, the final figures, the data sets and the report.
+    """
     client = mlflow.MlflowClient(f"sqlite:///{finished.root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("stdb")
     first = f"attributes.start_time <= {finished.end}"
     found = client.search_runs([experiment.experiment_id], first)
-    assert sorted(run.info.run_name for run in found) == sorted(STAGES)
     runs = {run.info.run_name: run for run in found}
     commit = finished.run("git", "rev-parse", "HEAD").stdout.strip()
+    assert sorted(run.info.run_name for run in found) == sorted([*STAGES, commit[:7]])
+    above = runs.pop(commit[:7])
+    assert above.info.status == "FINISHED"
+    params = yaml.safe_load((finished.root / "params.yaml").read_text())
+    assert set(above.data.params) == {
+        f"{s}.{key}" for s, section in params.items() for key in section
+    }
+    tuned = json.loads((finished.root / "metrics/finetune_stdb.json").read_text())
+    assert above.data.metrics["accuracy/stdb"] == tuned["accuracy"]["test"]
+    assert {"accuracy/ann", "energy/stdb_pj", "spikes/conv1"} <= set(above.data.metrics)
+    assert "| **vgg5** (width 0.1) | digits |" in above.data.tags["mlflow.note.content"]
+    sets = {row.dataset.name for row in above.inputs.dataset_inputs}
+    assert sets == {"digits train", "digits validation", "digits test"}
+    assert [f.path for f in client.list_artifacts(above.info.run_id)] == ["index.html"]
+    version = client.get_model_version_by_alias("stdb-digits", "champion")
+    assert version.run_id == runs["finetune_stdb"].info.run_id
     for name, run in runs.items():
         assert run.info.status == "FINISHED", name
+        assert run.data.tags["mlflow.parentRunId"] == above.info.run_id
         assert run.data.tags["git.commit"] == commit
         assert run.data.tags["git.dirty"] == "false"
         assert run.data.tags["dvc.stage"] == name

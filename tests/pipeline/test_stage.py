@@ -13,7 +13,7 @@ from tests.pipeline.conftest import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # reports errors, writes files, logs: changes no result
-PLUMBING = {"pipeline/__init__.py", "pipeline/stage.py", "pipeline/tracking.py"}
+PLUMBING = {f"pipeline/{name}.py" for name in ("__init__", "stage", "tracking", "keeper")}
 # its values are tracked as params, section by section
 PLUMBING |= {"pipeline/params.py"}
 
@@ -51,11 +51,12 @@ def needed(script: str) -> set[str]:
 
 
 # pipeline/data.py takes its random numbers from stdb/encoding.py, for augment() only, which
-# prepare_data does not call. train_ann converts the network to see that it can be; an edit of the
-# engine shall not train the ANN again for that.
+# prepare_data does not call. train_ann converts the network to see that it can be, and imports the
+# evaluation of an ANN beside that of a spiking network; an edit of the engine shall not train the
+# ANN again for that.
 NOT_IN_RESULT = {
     "prepare_data": {"stdb/encoding.py"},
-    "train_ann": {"stdb", "stdb/conversion.py"},
+    "train_ann": {"stdb", "stdb/conversion.py", "stdb/decision.py"},
 }
 
 
@@ -177,7 +178,30 @@ def test_a_stage_knows_what_dvc_yaml_says(project):
         "stdb.alpha": 0.3,
     }
     assert stage.inputs == {"inputs/a.txt": digest(Path("inputs/a.txt"))}
-    assert project.started == [("work", stage.tracked, stage.inputs, stage.key)]
+    ((*started, everything, datasets),) = project.started
+    assert started == ["work", stage.tracked, stage.inputs, stage.key]
+    assert stage.tracked.items() < everything.items()
+    assert everything["data.source"] == "digits"
+    assert datasets == []
+
+
+def test_the_splits_that_a_stage_reads_are_its_data_sets(project):
+    """By name, digest and size; what else it reads is none."""
+    folder = Path("data/prepared")
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        (folder / f"{name}.safetensors").write_text(name)
+    Path("metrics").mkdir()
+    Path("metrics/data.json").write_text('{"classes": ["a"], "test": {"images": 7}}')
+    spec = yaml.safe_load(Path("dvc.yaml").read_text())
+    spec["stages"]["work"]["deps"].append("data/prepared")
+    Path("dvc.yaml").write_text(yaml.safe_dump(spec))
+    Stage("work", load_params())
+    train, test = project.started[0][-1]
+    assert (train["name"], train["context"]) == ("digits train", "training")
+    assert (test["name"], test["context"]) == ("digits test", "test")
+    assert test["digest"] == digest(folder / "test.safetensors")
+    assert test["profile"] == {"shape": None, "classes": ["a"], "images": 7}
 
 
 def test_a_job_is_resumed_only_with_the_same_parameters_and_inputs(project):

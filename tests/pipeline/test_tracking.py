@@ -1,7 +1,9 @@
 """MLflow is a view: what is logged, where from, and that its absence stops nothing."""
 
+import json
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,13 +11,14 @@ import mlflow
 import pytest
 
 import pipeline.tracking
+from pipeline.keeper import Keeper
 from pipeline.tracking import (
     GENERATED,
     Reporter,
     Tracker,
-    _Keeper,
-    _this_process,
+    execution,
     provenance,
+    this_process,
     without_secrets,
 )
 
@@ -111,10 +114,12 @@ def database(tmp_path, monkeypatch):
     return mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
-def started(key: str) -> _Keeper:
+def started(key: str, execution: str = "", datasets=()) -> Keeper:
     """What the process of a tracker does at its start, in this one."""
-    keeper = _Keeper()
-    keeper.start("work", {}, {}, {"job": f"work-{key}", "process": _this_process()})
+    keeper = Keeper()
+    tags = {"job": f"work-{key}", "process": this_process()}
+    above = {"process": execution or this_process(), "params": {"stdb.alpha": 0.3}}
+    keeper.start("work", {}, {}, tags, above, list(datasets))
     return keeper
 
 
@@ -140,6 +145,98 @@ def test_an_interrupted_run_is_gone_on_in_by_its_own_job_and_closed_by_others(da
     assert database.get_run(mine).info.status == "RUNNING"
     third.end("FINISHED", interrupted=False)
     assert started("a").run_id != mine
+
+
+def parent(client, run_id: str):
+    return client.get_run(client.get_run(run_id).data.tags["mlflow.parentRunId"])
+
+
+def test_the_stages_of_one_execution_lie_below_one_run(database):
+    """Which has all parameters and ends as its last stage does; another execution has its own."""
+    first = started("a", "here 1 1")
+    above = parent(database, first.run_id)
+    assert above.info.status == "RUNNING"
+    assert above.data.params == {"stdb.alpha": "0.3"}
+    assert above.info.run_name == provenance()["git.commit"][:7] + "-dirty" * (
+        provenance()["git.dirty"] == "true"
+    )
+    first.end("FINISHED", interrupted=False)
+    assert parent(database, first.run_id).info.status == "FINISHED"
+    second = started("b", "here 1 1")
+    assert second.parent_id == first.parent_id
+    assert parent(database, second.run_id).info.status == "RUNNING"
+    second.end("FAILED", interrupted=False)
+    assert parent(database, second.run_id).info.status == "FAILED"
+    assert started("a", "here 2 2").parent_id != first.parent_id
+
+
+def test_an_execution_is_named_after_its_dvc_experiment(database, monkeypatch):
+    """As `dvc exp show` names it."""
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-newt")
+    assert parent(database, started("a").run_id).info.run_name == "brave-newt"
+
+
+def test_an_execution_that_goes_on_after_a_kill_is_the_same(database):
+    """`dvc repro` again goes on in the interrupted stage's run and in the run above it."""
+    first = started("a", f"{socket.gethostname()} 1 1")  # a process that has ended
+    killed(database, first.run_id)
+    second = started("a", "here 2 2")
+    assert (second.run_id, second.parent_id) == (first.run_id, first.parent_id)
+    assert database.get_run(second.parent_id).info.status == "RUNNING"
+    third = started("b", "here 2 2")
+    assert third.parent_id == first.parent_id
+
+
+def test_the_execution_is_the_dvc_above_a_stage(tmp_path):
+    """However many shells lie between; a stage that runs alone is its own."""
+    assert execution() == this_process()
+    script = tmp_path / "dvc"  # stands in for dvc: a Python script of that name
+    script.write_text(
+        "import os, subprocess\n"
+        "print(os.getpid(), flush=True)\n"
+        'subprocess.run("true; python -c \'from pipeline.tracking import execution;"\n'
+        '               "print(execution())\'", shell=True)\n'
+    )
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    pid, found = ran.stdout.splitlines()
+    assert found.split()[1] == pid
+
+
+def test_data_sets_are_logged_with_their_digests(database):
+    """To the stage and to the execution; MLflow's pages list them."""
+    row = {"name": "digits test", "digest": "ab" * 32, "path": "data/prepared/test.safetensors",
+           "context": "test", "profile": {"images": 450}}  # fmt: skip
+    keeper = started("a", datasets=[row])
+    for run_id in (keeper.run_id, keeper.parent_id):
+        (used,) = database.get_run(run_id).inputs.dataset_inputs
+        assert used.dataset.name == "digits test"
+        assert used.dataset.digest == ("ab" * 32)[:36]
+        assert json.loads(used.dataset.profile) == {"images": 450}
+        assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "test")]
+
+
+def test_the_machine_is_watched(database, monkeypatch):
+    """Processor and memory by time, as MLflow does it."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    keeper = started("a")
+    deadline = time.monotonic() + 30
+    found: dict = {}
+    while "system/cpu_utilization_percentage" not in found and time.monotonic() < deadline:
+        time.sleep(0.5)
+        found = database.get_run(keeper.run_id).data.metrics
+    keeper.end("FINISHED", interrupted=False)
+    assert 0 <= found["system/cpu_utilization_percentage"] <= 100
+    assert "system/system_memory_usage_megabytes" in found
+
+
+def test_a_run_is_closed_also_where_something_was_not_taken(database, tmp_path, capfd):
+    """It does not stay RUNNING because a picture was missing."""
+    tracker = Tracker("work", {}, {}, "k")
+    tracker.figure(tmp_path / "missing.png")
+    tracker.log({"accuracy/test": 0.5})
+    tracker.end("FINISHED")
+    assert capfd.readouterr().err.count("warning: MLflow") == 1
+    assert database.get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_a_run_of_another_machine_or_experiment_is_left_alone(database, monkeypatch):

@@ -1,0 +1,163 @@
+"""The registered model: what comes out of it in a process that knows nothing of this project."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import psutil
+import pytest
+import torch
+
+import pipeline.keeper
+import stdb
+from pipeline.data import normalise
+from tests.pipeline.test_tracking import database, started  # noqa: F401
+
+NETWORK = {"architecture": "vgg5", "in_channels": 1, "image_size": 8, "num_classes": 4,
+           "width": 0.1, "hidden": 8}  # fmt: skip
+ABOUT = {"timesteps": 6, "classes": list("abcd"), "architecture": "vgg5"}
+NAME = "stdb-digits"
+LOAD = """
+import sys, mlflow, numpy as np
+assert not any("stdb" in name for name in sys.modules)
+model = mlflow.pyfunc.load_model(f"models:/{sys.argv[1]}@champion")
+images = np.load(sys.argv[2])
+np.savez(sys.argv[3], whole=model.predict(images),
+         one=model.predict(images[2:3]), short=model.predict(images, params={"timesteps": 2}))
+"""
+
+
+@pytest.fixture
+def network(tmp_path):
+    """A network, its file, images."""
+    torch.manual_seed(0)
+    snn = stdb.convert(stdb.build_network(**NETWORK), stdb.PoissonEncoder(1)).eval()
+    images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    stdb.balance_thresholds(snn, normalise(images), 6, percentile=90)
+    path = tmp_path / "snn.safetensors"
+    stdb.save(snn, path, network=NETWORK, timesteps=6, classes=list("abcd"))
+    return snn, path, images
+
+
+def register(client, path: Path, images, accuracy: float):
+    """As finetune_stdb does at its end."""
+    keeper = started(f"{accuracy}")
+    keeper.model(str(path), NAME, images[:1].tolist(), ABOUT | {"accuracy": accuracy})
+    assert client.get_run(keeper.run_id).info.status == "RUNNING"
+    keeper.end("FINISHED", interrupted=False)
+    return keeper
+
+
+def elsewhere(folder: Path) -> dict[str, str]:
+    """The environment of a process that does not find this project."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "PATH": path}
+
+
+def test_a_clean_process_gets_probabilities(database, network, tmp_path):  # noqa: F811
+    """By the alias alone: those of the network here, each image alike in any company."""
+    snn, path, images = network
+    register(database, path, images, 0.5)
+    np.save(tmp_path / "images.npy", images.numpy())
+    (tmp_path / "other").mkdir()
+    subprocess.run(
+        [sys.executable, "-c", LOAD, NAME, str(tmp_path / "images.npy"), str(tmp_path / "out.npz")],
+        cwd=tmp_path / "other", env=elsewhere(tmp_path), check=True,
+    )  # fmt: skip
+    found = np.load(tmp_path / "out.npz")
+    ids = torch.zeros(5, dtype=torch.int64)
+    with torch.no_grad():
+        expected = snn(normalise(images), 6, sample_ids=ids).softmax(1).numpy()
+        short = snn(normalise(images), 2, sample_ids=ids).softmax(1).numpy()
+    assert found["whole"].shape == (5, 4)
+    assert np.ptp(expected, axis=0).max() > 0.01  # images differ, so the comparison says something
+    np.testing.assert_allclose(found["whole"], expected, atol=1e-6)
+    np.testing.assert_allclose(found["one"], expected[2:3], atol=1e-6)
+    np.testing.assert_allclose(found["short"], short, atol=1e-6)
+
+
+def test_the_champion_is_the_best_on_validation(database, network):  # noqa: F811
+    """A worse network is registered and changes nothing; one as good or better takes over."""
+    _, path, images = network
+    champions = []
+    for accuracy in (0.6, 0.5, 0.6, 0.7):
+        register(database, path, images, accuracy)
+        champions.append(database.get_model_version_by_alias(NAME, "champion").version)
+    assert [int(version) for version in champions] == [1, 1, 3, 4]
+    tags = database.get_model_version(NAME, "2").tags
+    assert tags == {"accuracy.validation": "0.5", "timesteps": "6"}
+
+
+def test_a_model_says_what_it_takes_and_needs(database, network):  # noqa: F811
+    """Signature, example, pinned requirements of its own."""
+    _, path, images = network
+    register(database, path, images, 0.5)
+    info = mlflow.models.get_model_info(f"models:/{NAME}@champion")
+    (given,) = info.signature.inputs.inputs
+    assert (given.shape, given.type) == ((-1, 1, 8, 8), np.dtype("uint8"))
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}@champion"))
+    needed = (folder / "requirements.txt").read_text().split()
+    assert [line.partition("==")[0] for line in needed] == sorted(pipeline.keeper.REQUIREMENTS)
+    assert all("==" in line for line in needed)
+    assert info.metadata["classes"] == list("abcd")
+    assert (folder / "code" / "stdb" / "network.py").exists()
+
+
+def test_a_registry_that_fails_is_said_and_the_run_goes_on(database, tmp_path, capfd):  # noqa: F811
+    """Accuracy and figures are still logged."""
+    keeper = started("a")
+    keeper.model(str(tmp_path / "missing"), NAME, [[[[0]]]], ABOUT | {"accuracy": 0.5})
+    assert "did not take the model" in capfd.readouterr().err
+    keeper.log([("accuracy/test", 0.5, 1, 0)])
+    keeper.end("FINISHED", interrupted=False)
+    run = database.get_run(keeper.run_id)
+    assert run.data.metrics["accuracy/test"] == 0.5
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_server_answers_a_post_of_images(database, network, tmp_path):  # noqa: F811
+    """`mlflow models serve` on the champion."""
+    snn, path, images = network
+    register(database, path, images, 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["mlflow", "models", "serve", "-m", f"models:/{NAME}@champion", "-p", str(port),
+               "-h", "127.0.0.1", "--env-manager", "local"]  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env=elsewhere(tmp_path), stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.5)
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations",
+            json.dumps({"inputs": {"images": images.tolist()}}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        answer = json.load(urllib.request.urlopen(request, timeout=60))
+    finally:
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+            process.kill()
+        server.wait()
+    ids = torch.zeros(5, dtype=torch.int64)
+    with torch.no_grad():
+        expected = snn(normalise(images), 6, sample_ids=ids).softmax(1).numpy()
+    np.testing.assert_allclose(np.array(answer["predictions"]), expected, atol=1e-5)

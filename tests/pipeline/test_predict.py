@@ -1,0 +1,108 @@
+"""`python -m pipeline.predict` on image files."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import stdb
+from pipeline.data import normalise
+from pipeline.predict import main
+
+NETWORK = {"architecture": "vgg5", "in_channels": 1, "image_size": 8, "num_classes": 3,
+           "width": 0.1, "hidden": 8}  # fmt: skip
+CLASSES = ["cat", "dog", "hen"]
+
+
+@pytest.fixture
+def network(tmp_path):
+    """A network whose classes differ, and its file."""
+    torch.manual_seed(3)
+    snn = stdb.convert(stdb.build_network(**NETWORK), stdb.PoissonEncoder(1)).eval()
+    stdb.balance_thresholds(snn, torch.rand(8, 1, 8, 8) * 2 - 1, 10, percentile=90)
+    stdb.save(snn, tmp_path / "snn", network=NETWORK, timesteps=12, classes=CLASSES)
+    return snn
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Files of different kinds and sizes, one as the network sees it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "exact.png")
+    Image.new("RGB", (40, 30), (200, 30, 90)).save(tmp_path / "wide.jpg")
+    return pixels, [str(tmp_path / "exact.png"), str(tmp_path / "wide.jpg")]
+
+
+def test_each_image_gets_its_class_and_when_it_settled(network, images, tmp_path, capsys):
+    """What the network says of the pixels; a line of probabilities by step."""
+    pixels, files = images
+    assert main(["--model", str(tmp_path / "snn"), *files]) == 0
+    said = capsys.readouterr().out.splitlines()
+    image = normalise(torch.from_numpy(pixels)[None, None])
+    decision = stdb.decide(network, image, 12, sample_ids=torch.zeros(1, dtype=torch.int64))
+    best = int(decision.final.argmax())
+    expected = f"{files[0]}: {CLASSES[best]} ({float(decision.final.max()):.1%}), settled at step "
+    assert said[0] == expected + f"{int(decision.settled)} of 12"
+    assert said[1].startswith("  t = 1 |")
+    assert len(said[1].split("|")[1]) == 12
+    assert said[2].startswith(f"{files[1]}: ")
+
+
+def test_leaving_early_saves_steps_and_says_how_many(network, images, tmp_path, capsys):
+    """The mean over the images, and its share of T."""
+    _, files = images
+    assert main(["--model", str(tmp_path / "snn"), "--confidence", "0.34", *files]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    steps = float(last.split()[0])
+    assert last == f"{steps:.1f} of 12 steps on average, {1 - steps / 12:.0%} saved"
+    assert steps < 12
+
+
+def test_pictures_of_the_probabilities(network, images, tmp_path, capsys):
+    """One for each image, also where two have the same name."""
+    _, files = images
+    folder = tmp_path / "plots"
+    arguments = ["--model", str(tmp_path / "snn"), "--plot", str(folder), "--timesteps", "3"]
+    assert main([*arguments, files[0], files[0]]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["1-exact.png", "2-exact.png"]
+    assert Image.open(folder / "1-exact.png").size[0] > 300
+    assert f"see {folder / '1-exact.png'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.png"], "none.png cannot be read as an image"),
+        (["--model", "none", "none.png"], "none is missing; make repro makes it"),
+    ],
+)
+def test_what_cannot_be_read_is_said(network, tmp_path, arguments, message, capsys):
+    """By name, without a traceback."""
+    model = [] if "--model" in arguments else ["--model", str(tmp_path / "snn")]
+    assert main([*model, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--confidence", "1.5"], "1.5; allowed: above 0, at most 1"),
+        (["--timesteps", "0"], "0; allowed: 1 or more"),
+        (["--timesteps", "x"], "invalid"),
+    ],
+)
+def test_impossible_wishes_are_refused(arguments, message, capsys):
+    """With what is allowed, before anything is read."""
+    with pytest.raises(SystemExit):
+        main([*arguments, "x.png"])
+    assert message in capsys.readouterr().err
+
+
+def test_the_pipelines_own_network_decides_on_its_own_images(finished, tmp_path, capsys):
+    """models/snn.safetensors is all that it takes."""
+    images = load_file(finished.root / "data/prepared/test.safetensors")["images"]
+    Image.fromarray(images[0, 0].numpy()).save(tmp_path / "digit.png")
+    model = str(finished.root / "models/snn.safetensors")
+    assert main(["--model", model, str(tmp_path / "digit.png")]) == 0
+    assert "of 3" in capsys.readouterr().out.splitlines()[0]

@@ -1,0 +1,139 @@
+"""The report of a pipeline that really ran: what a reader finds in it."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from pipeline.paper import TABLE_1, nearest
+from pipeline.params import load_params
+from pipeline.report import as_html, markdown_table, with_interval
+from tests.pipeline.conftest import ROOT
+
+FIGURES = [
+    "accuracy_by_timestep",
+    "confusion",
+    "diagnosis",
+    "raster",
+    "spikes_per_layer",
+    "surrogate",
+    "training",
+]
+
+
+class Page(HTMLParser):
+    """What an HTML page refers to and says."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [v for k, v in attributes if k in ("src", "href") and v]
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.cells:
+            self.cells[-1] += data
+
+
+def measured(finished, name):
+    return json.loads((finished.root / f"metrics/{name}.json").read_text())
+
+
+def test_the_page_needs_no_other_file(finished):
+    """Every picture is inside, none is missing, nothing comes from elsewhere."""
+    page = Page((finished.root / "report/index.html").read_text())
+    assert len(page.references) == len(FIGURES)
+    assert all(source.startswith("data:image/png;base64,") for source in page.references)
+    assert {p.stem for p in (finished.root / "report").glob("*.png")} == set(FIGURES)
+    text = (finished.root / "report/README.md").read_text()
+    assert sorted(re.findall(r"\]\((\w+)\.png\)", text)) == FIGURES
+
+
+def test_the_row_of_table_1_is_what_was_measured_beside_the_papers(finished):
+    """The four accuracies with their intervals; the paper's figures of the same network."""
+    cells = Page((finished.root / "report/index.html").read_text()).cells
+    images = measured(finished, "data")["test"]["images"]
+    converted = measured(finished, "evaluate_converted")
+    for accuracy in (
+        measured(finished, "train_ann")["accuracy"]["test"],
+        converted["long"]["accuracy"],
+        converted["reduced"]["accuracy"],
+        measured(finished, "finetune_stdb")["accuracy"]["test"],
+    ):
+        assert any(cell.strip() == with_interval(accuracy, images) for cell in cells)
+    for number in ("87.88 %", "87.64 %", "84.56 %", "86.91 %"):
+        assert any(cell.strip() == number for cell in cells)
+
+
+def test_every_parameter_and_where_it_comes_from_is_there(finished):
+    """All of params.yaml, the commit, digests, seeds, machine, durations."""
+    text = (finished.root / "report/README.md").read_text()
+    params = yaml.safe_load((finished.root / "params.yaml").read_text())
+    for section, values in params.items():
+        for key in values:
+            assert f"| `{section}.{key}` | `" in text, (section, key)
+    assert finished.run("git", "rev-parse", "HEAD").stdout.strip() in text
+    for split in ("train", "validation", "test"):
+        assert measured(finished, "data")[split]["sha256"] in text
+    for stage in ("prepare_data", "train_ann", "balance_thresholds", "finetune_stdb"):
+        assert re.search(rf"- {stage}: \d+ s, ended \d{{4}}-", text), stage
+    assert re.search(r"machine: .*cores.*torch", text)
+
+
+def test_leaving_early_is_reported(finished):
+    """Steps on average fall with the confidence that is asked for, and never exceed T."""
+    text = (finished.root / "report/README.md").read_text()
+    table = text.partition("## Leaving early")[2].partition("##")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if re.match(r"\| 0\.", line)]
+    steps = [float(row[1]) for row in rows]
+    assert len(steps) == 7
+    assert steps == sorted(steps)
+    assert 1 <= steps[0] <= steps[-1] <= measured(finished, "finetune_stdb")["timesteps"]
+
+
+def test_an_interval_is_wilsons():
+    """Against the closed form, written out for 81 of 90."""
+    n, p, z = 90, 0.9, 1.959964
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    assert (
+        with_interval(p, n) == f"90.00% ({100 * (middle - half):.1f}–{100 * (middle + half):.1f})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "source", "expected"),
+    [
+        ("vgg16", "cifar10", ("vgg16", "cifar10")),
+        ("vgg16", "folder", ("vgg16", "cifar10")),
+        ("vgg11", "cifar10", ("vgg11", "cifar100")),
+        ("resnet12", "digits", ("resnet8", "cifar10")),
+        ("resnet34", "folder", ("resnet34", "imagenet")),
+    ],
+)
+def test_the_papers_row_is_the_one_most_alike(architecture, source, expected):
+    """Same network first, then the same family and data."""
+    params = load_params(ROOT / "params.yaml")
+    network = params.network.model_copy(update={"architecture": architecture})
+    row = nearest(network, params.data.model_copy(update={"source": source}))
+    assert (row.architecture, row.source) == expected
+
+
+def test_the_papers_table_loses_by_conversion_and_wins_back_by_training():
+    """A typing error in a row would show: long ≥ hybrid ≥ reduced, as the paper finds."""
+    for row in TABLE_1:
+        assert row.ann >= row.converted > row.reduced
+        assert row.ann >= row.hybrid > row.reduced
+
+
+def test_text_of_a_user_cannot_become_markup():
+    """A class or a path named like a tag stays text."""
+    page = as_html(markdown_table(["a"], [["<script>alert(1)</script>"]]))
+    assert "<script>" not in page
