@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -18,6 +19,7 @@ import torch
 import pipeline.keeper
 import stdb
 from pipeline.data import normalise
+from pipeline.tracking import Tracker
 from tests.pipeline.test_tracking import database, started  # noqa: F401
 
 NETWORK = {"architecture": "vgg5", "in_channels": 1, "image_size": 8, "num_classes": 4,
@@ -123,41 +125,81 @@ def test_a_registry_that_fails_is_said_and_the_run_goes_on(database, tmp_path, c
     assert run.info.status == "FINISHED"
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def running(command: list[str], folder: Path, address: str, **environment: str):
+    """A server, from the moment it answers at ``address`` on; afterwards nothing is left of it."""
+    log = folder / "server.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            command, cwd=folder, env=elsewhere(folder) | environment, stdout=file, stderr=file
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                urllib.request.urlopen(address, timeout=2)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield
+    finally:
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+            process.kill()
+        server.wait()
+
+
 @pytest.mark.slow
 def test_a_server_answers_a_post_of_images(database, network, tmp_path):  # noqa: F811
     """`mlflow models serve` on the champion."""
     snn, path, images = network
     register(database, path, images, 0.5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["mlflow", "models", "serve", "-m", f"models:/{NAME}@champion", "-p", str(port),
                "-h", "127.0.0.1", "--env-manager", "local"]  # fmt: skip
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            command, cwd=tmp_path, env=elsewhere(tmp_path), stdout=log, stderr=log
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert server.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.5)
+    with running(command, tmp_path, f"http://127.0.0.1:{port}/ping"):
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations",
             json.dumps({"inputs": {"images": images.tolist()}}).encode(),
             {"Content-Type": "application/json"},
         )
         answer = json.load(urllib.request.urlopen(request, timeout=60))
-    finally:
-        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
-            process.kill()
-        server.wait()
     ids = torch.zeros(5, dtype=torch.int64)
     with torch.no_grad():
         expected = snn(normalise(images), 6, sample_ids=ids).softmax(1).numpy()
     np.testing.assert_allclose(np.array(answer["predictions"]), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_tracking_server_gets_runs_figures_and_the_model(network, tmp_path, monkeypatch):
+    """All over HTTP, artefacts too, with nothing but MLflow's own MLFLOW_TRACKING_URI."""
+    _, path, images = network
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}",
+               "--artifacts-destination", str(tmp_path / "store")]  # fmt: skip
+    (tmp_path / "curve.png").write_bytes(b"picture")
+    with running(command, tmp_path, f"{uri}/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        tracker = Tracker("finetune_stdb", {"stdb.alpha": 0.3}, {}, "k")
+        tracker.log({"accuracy/test": 0.75})
+        tracker.figure(tmp_path / "curve.png")
+        about = ABOUT | {"accuracy": 0.5}
+        tracker.model(path, NAME, images[:1].tolist(), about)
+        tracker.end("FINISHED")
+        client = mlflow.MlflowClient(uri)
+        run = client.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["accuracy/test"] == 0.75
+        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["curve.png"]
+        assert client.get_model_version_by_alias(NAME, "champion").run_id == run.info.run_id
+        assert client.get_run(run.data.tags["mlflow.parentRunId"]).info.status == "FINISHED"
+    assert not (tmp_path / "mlflow.db").exists()
