@@ -1,7 +1,7 @@
 # What a person can do here: `make help`. Needs make, git and Python 3.11 or newer, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench repro sweep apply-best test test-slow test-all bench lint format \
+.PHONY: help setup setup-bench repro preset sweep apply-best test test-slow test-all bench lint format \
 	lock ui clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
@@ -31,6 +31,9 @@ setup-bench: $(READY_BENCH) ## The same, and the peers that tests and benchmarks
 
 repro: $(READY) ## Reproduce the pipeline: dvc repro ARGS
 	@$(IN_ENV) python -m pipeline.repro $(ARGS)
+
+preset: $(READY) ## Write a preset into params.yaml, show what changed (NAME=...; without: list)
+	@$(IN_ENV) python -m pipeline.preset "$(NAME)"
 
 sweep: $(READY) ## Search T, thresholds, α, β by sweep/params.yaml: dvc repro sweep/dvc.yaml
 	@$(IN_ENV) dvc repro $(ARGS) sweep/dvc.yaml

@@ -1,0 +1,82 @@
+"""The presets: each is allowed, built, converted and presented; applying one shows what changed."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from pipeline.data import Split
+from pipeline.network import build_ann, build_snn
+from pipeline.paper import TABLE_1
+from pipeline.params import load_params
+from pipeline.preset import main
+from tests.pipeline.conftest import ROOT
+
+PRESETS = {path.stem: path for path in sorted((ROOT / "presets").glob("*.yaml"))}
+SHAPES = {"cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "folder": (3, 224, 1000)}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A copy of params.yaml and the presets."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "presets", tmp_path / "presets")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_built_converted_and_presented(here, name, capsys):
+    """Its parameters are allowed; its network takes its images for two steps."""
+    assert main([name]) == 0
+    assert "+  architecture:" in capsys.readouterr().out
+    params = load_params()
+    channels, size, classes = SHAPES[params.data.source]
+    image = torch.zeros(1, channels, size, size, dtype=torch.uint8)
+    names = [str(k) for k in range(classes)]
+    split = Split(image, torch.zeros(1).long(), torch.zeros(1).long(), names)
+    snn = build_snn(build_ann(params.network, split), params.stdb, 0).eval()
+    with torch.no_grad():
+        logits = snn(torch.rand(1, channels, size, size) * 2 - 1, 2)
+    assert logits.shape == (1, classes)
+    assert logits.isfinite().all()
+
+
+def test_every_row_of_table_1_has_a_preset_with_its_t():
+    """At full width, α = 0.3, β = 0.01, at most 20 epochs; its comment has the paper's accuracy."""
+    for row in TABLE_1:
+        preset = yaml.safe_load(PRESETS[f"{row.architecture}-{row.source}"].read_text())
+        assert preset["stdb"]["timesteps"] == row.timesteps
+        assert (preset["stdb"]["alpha"], preset["stdb"]["beta"]) == (0.3, 0.01)
+        assert preset["stdb"]["epochs"] <= 20
+        assert preset["network"]["width"] == 1
+        assert preset["network"]["architecture"] == row.architecture
+        text = PRESETS[f"{row.architecture}-{row.source}"].read_text()
+        for number in (row.ann, row.converted, row.reduced, row.hybrid):
+            assert f"{number} %" in text
+
+
+def test_one_preset_after_another_leaves_nothing_of_the_first(here):
+    """All set the same parameters, so that the order in which they are applied does not matter."""
+    presets = [yaml.safe_load(path.read_text()) for path in PRESETS.values()]
+    keys = [{(name, key) for name, part in one.items() for key in part} for one in presets]
+    assert all(one == keys[0] for one in keys)
+    assert not any(key == "seed" for _, key in keys[0])
+    assert main(["resnet34-imagenet"]) == 0
+    assert main(["vgg5-cifar10"]) == 0
+    second = (here / "params.yaml").read_text()
+    shutil.copy(ROOT / "params.yaml", here)
+    assert main(["vgg5-cifar10"]) == 0
+    assert (here / "params.yaml").read_text() == second
+
+
+def test_presets_are_listed_and_an_unknown_one_is_refused(here, capsys):
+    """With their first line; params.yaml stays as it is."""
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in PRESETS)
+    before = (here / "params.yaml").read_text()
+    assert main(["vgg4"]) == 1
+    assert "there is no preset 'vgg4'; allowed: " in capsys.readouterr().err
+    assert (here / "params.yaml").read_text() == before
