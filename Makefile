@@ -1,13 +1,14 @@
 # What a person can do here: `make help`. Needs make, git and Python 3.11 or newer, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench repro preset sweep apply-best test test-slow test-all bench lint format \
+.PHONY: help setup setup-bench repro preset seeds sweep apply-best test test-slow test-all bench lint format \
 	lock ui clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 PORT ?= 5000
+N ?= 3
 # Of the private copy; a uv on PATH is taken as it is.
 UV_VERSION := 0.13.9
 export UV_PYTHON_DOWNLOADS := never
@@ -34,6 +35,9 @@ repro: $(READY) ## Reproduce the pipeline: dvc repro ARGS
 
 preset: $(READY) ## Write a preset into params.yaml, show what changed (NAME=...; without: list)
 	@$(IN_ENV) python -m pipeline.preset "$(NAME)"
+
+seeds: $(READY) ## The pipeline over N seeds, as DVC experiments, and the mean (N=3)
+	@$(IN_ENV) python -m pipeline.seeds $(N)
 
 sweep: $(READY) ## Search T, thresholds, α, β by sweep/params.yaml: dvc repro sweep/dvc.yaml
 	@$(IN_ENV) dvc repro $(ARGS) sweep/dvc.yaml

@@ -1,0 +1,72 @@
+"""The pipeline over several seeds, each a DVC experiment, and the mean of what comes out.
+
+    python -m pipeline.seeds 3     # make seeds N=3: seeds 0, 1, 2 of data, ANN, calibration, STDB
+
+Each runs in a copy of the workspace, which stays as it is; what a seed has in common with an
+earlier run comes from DVC's cache. The experiments are seed-0, seed-1, …; `dvc exp show` lists them.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+SECTIONS = ("data", "train_ann", "balance_thresholds", "stdb")  # that have a seed
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run, print the table; the exit status."""
+    try:
+        count = int(arguments[0]) if arguments else 3
+    except ValueError:
+        count = 0
+    if count < 1:
+        print(f"error: N is {arguments[0]}; allowed: 1 or more seeds", file=sys.stderr)
+        return 1
+    names = []
+    for seed in range(count):
+        name = f"seed-{seed}"
+        changes = [part for s in SECTIONS for part in ("-S", f"{s}.seed={seed}")]
+        print(f"[seeds] {name}, {seed + 1} of {count}", flush=True)
+        command = ["dvc", "exp", "run", "--temp", "--force", "--name", name, *changes]
+        status = subprocess.run(command).returncode
+        if status != 0:
+            print(f"error: {name} failed; `{' '.join(command)}` runs it alone", file=sys.stderr)
+            return status
+        names.append(name)
+    print(table({name: columns(name) for name in names}))
+    return 0
+
+
+def columns(experiment: str) -> dict[str, float]:
+    """Table 1's columns of an experiment, in %."""
+    import dvc.api
+
+    ann, converted, tuned = (
+        dvc.api.metrics_show(f"metrics/{stage}.json", rev=experiment)
+        for stage in ("train_ann", "evaluate_converted", "finetune_stdb")
+    )
+    long, reduced = converted["long"], converted["reduced"]
+    return {
+        "ANN": 100 * ann["accuracy"]["test"],
+        f"converted, T = {long['timesteps']}": 100 * long["accuracy"],
+        f"converted, scaled, T = {reduced['timesteps']}": 100 * reduced["accuracy"],
+        f"STDB, T = {tuned['timesteps']}": 100 * tuned["accuracy"]["test"],
+    }
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row an experiment, then mean ± standard deviation of every column."""
+    head = list(next(iter(found.values())))
+    rows = [[name, *(f"{row[key]:.2f}" for key in head)] for name, row in found.items()]
+    last = ["mean ± sd"]
+    for key in head:
+        values = [row[key] for row in found.values()]
+        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+        last.append(f"{mean(values):.2f}{spread}")
+    lines = [["", *head], ["---", *["---:"] * len(head)], *rows, last]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
