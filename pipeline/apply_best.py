@@ -53,18 +53,17 @@ def _merge(into: Any, changes: dict[str, Any], overlay: Path) -> None:
             into[key] = value
 
 
-def main(arguments: list[str]) -> int:
+def main(overlay: Path) -> int:
     """Apply, show; the exit status."""
-    overlay = Path(arguments[0] if arguments else "sweep/best_params.yaml")
     try:
         changed = apply(overlay)
     except ParamsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(changed or f"params.yaml is already as {overlay} says")
-    print("dvc repro makes the full run")
+    print("make repro runs it")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "sweep/best_params.yaml")))

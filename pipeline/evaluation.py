@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import stdb
 from pipeline.data import Samples, normalise, shares
 from pipeline.distributed import total
-from stdb.decision import first_confident
+from stdb.decision import first_confident, logit_scale, scaled_losses
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # at which leaving early is looked at
 DIAGNOSED = 64  # images of a diagnosis
@@ -89,6 +89,21 @@ def evaluate_snn(
         total(confusion).view(classes, classes).tolist(),
         {c: (steps, right) for c, (steps, right) in zip(CONFIDENCES, means, strict=True)},
     )
+
+
+@torch.no_grad()
+def fitting_logit_scale(
+    snn: stdb.SpikingNetwork, split: Samples, timesteps: int, batch_size: int, rank: int, world: int
+) -> float:
+    """The factor of U_T with which softmax(U_T) is as sure of a split as it is right."""
+    device = next(snn.parameters()).device
+    snn.eval()
+    losses = torch.zeros_like(scaled_losses(torch.zeros(1, 2), torch.zeros(1).long()))
+    losses = losses.to(device)
+    for batch in split.stream(shares(len(split), batch_size, rank, world), device):
+        logits = snn(normalise(batch.images), timesteps, sample_ids=batch.ids)
+        losses += scaled_losses(logits, batch.labels)
+    return logit_scale(total(losses))
 
 
 def _exits(probabilities: Tensor, right: Tensor) -> Tensor:

@@ -22,7 +22,14 @@ import stdb
 from pipeline.balance_thresholds import converted, load_thresholds
 from pipeline.data import Samples, load_split, load_splits, normalise
 from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
-from pipeline.evaluation import Evaluation, collapse, diagnose, evaluate_snn, spike_metrics
+from pipeline.evaluation import (
+    Evaluation,
+    collapse,
+    diagnose,
+    evaluate_snn,
+    fitting_logit_scale,
+    spike_metrics,
+)
 from pipeline.network import build_ann, build_snn, load_weights, recipe
 from pipeline.params import DataParams, NetworkParams, StdbParams
 from pipeline.stage import (
@@ -193,6 +200,14 @@ def fine_tune(
     else:
         load_thresholds(snn, Path(config["thresholds"]))
     snn.scale_thresholds(config["scale"])
+    factor = params.logit_scale
+    if factor == "auto":  # random weights are not sure of anything
+        factor = 1.0
+        if not params.from_scratch:
+            factor = fitting_logit_scale(snn, validation, params.timesteps, BATCH, rank, world)
+            if rank == 0:
+                print(f"[finetune_stdb] logit scale {factor:.3g}", flush=True)
+    snn.scale_output(factor)
     model = data_parallel(snn)
     chunk = fitting_chunk(snn, params, train.shape, world, free_memory(device, world))
 

@@ -182,6 +182,9 @@ class StdbParams(Schedule):
     """t' of truncated BPTT (§2.2)."""
     threshold_scale: Positive | None
     """V ← scale · V_balanced; None takes what evaluate_converted found."""
+    logit_scale: Positive | Literal["auto"]
+    """The output layer's weights are multiplied by it before the fine-tuning, which changes no
+    decision; 1: the paper's; auto: so that softmax(U_T) is as sure as it is right on validation."""
     dropout: Rate | None
     """Of every dropout layer while fine-tuning."""
     clip: Positive | None

@@ -10,8 +10,7 @@ a CPU can do. Seeds, and where it runs, stay as they are.
 import sys
 from pathlib import Path
 
-from pipeline.apply_best import apply
-from pipeline.params import ParamsError
+from pipeline import apply_best
 
 PRESETS = Path("presets")
 
@@ -23,16 +22,11 @@ def main(arguments: list[str]) -> int:
         for name, path in known.items():
             print(f"{name:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
         return 0
-    try:
-        if arguments[0] not in known:
-            raise ParamsError(f"there is no preset {arguments[0]!r}; allowed: {', '.join(known)}")
-        changed = apply(known[arguments[0]])
-    except ParamsError as error:
-        print(f"error: {error}", file=sys.stderr)
+    if arguments[0] not in known:
+        text = f"there is no preset {arguments[0]!r}; allowed: {', '.join(known)}"
+        print(f"error: {text}", file=sys.stderr)
         return 1
-    print(changed or f"params.yaml is already as preset {arguments[0]} says")
-    print("make repro runs it")
-    return 0
+    return apply_best.main(known[arguments[0]])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m pipeline.seeds 3     # make seeds N=3: seeds 0, 1, 2 of data, ANN, calibration, STDB
 
 Each runs in a copy of the workspace, which stays as it is; what a seed has in common with an
-earlier run comes from DVC's cache. The experiments are seed-0, seed-1, …; `dvc exp show` lists them.
+earlier run comes from DVC's cache. The experiments are seed-0, seed-1, …: see `dvc exp show`.
 """
 
 import subprocess

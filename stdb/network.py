@@ -267,6 +267,29 @@ class SpikingNetwork(nn.Module):
             if not neuron.balanced_threshold.isnan():
                 neuron.threshold.copy_(neuron.balanced_threshold * factor)
 
+    @torch.no_grad()
+    def scale_output(self, factor: float) -> None:
+        """Multiply the output layer's weights, and so every U_t of Eq. 4; no decision changes.
+
+        U_T grows with T, far beyond what an ANN's logits are: softmax(U_T) is then surer than it is
+        right, and what lowers its cross-entropy most is to spike less. See :func:`logit_scale`.
+        """
+        if not 0 < factor < float("inf"):
+            raise ValueError(f"the logit scale is {factor}; allowed: a positive number")
+        scaled, waiting = set(), [self.graph.tail[-1]]
+        while waiting:
+            node = self.graph.nodes[waiting.pop()]
+            if node.kind in OPERATORS and OPERATORS[node.kind].learns:
+                scaled.add(node.name)
+            elif node.kind == NEURON:
+                raise ValueError("a branch reaches the output without weights; nothing to scale")
+            else:
+                waiting += node.inputs
+        for name in scaled:
+            weight = self.net.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.mul_(factor)
+
 
 @dataclass
 class _Chunk:

@@ -259,6 +259,7 @@ UNTRACKED_BY_BALANCING = {
     "truncate": 1,
     "micro_batch": 2,
     "threshold_scale": 0.3,
+    "logit_scale": 0.5,
     "dropout": 0.9,
     "seed": 7,
 }

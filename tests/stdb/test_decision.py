@@ -1,10 +1,14 @@
 """Decisions over time and leaving early, against the logits of a whole presentation."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import stdb
-from stdb.decision import Decision, first_confident
+from stdb.decision import Decision, first_confident, logit_scale, scaled_losses
 
 T = 20
 
@@ -80,3 +84,59 @@ def test_impossible_wishes_are_refused(network, timesteps, confidence, message):
     """With what is allowed."""
     with pytest.raises(ValueError, match=message):
         stdb.decide(*network, timesteps, confidence)
+
+
+def test_scaling_the_output_multiplies_every_logit_and_changes_no_decision(network):
+    """The output layer is linear and only accumulates."""
+    snn, images = network
+    scaled = copy.deepcopy(snn)
+    scaled.scale_output(0.25)  # a power of two: no rounding
+    before, after = (net.logits_over_time(images, T) for net in (snn, scaled))
+    assert torch.equal(after, 0.25 * before)
+    others = [name for name, _ in snn.net.named_parameters() if not name.startswith("output")]
+    for name in others:
+        assert torch.equal(snn.net.get_parameter(name), scaled.net.get_parameter(name))
+
+
+def test_all_branches_of_an_output_are_scaled():
+    """Where the output is a sum; a branch without weights is refused."""
+
+    class Sum(nn.Module):
+        def __init__(self, second: nn.Module) -> None:
+            super().__init__()
+            self.flatten, self.fc, self.relu = nn.Flatten(), nn.Linear(9, 4, bias=False), nn.ReLU()
+            self.first, self.second = nn.Linear(4, 4, bias=False), second
+
+        def forward(self, x):
+            hidden = self.relu(self.fc(self.flatten(x)))
+            return self.first(hidden) + self.second(hidden)
+
+    images = torch.rand(3, 1, 3, 3)
+    snn = stdb.convert(Sum(nn.Linear(4, 4, bias=False)), stdb.DirectEncoder()).eval()
+    snn.set_thresholds(dict.fromkeys(snn.thresholds, 0.1))
+    with torch.no_grad():
+        before = snn(images, 5)
+        snn.scale_output(0.5)
+        assert torch.equal(snn(images, 5), 0.5 * before)
+    with pytest.raises(ValueError, match="without weights"):
+        stdb.convert(Sum(nn.Identity()), stdb.DirectEncoder()).scale_output(0.5)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_is_none_is_refused(network, factor):
+    """Weights stay as they are."""
+    with pytest.raises(ValueError, match="allowed: a positive number"):
+        network[0].scale_output(factor)
+
+
+def test_the_scale_that_fits_is_found():
+    """Labels are drawn from softmax(z); of logits that are 8 times too large, it is 1/8."""
+    generator = torch.Generator().manual_seed(0)
+    z = 2 * torch.randn(4000, 5, generator=generator)
+    labels = torch.multinomial(z.softmax(1), 1, generator=generator)[:, 0]
+    for factor in (1, 8, 64):
+        losses = scaled_losses(factor * z[:2000], labels[:2000])
+        losses += scaled_losses(factor * z[2000:], labels[2000:])
+        assert logit_scale(losses) == pytest.approx(1 / factor, rel=0.19)
+        by_torch = F.cross_entropy(factor * z.double() * logit_scale(losses), labels)
+        assert float(losses.min()) / 4000 == pytest.approx(float(by_torch))
