@@ -13,6 +13,7 @@ from torch import Tensor
 from .network import SpikingNetwork
 
 SCALES = tuple(2 ** (k / 4) for k in range(-48, 9))  # tried for the logits: 1/4096 to 4
+INFORMED = 0.98  # of the loss of a guess: below it, logits say something
 STEPS_AT_ONCE = 4  # after so many steps it is looked whether all are decided
 
 
@@ -102,7 +103,10 @@ def scaled_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def logit_scale(losses: Tensor) -> float:
     """The scale of the logits that fits best: temperature scaling (Guo et al., ICML 2017).
 
+    1 where no scale fits better than knowing nothing, which a scale near 0 amounts to.
+
     Args:
         losses: what :func:`scaled_losses` gives, added up over images the network has not learned.
     """
-    return SCALES[int(losses.argmin())]
+    best = int(losses.argmin())
+    return SCALES[best] if losses[best] < INFORMED * losses[0] else 1.0

@@ -1,6 +1,7 @@
 """What each worker does, run in this process as the only worker: the loops of the stages."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -14,7 +15,7 @@ import pipeline.train_ann
 import pipeline.training
 import stdb
 from pipeline.data import normalise, save_split
-from pipeline.evaluation import ann_energy, evaluate_ann, evaluate_snn
+from pipeline.evaluation import ann_energy, evaluate_ann, evaluate_snn, fitting_logit_scale
 from pipeline.network import build_ann, build_snn, load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams, load_params
 from pipeline.prepare_data import split
@@ -27,7 +28,10 @@ NETWORK = NetworkParams(
     architecture="vgg5", width=0.1, hidden=16, dropout=0.3, classifier_dropout=0.5
 )
 STDB = PARAMS.stdb.model_copy(
-    update={"timesteps": 3, "epochs": 1, "batch_size": 24, "learning_rate": 1e-3, "milestones": []}
+    update={
+        **{"timesteps": 3, "epochs": 1, "batch_size": 24, "learning_rate": 1e-3, "milestones": []},
+        "logit_scale": 1.0,
+    }
 )
 THRESHOLDS = {"conv1": 2.0, "conv2": 0.7, "conv3": 0.6, "fc1": 0.5, "fc2": 0.4}
 
@@ -128,6 +132,38 @@ def test_truncated_bptt_adds_up_the_gradients_of_its_windows(run, files, truncat
     for name, value in snn.net.state_dict().items():
         assert torch.equal(value, state["best_network"][name]), name
     assert not torch.equal(start["conv1.weight"], state["best_network"]["conv1.weight"])
+
+
+def test_the_scale_of_the_logits_is_that_of_the_least_loss(files):
+    """Over all images of a split, on a fine grid."""
+    snn, split = starting(files, STDB).eval(), files[1]["validation"]
+    with torch.no_grad():
+        logits = snn(normalise(split.images), 9, sample_ids=split.ids)
+    guess = torch.arange(len(split)) % 3 == 0  # what the network does not know
+    labels = torch.where(guess, split.labels, logits.argmax(1))
+    known = dataclasses.replace(split, labels=labels)
+    scales = [2 ** (k / 40) for k in range(-400, 80)]
+    losses = {s: float(F.cross_entropy(logits.double() * s, labels)) for s in scales}
+    best = min(losses, key=losses.get)
+    assert 0.01 < best < 0.7
+    assert fitting_logit_scale(snn, known, 9, 16, 0, 1) == pytest.approx(best, rel=0.1)
+
+
+def test_the_output_is_scaled_before_the_fine_tuning(run, files, monkeypatch):
+    """By the parameter; auto: as fits validation; random weights are left as they are."""
+    monkeypatch.setattr(pipeline.finetune_stdb, "fitting_logit_scale", lambda *arguments: 0.125)
+    still = STDB.model_copy(update={"learning_rate": 1e-30})
+    start = starting(files, still).net.state_dict()
+    for scale, factor in (("auto", 0.125), (0.5, 0.5), (1.0, 1.0)):
+        found = finetune(run, still.model_copy(update={"logit_scale": scale}))["network"]
+        assert torch.equal(found["output.weight"], factor * start["output.weight"])
+        assert torch.equal(found["fc2.weight"], start["fc2.weight"])
+    scratch = still.model_copy(update={"from_scratch": True})
+    one, auto = (
+        finetune(run, scratch.model_copy(update={"logit_scale": scale}))["network"]
+        for scale in (1.0, "auto")
+    )
+    assert torch.equal(one["output.weight"], auto["output.weight"])
 
 
 def test_windows_of_truncated_bptt_change_the_result(run):

@@ -129,6 +129,13 @@ def test_a_scale_that_is_none_is_refused(network, factor):
         network[0].scale_output(factor)
 
 
+def test_of_logits_that_say_nothing_no_scale_is_found():
+    """It would be 0, and nothing could be learned any more."""
+    generator = torch.Generator().manual_seed(0)
+    z, labels = torch.randn(4000, 5, generator=generator), torch.arange(4000) % 5
+    assert logit_scale(scaled_losses(z, labels)) == 1
+
+
 def test_the_scale_that_fits_is_found():
     """Labels are drawn from softmax(z); of logits that are 8 times too large, it is 1/8."""
     generator = torch.Generator().manual_seed(0)
