@@ -28,7 +28,8 @@ def main(arguments: Sequence[str]) -> int:
         name = f"seed-{seed}"
         changes = [part for s in SECTIONS for part in ("-S", f"{s}.seed={seed}")]
         print(f"[seeds] {name}, {seed + 1} of {count}", flush=True)
-        command = ["dvc", "exp", "run", "--temp", "--force", "--name", name, *changes]
+        command = ["dvc", "exp", "run", "--temp", "--name", name, *changes]
+        subprocess.run(["dvc", "exp", "remove", name], capture_output=True)  # of an earlier time
         status = subprocess.run(command).returncode
         if status != 0:
             print(f"error: {name} failed; `{' '.join(command)}` runs it alone", file=sys.stderr)
