@@ -17,6 +17,7 @@ FOUND_UV := $(shell uv --version >/dev/null 2>&1 && command -v uv)
 UV := $(or $(FOUND_UV),.uv/bin/uv)
 READY := .venv/.ready
 READY_BENCH := .venv/.ready-bench
+PAGE := .dvc/plots/page.html
 IN_ENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 help: ## Show this list
@@ -24,13 +25,13 @@ help: ## Show this list
 	@echo
 	@echo "ARGS goes to dvc and pytest: make repro ARGS=finetune_stdb, make test ARGS='-k leak -x'"
 
-setup: $(READY) ## Make the environment, .venv; nothing to do where it is current
+setup: $(READY) $(PAGE) ## Make the environment, .venv; nothing to do where it is current
 	@echo ".venv is ready."
 
-setup-bench: $(READY_BENCH) ## The same, and the peers that tests and benchmarks compare with
+setup-bench: $(READY_BENCH) $(PAGE) ## The same, and the peers that tests and benchmarks compare with
 	@echo ".venv is ready, peers included."
 
-repro: $(READY) ## Reproduce the pipeline: dvc repro ARGS
+repro: $(READY) $(PAGE) ## Reproduce the pipeline: dvc repro ARGS
 	@$(IN_ENV) python -m pipeline.repro $(ARGS)
 
 preset: $(READY) ## Write a preset into params.yaml, show what changed (NAME=...; without: list)
@@ -114,6 +115,10 @@ $(READY): pyproject.toml requirements.lock | $(if $(FOUND_UV),,.uv/.ready)
 
 $(READY_BENCH): $(READY)
 	$(call install,pipeline dev bench)
+
+# What DVC shows plots on, and the setting that names it; git tracks neither.
+$(PAGE): $(READY) pipeline/write_plots_page.py
+	@$(IN_ENV) python -m pipeline.write_plots_page
 
 .uv/.ready:
 	@$(CHECK_PYTHON)

@@ -3,7 +3,8 @@
     python -m pipeline.report
 
 Reads what the other stages wrote, and presents one image. Out: report/index.html, which needs no
-other file, and report/README.md with PNGs.
+other file, report/README.md with PNGs, and metrics/summary.json, which `dvc metrics` and
+`dvc exp show` show.
 """
 
 import base64
@@ -35,6 +36,7 @@ from pipeline.stage import (
     Stage,
     read_json,
     run_stage,
+    write_json,
     writing,
 )
 from pipeline.tracking import provenance
@@ -70,6 +72,7 @@ def main(stage: Stage) -> None:
         temporary.write_text(as_html(text))
     for name in ("README.md", "index.html"):
         stage.tracker.figure(OUT / name)
+    write_json(Path("metrics/summary.json"), summary(found))
     row = table(stage.params, found)
     stage.tracker.summary(headline(found), row, OUT / "index.html")
     stage.say(row)
@@ -100,6 +103,23 @@ def headline(found: dict[str, Any]) -> dict[str, float]:
         "energy/converted_pj": reduced["energy_pj"],
         "energy/stdb_pj": tuned["energy_pj"],
         **{f"spikes/{name}": value for name, value in tuned["spikes_per_neuron"].items()},
+    }
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers that runs are compared by: test accuracy, nanojoules per image."""
+    converted, tuned = found["evaluate_converted"], found["finetune_stdb"]
+    return {
+        "accuracy": {
+            "ann": found["train_ann"]["accuracy"]["test"],
+            "converted": converted["long"]["accuracy"],
+            "scaled": converted["reduced"]["accuracy"],
+            "stdb": tuned["accuracy"]["test"],
+        },
+        "energy_nj": {
+            "ann": converted["ann"]["energy_pj"] / 1000,
+            "stdb": tuned["energy_pj"] / 1000,
+        },
     }
 
 

@@ -53,7 +53,8 @@ def test_metrics_say_what_was_measured(finished):
     assert converted["reduced"]["timesteps"] == tuned["timesteps"] == 3
     assert list(tuned["spikes_per_neuron"]) == ["conv1", "conv2", "conv3", "fc1", "fc2"]
     shown = json.loads(finished.run("dvc", "metrics", "show", "--json").stdout)
-    assert len(shown[""]["data"]) == 3
+    (summary,) = shown[""]["data"].values()
+    assert summary["data"]["accuracy"]["stdb"] == tuned["accuracy"]["test"]
 
 
 def test_a_second_run_does_nothing(finished):
