@@ -73,10 +73,7 @@ lock: | $(if $(FOUND_UV),,.uv/.ready) ## Pin anew in requirements.lock (ARGS=--u
 	@echo "requirements.lock is current."
 
 ui: $(READY) ## Show all runs in MLflow's pages on this machine (PORT=5000)
-	@echo "MLflow: http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
-	@$(IN_ENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
-		mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
-		--backend-store-uri sqlite:///mlflow.db
+	@$(IN_ENV) python -m pipeline.ui $(PORT)
 
 clean: ## Remove caches of Python and of the checkers, nothing that took long to make
 	@find . \( -name .git -o -name .venv -o -name .uv -o -name .dvc \) -prune \

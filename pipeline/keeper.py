@@ -1,6 +1,6 @@
 """MLflow's side of a stage: the process that takes a :class:`pipeline.tracking.Tracker`'s messages.
 
-    commit or DVC experiment        one execution of the pipeline: all parameters, the final figures
+    network, T, commit              one execution of the pipeline: all parameters, the final figures
     ├── prepare_data
     ├── train_ann                   a stage: its parameters, metrics by epoch, figures, data sets
     ├── …
@@ -37,6 +37,15 @@ ACCURACY_TAG = "accuracy.validation"
 REQUIREMENTS = ("mlflow", "numba", "numpy", "safetensors", "torch")  # of the model
 QUIET = ("alembic", "mlflow", "mlflow.system_metrics")
 PARAMS_AT_ONCE = 100  # MLflow's limit
+DIGEST = 12  # characters of a data set's that MLflow's pages show; the tags have all of it
+PURPOSE = """\
+A run is one execution of the pipeline, with a run for each stage below it. Select two to compare.
+
+Image classifiers become spiking networks that are accurate at few time steps T: an ANN is trained,
+converted by threshold balancing, and fine-tuned by STDB. `accuracy/` is that of the test split,
+`spikes/` are per neuron and image, `energy/` is per image. Runs are named after network, T and
+commit, or after their DVC experiment.
+"""
 
 
 def keep() -> None:
@@ -89,6 +98,7 @@ class Keeper:
         self.experiment_id = self._experiment()
         tags |= provenance()
         self.tags = dict(tags)
+        self.source = self._source(f"dvc repro {stage}")
         self.run_id = self._unfinished_run(tags)
         self.parent_id = self._parent(execution)
         below = {"mlflow.parentRunId": self.parent_id}
@@ -98,7 +108,8 @@ class Keeper:
             for key, value in again.items():
                 client.set_tag(self.run_id, key, value)
         else:
-            tags |= below | {f"input.{path}": value for path, value in inputs.items()}
+            tags |= below | self.source
+            tags |= {f"input.{path}": value for path, value in inputs.items()}
             run = client.create_run(self.experiment_id, run_name=stage, tags=tags)
             self.run_id = run.info.run_id
             self._log_params(self.run_id, params)
@@ -118,7 +129,9 @@ class Keeper:
         local = tracking_uri().startswith("sqlite")
         place = (root() / "mlartifacts").as_uri() if local else None
         try:
-            return self.client.create_experiment(EXPERIMENT, artifact_location=place)
+            return self.client.create_experiment(
+                EXPERIMENT, artifact_location=place, tags={"mlflow.note.content": PURPOSE}
+            )
         except MlflowException:  # perhaps another process was faster
             found = self.client.get_experiment_by_name(EXPERIMENT)
             if found is None:
@@ -156,17 +169,30 @@ class Keeper:
             parent = earlier
             self.client.set_tag(parent, "process", mine["process"])
         else:
-            commit, experiment = self.tags["git.commit"][:7], mine["dvc.experiment"]
-            name = commit + "-dirty" * (self.tags["git.dirty"] == "true")
-            if experiment != "workspace":
-                name = experiment
             origin = {k: v for k, v in self.tags.items() if k.startswith("git.")}
-            tags = mine | origin | {"kind": "execution"}
+            tags = mine | origin | self._source("dvc repro") | {"kind": "execution"}
+            name = self._name(execution["params"])
             run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
             parent = run.info.run_id
             self._log_params(parent, execution["params"])
         self.client.update_run(parent, status="RUNNING")
         return parent
+
+    def _name(self, params: dict[str, Any]) -> str:
+        """Of an execution: what tells it from others in lists and legends."""
+        if (experiment := self.tags["dvc.experiment"]) != "workspace":
+            return experiment
+        commit = self.tags["git.commit"][:7] + "-dirty" * (self.tags["git.dirty"] == "true")
+        if "network.architecture" not in params:
+            return commit
+        return f"{params['network.architecture']} T={params['stdb.timesteps']} {commit}"
+
+    def _source(self, name: str) -> dict[str, str]:
+        """What ran, for MLflow's columns Source and Version."""
+        source = {"mlflow.source.name": name, "mlflow.source.type": "LOCAL"}
+        if (commit := self.tags["git.commit"]) != "none":
+            source["mlflow.source.git.commit"] = commit
+        return source
 
     def _parent_of(self, run_id: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -186,7 +212,7 @@ class Keeper:
         given = [
             DatasetInput(
                 Dataset(
-                    row["name"], row["digest"][:36], "local", json.dumps({"uri": row["path"]}),
+                    row["name"], row["digest"][:DIGEST], "local", json.dumps({"uri": row["path"]}),
                     profile=json.dumps(row["profile"]),
                 ),
                 [InputTag("mlflow.data.context", row["context"])],
@@ -229,6 +255,7 @@ class Keeper:
     def _register(self, path: str, name: str, example: list, about: dict[str, Any]) -> None:
         import mlflow
         import numpy as np
+        from mlflow.entities import LoggedModelOutput
         from mlflow.exceptions import MlflowException
         from mlflow.models import ModelSignature
         from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
@@ -263,8 +290,12 @@ class Keeper:
                 ],
                 registered_model_name=name,
                 metadata=about,
+                tags=self.source,
             )
         version = info.registered_model_version
+        self._describe(name, version, about)
+        output = LoggedModelOutput(info.model_id, step=0)
+        self.client.log_outputs(self.parent_id, [output])
         self.client.set_model_version_tag(name, version, ACCURACY_TAG, str(about["accuracy"]))
         self.client.set_model_version_tag(name, version, "timesteps", str(about["timesteps"]))
         try:
@@ -277,6 +308,22 @@ class Keeper:
             self.client.set_registered_model_alias(name, CHAMPION, version)
         which = f"now models:/{name}@{CHAMPION}" if champion_too else "the champion is better"
         print(f"MLflow: model {name}, version {version}, {which}", file=sys.stderr, flush=True)
+
+    def _describe(self, name: str, version: str, about: dict[str, Any]) -> None:
+        """What the registry's pages say of a model and of a version of it."""
+        if not self.client.get_registered_model(name).description:  # else it is somebody's own
+            self.client.update_registered_model(
+                name,
+                "Spiking network: uint8 images in, class probabilities out.\n\n"
+                f'`mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")` is the version that is '
+                "best on validation.",
+            )
+        self.client.update_model_version(
+            name,
+            version,
+            f"{about['architecture']}, T = {about['timesteps']}: {about['accuracy']:.2%} on "
+            f"validation; commit {self.tags['git.commit'][:7]}",
+        )
 
     def child(self, name: str, params: dict[str, Any]) -> None:
         """Open a run below the stage's, or the one of this name that there is."""

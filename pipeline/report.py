@@ -74,7 +74,8 @@ def main(stage: Stage) -> None:
         stage.tracker.figure(OUT / name)
     write_json(Path("metrics/summary.json"), summary(found))
     row = table(stage.params, found)
-    stage.tracker.summary(headline(found), row, OUT / "index.html")
+    about = f"{gist(stage.params, found)}\n\n{row}"
+    stage.tracker.summary(headline(found), about, OUT / "index.html")
     stage.say(row)
     stage.say(f"see {OUT}/index.html, or {OUT}/README.md")
 
@@ -121,6 +122,21 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
             "stdb": tuned["energy_pj"] / 1000,
         },
     }
+
+
+def gist(params: Params, found: dict[str, Any]) -> str:
+    """The whole execution in two sentences."""
+    converted, tuned = found["evaluate_converted"], found["finetune_stdb"]
+    long, reduced, network = converted["long"], converted["reduced"], params.network
+    return (
+        f"**{network.architecture}** (width {network.width:g}) on {params.data.source}, "
+        f"{found['data']['test']['images']:,} test images: ANN "
+        f"{found['train_ann']['accuracy']['test']:.2%}, converted {long['accuracy']:.2%} at "
+        f"T = {long['timesteps']} and {reduced['accuracy']:.2%} at T = {reduced['timesteps']}, "
+        f"after STDB {tuned['accuracy']['test']:.2%} at T = {tuned['timesteps']}. An image takes "
+        f"{tuned['energy_pj'] / 1000:,.1f} nJ, {converted['ann']['energy_pj'] / 1000:,.1f} nJ in "
+        "the ANN."
+    )
 
 
 def draw(params: Params, found: dict[str, Any]) -> dict[str, Figure]:

@@ -95,7 +95,25 @@ def test_the_champion_is_the_best_on_validation(database, network):  # noqa: F81
         champions.append(database.get_model_version_by_alias(NAME, "champion").version)
     assert [int(version) for version in champions] == [1, 1, 3, 4]
     tags = database.get_model_version(NAME, "2").tags
-    assert tags == {"accuracy.validation": "0.5", "timesteps": "6"}
+    shown = {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
+    assert shown == {"accuracy.validation": "0.5", "timesteps": "6"}
+
+
+def test_the_registry_says_what_a_model_is(database, network):  # noqa: F811
+    """How to load it, how good each version is; the execution's own run leads to it.
+
+    What somebody wrote there stays.
+    """
+    _, path, images = network
+    keeper = register(database, path, images, 0.5)
+    assert f"models:/{NAME}@champion" in database.get_registered_model(NAME).description
+    version = database.get_model_version(NAME, "1")
+    assert version.description.startswith("vgg5, T = 6: 50.00% on validation; commit ")
+    (output,) = database.get_run(keeper.parent_id).outputs.model_outputs
+    assert output.model_id == version.model_id
+    database.update_registered_model(NAME, "ours")
+    register(database, path, images, 0.4)
+    assert database.get_registered_model(NAME).description == "ours"
 
 
 def test_a_model_says_what_it_takes_and_needs(database, network):  # noqa: F811

@@ -79,8 +79,9 @@ def test_mlflow_has_a_run_for_the_execution_and_one_below_it_per_stage(finished)
     found = client.search_runs([experiment.experiment_id], first)
     runs = {run.info.run_name: run for run in found}
     commit = finished.run("git", "rev-parse", "HEAD").stdout.strip()
-    assert sorted(run.info.run_name for run in found) == sorted([*STAGES, commit[:7]])
-    above = runs.pop(commit[:7])
+    name = f"vgg5 T=3 {commit[:7]}"
+    assert sorted(run.info.run_name for run in found) == sorted([*STAGES, name])
+    above = runs.pop(name)
     assert above.info.status == "FINISHED"
     params = yaml.safe_load((finished.root / "params.yaml").read_text())
     assert set(above.data.params) == {
@@ -89,7 +90,9 @@ def test_mlflow_has_a_run_for_the_execution_and_one_below_it_per_stage(finished)
     tuned = json.loads((finished.root / "metrics/finetune_stdb.json").read_text())
     assert above.data.metrics["accuracy/stdb"] == tuned["accuracy"]["test"]
     assert {"accuracy/ann", "energy/stdb_pj", "spikes/conv1"} <= set(above.data.metrics)
-    assert "| **vgg5** (width 0.1) | digits |" in above.data.tags["mlflow.note.content"]
+    described = above.data.tags["mlflow.note.content"]
+    assert described.startswith("**vgg5** (width 0.1) on digits, 450 test images: ANN ")
+    assert "| **vgg5** (width 0.1) | digits |" in described
     sets = {row.dataset.name for row in above.inputs.dataset_inputs}
     assert sets == {"digits train", "digits validation", "digits test"}
     assert [f.path for f in client.list_artifacts(above.info.run_id)] == ["index.html"]
