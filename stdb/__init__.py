@@ -14,11 +14,13 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from .architectures import ARCHITECTURES, ResidualBlock, build
+from .authors import AuthorsNetwork, import_authors
 from .balancing import balance_thresholds
 from .conversion import ConversionError, convert
 from .decision import Decision, decide
 from .diagnosis import LayerDiagnosis, diagnose
 from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain
+from .interop import export_program, to_nir
 from .memory import largest_chunk, training_memory
 from .network import Presentation, SpikingNetwork
 from .neuron import SpikingNeuron
@@ -31,6 +33,7 @@ __all__ = [
     "ENCODERS",
     "STDB",
     "SURROGATES",
+    "AuthorsNetwork",
     "ConversionError",
     "Decision",
     "DirectEncoder",
@@ -51,10 +54,13 @@ __all__ = [
     "convert",
     "decide",
     "diagnose",
+    "export_program",
     "fan_out",
+    "import_authors",
     "largest_chunk",
     "load",
     "record_spikes",
     "save",
+    "to_nir",
     "training_memory",
 ]

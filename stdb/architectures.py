@@ -16,6 +16,7 @@ VGG: dict[str, list[int | str]] = {
     "vgg5": [64, A, 128, 128, A],
     "vgg9": [64, A, 128, 256, A, 256, 512, A, 512, A, 512],
     "vgg11": [64, A, 128, 256, 256, A, 512, 512, 512, A, 512, 512],
+    "vgg11_ann": [64, A, 128, 256, A, 512, 512, A, 512, A, 512, 512],  # of the authors' ANN
     "vgg13": [64, 64, A, 128, 128, A, 256, 256, A, 512, 512, 512, A, 512],
     "vgg16": [64, 64, A, 128, 128, A, 256, 256, 256, A, 512, 512, 512, A, 512, 512, 512],
     "vgg19": [64, 64, A, 128, 128, A, *[256] * 4, A, *[512] * 4, A, *[512] * 4],
@@ -25,6 +26,7 @@ RESNET: dict[str, list[int]] = {  # basic blocks in the groups of 64, 128, 256 a
     "resnet12": [1, 1, 1, 1],
     "resnet20": [2, 2, 2, 2],
     "resnet34": [3, 4, 5, 3],
+    "resnet34_snn": [3, 4, 6, 3],  # of the authors' SNN
 }
 ARCHITECTURES = [*VGG, *RESNET]
 

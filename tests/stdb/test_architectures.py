@@ -13,6 +13,7 @@ CONVOLUTIONS = {
     "vgg5": [64, 128, 128],
     "vgg9": [64, 128, 256, 256, 512, 512, 512],
     "vgg11": [64, 128, 256, 256, 512, 512, 512, 512, 512],
+    "vgg11_ann": [64, 128, 256, 512, 512, 512, 512, 512],
     "vgg13": [64, 64, 128, 128, 256, 256, 512, 512, 512, 512],
     "vgg16": [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512],
     "vgg19": [64, 64, 128, 128, *[256] * 4, *[512] * 8],
@@ -21,6 +22,7 @@ POOLED_AFTER = {  # which convolutions, counted from 1, a pooling follows
     "vgg5": [1, 3],
     "vgg9": [1, 3, 5, 6],
     "vgg11": [1, 4, 7],
+    "vgg11_ann": [1, 3, 5, 6],
     "vgg13": [2, 4, 6, 9],
     "vgg16": [2, 4, 7, 10],
     "vgg19": [2, 4, 8, 12],
@@ -29,6 +31,7 @@ FEATURES = {  # inputs of the first linear layer for a 32×32 image
     "vgg5": 128 * 8 * 8,
     "vgg9": 512 * 2 * 2,
     "vgg11": 512 * 4 * 4,
+    "vgg11_ann": 512 * 2 * 2,
     "vgg13": 512 * 2 * 2,
     "vgg16": 512 * 2 * 2,
     "vgg19": 512 * 2 * 2,
@@ -36,6 +39,7 @@ FEATURES = {  # inputs of the first linear layer for a 32×32 image
     "resnet12": 512 * 2 * 2,
     "resnet20": 512 * 2 * 2,
     "resnet34": 512 * 2 * 2,
+    "resnet34_snn": 512 * 2 * 2,
 }
 BLOCKS = {  # (planes, stride) of every basic block
     "resnet8": [(64, 1), (128, 2)],
@@ -46,6 +50,7 @@ BLOCKS = {  # (planes, stride) of every basic block
     + [(256, 2), *[(256, 1)] * 4]
     + [(512, 2), *[(512, 1)] * 2],
 }
+BLOCKS["resnet34_snn"] = [*BLOCKS["resnet34"][:12], (256, 1), *BLOCKS["resnet34"][12:]]
 NAMES = [*CONVOLUTIONS, *BLOCKS]
 
 
@@ -70,7 +75,7 @@ def run_order(network):
 
 
 def test_names():
-    """The ten networks of the paper, and a clear answer to any other name."""
+    """The paper's ten networks, two of the authors' code, a clear answer to any other name."""
     assert sorted(stdb.ARCHITECTURES) == sorted(NAMES)
     with pytest.raises(ValueError, match=r"unknown architecture 'vgg7'.*vgg5.*resnet34"):
         stdb.build("vgg7")
@@ -116,7 +121,7 @@ def test_resnet_layers(name):
 
 def test_weighted_layers_of_resnets():
     """A ResNet's number counts its weighted layers, projections left out: 34 = 3 + 2·15 + 1."""
-    for name in BLOCKS:
+    for name in set(BLOCKS) - {"resnet34_snn"}:
         network = on_meta(name)
         layers = of_type(network, nn.Conv2d) + of_type(network, nn.Linear)
         shortcuts = [c for c in layers if isinstance(c, nn.Conv2d) and c.kernel_size == (1, 1)]
