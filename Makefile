@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-bench repro preset seeds sweep apply-best test test-slow test-all bench lint format \
-	lock ui clean
+	lock ui screenshots clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
@@ -74,6 +74,9 @@ lock: | $(if $(FOUND_UV),,.uv/.ready) ## Pin anew in requirements.lock (ARGS=--u
 
 ui: $(READY) ## Show all runs in MLflow's pages on this machine (PORT=5000)
 	@$(IN_ENV) python -m pipeline.ui $(PORT)
+
+screenshots: $(READY) ## Take the README's pictures of MLflow's pages anew; needs chromium and two runs
+	@$(IN_ENV) python -m tests.screenshots
 
 clean: ## Remove caches of Python and of the checkers, nothing that took long to make
 	@find . \( -name .git -o -name .venv -o -name .uv -o -name .dvc \) -prune \
