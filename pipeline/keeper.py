@@ -290,10 +290,10 @@ class Keeper:
                 ],
                 registered_model_name=name,
                 metadata=about,
-                tags=self.source,
             )
         version = info.registered_model_version
         self._describe(name, version, about)
+        self.client.set_logged_model_tags(info.model_id, self.source)
         output = LoggedModelOutput(info.model_id, step=0)
         self.client.log_outputs(self.parent_id, [output])
         self.client.set_model_version_tag(name, version, ACCURACY_TAG, str(about["accuracy"]))
