@@ -31,15 +31,21 @@ def chromium_or_skip() -> str:
     return found
 
 
+@pytest.fixture(scope="session")  # as ``finished`` is, so that it is looked for before that runs
+def path() -> str:
+    """Of Chromium."""
+    return chromium_or_skip()
+
+
 @pytest.fixture(scope="module")
-def chromium():
+def chromium(path):
     """One browser for all tests."""
-    with browser.started(chromium_or_skip()) as chromium:
+    with browser.started(path) as chromium:
         yield chromium
 
 
 @pytest.fixture(scope="module")
-def repository(chromium, finished, tmp_path_factory):
+def repository(path, finished, tmp_path_factory):
     """Where the pipeline ran a second time, with another α."""
     repository = copy_of(finished, tmp_path_factory.mktemp("second") / "repository")
     repository.set("alpha: 0.3", "alpha: 0.4")
