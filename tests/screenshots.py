@@ -3,6 +3,7 @@
 python -m tests.screenshots
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from tests import browser
 from tests.pipeline.test_model import free_port
 
 FOLDER = Path("docs/screenshots")
-COLUMNS = ("accuracy/ann", "accuracy/converted", "accuracy/stdb", "energy/stdb_pj")
-COLORS = 128  # of the palette; the pages have few
+COLUMNS = ("accuracy/converted", "accuracy/stdb", "energy/stdb_pj")
+CHARTS = r"accuracy/(ann|converted|stdb)$|spikes/conv"
 
 
 def main() -> int:
@@ -38,21 +39,43 @@ def main() -> int:
         page.goto(start)
         page.get_by_role("button", name="Close").click()  # the assistant, which takes a quarter
         browser.row_of(page, executions[0]).wait_for()
-        choose_columns(page)
-        browser.unfold(page, executions[0])
+        show_columns(page)
+        for run_id in executions:
+            browser.unfold(page, run_id)
         take(page, "runs")
+
+        for run_id in executions:
+            browser.unfold(page, run_id)
         browser.show_charts(page)
+        page.get_by_placeholder("Search metric charts").fill(CHARTS)
         browser.card(page, COLUMNS[0]).wait_for()
+        page.set_viewport_size({"width": 1400, "height": 1150})
         take(page, "charts")
+        page.set_viewport_size({"width": 1400, "height": 850})
+
+        for run_id in executions:
+            browser.select(page, run_id)
+        page.get_by_role("button", name="Compare", exact=True).click()
+        page.wait_for_url("**/compare-runs*")
+        page.goto(page.url + "&workflowType=machine_learning")
+        only = page.get_by_text("Show diff only")
+        only.first.wait_for()
+        for number in range(2):  # of parameters and of metrics
+            only.nth(number).click()
+        page.get_by_text("Run details").evaluate("head => head.scrollIntoView()")
+        take(page, "compare")
+
+        page.goto(start.replace("/runs", f"/runs/{executions[0]}"))
+        page.get_by_role("link", name="stdb-digits").last.wait_for()
+        take(page, "run")
+
         page.goto(start.replace("/runs", f"/runs/{report}/artifacts"))
         page.get_by_text("accuracy_by_timestep.png").click()
         page.get_by_role("img", name="accuracy_by_timestep.png").wait_for()
         take(page, "picture")
-        page.goto(start.replace("/runs", f"/runs/{executions[0]}"))
-        page.get_by_role("link", name="stdb-digits").last.wait_for()
-        take(page, "run")
+
         page.goto(address + "/#/models/stdb-digits?workflowType=machine_learning")
-        page.get_by_text("champion", exact=False).first.wait_for()
+        page.get_by_text("champion").last.wait_for()
         take(page, "model")
     return 0
 
@@ -61,33 +84,38 @@ def latest() -> tuple[list[str], str]:
     """The latest two executions that ended well, the newest first, and the newest's report."""
     client = mlflow.MlflowClient(tracking_uri())
     experiment = client.get_experiment_by_name(EXPERIMENT)
-    assert experiment is not None, "no runs yet: make repro"
-    where = [experiment.experiment_id]
-    ended = "attributes.status = 'FINISHED' and "
-    found = client.search_runs(where, ended + "tags.kind = 'execution'", max_results=2)
-    assert len(found) == 2, "two runs are needed: make repro with two settings"
+    where = [experiment.experiment_id] if experiment else []
+    ended = "attributes.status = 'FINISHED' and tags.kind = 'execution'"
+    found = client.search_runs(where, ended, max_results=2) if where else []
+    if len(found) < 2:
+        sys.exit("two runs are needed: make repro, with two settings")
     below = f"tags.mlflow.parentRunId = '{found[0].info.run_id}'"
     (report,) = client.search_runs(where, f"{below} and attributes.run_name = 'report'")
     return [run.info.run_id for run in found], report.info.run_id
 
 
-def choose_columns(page: Page) -> None:
-    """Accuracies and energy instead of data set, source and models."""
+def show_columns(page: Page) -> None:
+    """Accuracies and energy instead of data set, source and models; as wide as they need."""
     page.get_by_role("button", name="Columns").click()
     for name in ("Dataset", "Source", "Models", *COLUMNS):
         page.get_by_title(name, exact=True).click()
     page.keyboard.press("Escape")
+    for name in ("Run Name", *COLUMNS):
+        page.locator(f"[role=columnheader]:has-text('{name}') .ag-header-cell-resize").dblclick()
 
 
 def take(page: Page, name: str) -> None:
-    """A picture of the window, with a palette, which takes a third of the room."""
-    page.mouse.move(700, 5)
+    """A picture of the window, with a palette: a third of the size."""
+    page.mouse.click(700, 5)  # nothing is pointed at or has the focus
     page.wait_for_timeout(2000)  # animations
     path = FOLDER / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=path)
+    here = page.get_by_text(re.compile(r"^Path: "))  # where this repository lies
+    page.screenshot(path=path, mask=[here], mask_color="#ffffff")
     with Image.open(path) as picture:
-        picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+        rare_too = Image.Quantize.MAXCOVERAGE
+        small = picture.convert("RGB").quantize(256, rare_too, kmeans=2, dither=Image.Dither.NONE)
+        small.save(path, optimize=True)
     print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
 
 
