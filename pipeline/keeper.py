@@ -14,13 +14,10 @@ import json
 import logging
 import os
 import sys
-from contextlib import redirect_stderr, suppress
-from importlib import metadata
-from importlib.util import find_spec
-from io import StringIO
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
+from pipeline.registry import register
 from pipeline.tracking import (
     EXPERIMENT,
     Entry,
@@ -32,9 +29,6 @@ from pipeline.tracking import (
     without_secrets,
 )
 
-CHAMPION = "champion"  # alias of the version that is best on validation
-ACCURACY_TAG = "accuracy.validation"
-REQUIREMENTS = ("mlflow", "numba", "numpy", "safetensors", "torch")  # of the model
 QUIET = ("alembic", "mlflow", "mlflow.system_metrics")
 PARAMS_AT_ONCE = 100  # MLflow's limit
 DIGEST = 12  # characters of a data set's that MLflow's pages show; the tags have all of it
@@ -100,7 +94,7 @@ class Keeper:
         self.tags = dict(tags)
         self.source = self._source(f"dvc repro {stage}")
         self.run_id = self._unfinished_run(tags)
-        self.parent_id = self._parent(execution)
+        self.parent_id = self._parent(stage, execution)
         below = {"mlflow.parentRunId": self.parent_id}
         if self.run_id:
             client.update_run(self.run_id, status="RUNNING")
@@ -156,12 +150,14 @@ class Keeper:
                 self.client.set_terminated(run.info.run_id, "FAILED")
         return found
 
-    def _parent(self, execution: dict[str, Any]) -> str:
+    def _parent(self, stage: str, execution: dict[str, Any]) -> str:
         """The run of this execution: the one there is, that of the interrupted run, or a new one.
 
-        ``execution`` has ``process``, which runs the pipeline, and all ``params``.
+        ``execution`` has ``process``, which runs the pipeline, all ``params``, and whether the
+        stage ``searches`` some of them; the execution is then named after it.
         """
         mine = {"process": execution["process"], "dvc.experiment": self.tags["dvc.experiment"]}
+        name = self._name(execution["params"], stage if execution["searches"] else "")
         own = " and ".join(f"tags.`{key}` = '{value}'" for key, value in mine.items())
         if found := self._search(f"{own} and tags.kind = 'execution'"):
             parent = found[0].info.run_id
@@ -171,21 +167,22 @@ class Keeper:
         else:
             origin = {k: v for k, v in self.tags.items() if k.startswith("git.")}
             tags = mine | origin | self._source("dvc repro") | {"kind": "execution"}
-            name = self._name(execution["params"])
             run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
             parent = run.info.run_id
             self._log_params(parent, execution["params"])
-        self.client.update_run(parent, status="RUNNING")
+        renamed = name if execution["searches"] else None  # stages above a sweep did not know of it
+        self.client.update_run(parent, status="RUNNING", name=renamed)
         return parent
 
-    def _name(self, params: dict[str, Any]) -> str:
+    def _name(self, params: dict[str, Any], sweep: str) -> str:
         """Of an execution: what tells it from others in lists and legends."""
         if (experiment := self.tags["dvc.experiment"]) != "workspace":
             return experiment
         commit = self.tags["git.commit"][:7] + "-dirty" * (self.tags["git.dirty"] == "true")
         if "network.architecture" not in params:
             return commit
-        return f"{params['network.architecture']} T={params['stdb.timesteps']} {commit}"
+        which = sweep or f"T={params['stdb.timesteps']}"
+        return f"{params['network.architecture']} {which} {commit}"
 
     def _source(self, name: str) -> dict[str, str]:
         """What ran, for MLflow's columns Source and Version."""
@@ -237,93 +234,19 @@ class Keeper:
         self.client.log_artifact(self.parent_id, page)
 
     def model(self, path: str, name: str, example: list, about: dict[str, Any]) -> None:
-        """Log the network as a model, register it, and let the best one be champion.
+        """Log the network as a registered model (:func:`pipeline.registry.register`)."""
+        from mlflow.entities import LoggedModelOutput
 
-        Args:
-            path: a file of ``stdb.save``.
-            name: of the registered model.
-            example: uint8 images (1, C, H, W), nested.
-            about: ``accuracy`` on validation, ``timesteps``, ``classes``, ``architecture``.
-        """
+        commit = self.tags["git.commit"]
         try:
-            self._register(path, name, example, about)
+            logged = register(
+                self.client, self.run_id, path, name, example, about, self.source, commit
+            )
+            self.client.log_outputs(self.parent_id, [LoggedModelOutput(logged, step=0)])
         except Exception as error:
             warn(f"MLflow at {tracking_uri()} did not take the model: {error}")
         finally:
             self.client.update_run(self.run_id, status="RUNNING")
-
-    def _register(self, path: str, name: str, example: list, about: dict[str, Any]) -> None:
-        import mlflow
-        import numpy as np
-        from mlflow.entities import LoggedModelOutput
-        from mlflow.exceptions import MlflowException
-        from mlflow.models import ModelSignature
-        from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-        import stdb
-
-        images = np.array(example, dtype=np.uint8)
-        code = [str(Path(stdb.__file__).parent)]
-        if ":" in about["architecture"]:  # the user's own
-            spec = find_spec(about["architecture"].partition(":")[0].partition(".")[0])
-            assert spec is not None
-            assert spec.origin is not None
-            origin = Path(spec.origin)
-            code.append(str(origin.parent if origin.name == "__init__.py" else origin))
-        signature = ModelSignature(
-            Schema([TensorSpec(np.dtype(np.uint8), (-1, *images.shape[1:]), "images")]),
-            Schema([TensorSpec(np.dtype(np.float32), (-1, len(about["classes"])))]),
-            ParamSchema([ParamSpec("timesteps", "integer", about["timesteps"])]),
-        )
-        mlflow.set_tracking_uri(tracking_uri())
-        silent = redirect_stderr(StringIO())
-        with silent, mlflow.start_run(run_id=self.run_id, log_system_metrics=False):
-            info = mlflow.pyfunc.log_model(
-                name="snn",
-                python_model=str(Path(__file__).with_name("served_model.py")),
-                artifacts={"network": path},
-                code_paths=code,
-                signature=signature,
-                input_example={"images": images},
-                pip_requirements=[
-                    f"{p}=={metadata.version(p).partition('+')[0]}" for p in REQUIREMENTS
-                ],
-                registered_model_name=name,
-                metadata=about,
-            )
-        version = info.registered_model_version
-        self._describe(name, version, about)
-        self.client.set_logged_model_tags(info.model_id, self.source)
-        output = LoggedModelOutput(info.model_id, step=0)
-        self.client.log_outputs(self.parent_id, [output])
-        self.client.set_model_version_tag(name, version, ACCURACY_TAG, str(about["accuracy"]))
-        self.client.set_model_version_tag(name, version, "timesteps", str(about["timesteps"]))
-        try:
-            champion = self.client.get_model_version_by_alias(name, CHAMPION)
-            best = float(champion.tags.get(ACCURACY_TAG, "-inf"))
-        except MlflowException:  # there is none yet
-            best = float("-inf")
-        champion_too = about["accuracy"] >= best
-        if champion_too:
-            self.client.set_registered_model_alias(name, CHAMPION, version)
-        which = f"now models:/{name}@{CHAMPION}" if champion_too else "the champion is better"
-        print(f"MLflow: model {name}, version {version}, {which}", file=sys.stderr, flush=True)
-
-    def _describe(self, name: str, version: str, about: dict[str, Any]) -> None:
-        """What the registry's pages say of a model and of a version of it."""
-        if not self.client.get_registered_model(name).description:  # else it is somebody's own
-            self.client.update_registered_model(
-                name,
-                "Spiking network: uint8 images in, class probabilities out.\n\n"
-                f'`mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")` is the version that is '
-                "best on validation.",
-            )
-        self.client.update_model_version(
-            name,
-            version,
-            f"{about['architecture']}, T = {about['timesteps']}: {about['accuracy']:.2%} on "
-            f"validation; commit {self.tags['git.commit'][:7]}",
-        )
 
     def child(self, name: str, params: dict[str, Any]) -> None:
         """Open a run below the stage's, or the one of this name that there is."""

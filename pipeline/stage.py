@@ -65,7 +65,10 @@ class Stage:
         sections = list(Params.model_fields)
         everything = _flatten(params.model_dump(), sections)
         splits = datasets(params, self.inputs)
-        self.tracker = Tracker(name, self.tracked, self.inputs, self.key, everything, splits)
+        searches = file != Path("dvc.yaml")  # T and more: the execution is not one of this T
+        self.tracker = Tracker(
+            name, self.tracked, self.inputs, self.key, everything, splits, searches
+        )
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

@@ -81,6 +81,7 @@ class Tracker:
         key: str,
         everything: dict[str, Any] | None = None,
         datasets: list[dict[str, Any]] | None = None,
+        searches: bool = False,
     ) -> None:
         code = "from pipeline.keeper import keep; keep()"
         paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -95,7 +96,7 @@ class Tracker:
         self._messages: SimpleQueue[list | None] = SimpleQueue()
         threading.Thread(target=self._write, daemon=True).start()
         tags = {"job": f"{stage}-{key}", "process": this_process()}
-        parent = {"process": execution(), "params": everything or params}
+        parent = {"process": execution(), "params": everything or params, "searches": searches}
         self._tell("start", stage, params, inputs, tags, parent, datasets or [])
 
     @cached_property

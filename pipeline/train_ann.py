@@ -69,8 +69,8 @@ def train_loop(config: dict[str, Any]) -> None:
         Path(config["data"]), device, "train", "validation", "test", readers=config["readers"]
     )
     torch.manual_seed(params.seed)
-    ann = build_ann(NetworkParams(**config["network"]), train)
-    ann.to(device, memory_format=torch.channels_last)  # faster convolutions, on a CPU by a sixth
+    ann = build_ann(NetworkParams(**config["network"]), train).to(device)
+    ann.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU by a sixth
     if params.weights is not None:
         load_weights(ann, Path(params.weights))
         accuracy = evaluate_ann(ann, validation, params.batch_size, rank, world)

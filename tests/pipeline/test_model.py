@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-import pipeline.keeper
+import pipeline.registry
 import stdb
 from pipeline.data import normalise
 from pipeline.tracking import Tracker
@@ -128,7 +128,7 @@ def test_a_model_says_what_it_takes_and_needs(database, network):  # noqa: F811
     assert (given.shape, given.type) == ((-1, 1, 8, 8), np.dtype("uint8"))
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}@champion"))
     needed = (folder / "requirements.txt").read_text().split()
-    assert [line.partition("==")[0] for line in needed] == sorted(pipeline.keeper.REQUIREMENTS)
+    assert [line.partition("==")[0] for line in needed] == sorted(pipeline.registry.REQUIREMENTS)
     assert all("==" in line for line in needed)
     assert info.metadata["classes"] == list("abcd")
     assert (folder / "code" / "stdb" / "network.py").exists()

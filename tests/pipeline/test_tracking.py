@@ -118,7 +118,11 @@ def started(key: str, execution: str = "", datasets=()) -> Keeper:
     """What the process of a tracker does at its start, in this one."""
     keeper = Keeper()
     tags = {"job": f"work-{key}", "process": this_process()}
-    above = {"process": execution or this_process(), "params": {"stdb.alpha": 0.3}}
+    above = {
+        "process": execution or this_process(),
+        "params": {"stdb.alpha": 0.3},
+        "searches": False,
+    }
     keeper.start("work", {}, {}, tags, above, list(datasets))
     return keeper
 
@@ -173,18 +177,31 @@ def test_the_stages_of_one_execution_lie_below_one_run(database):
     assert started("a", "here 2 2").parent_id != first.parent_id
 
 
+def stage_of(execution: str, name: str, searches: bool) -> Keeper:
+    keeper = Keeper()
+    params = {"network.architecture": "vgg5", "stdb.timesteps": 8}
+    above = {"process": execution, "params": params, "searches": searches}
+    tags = {"job": f"{name}-a", "process": this_process()}
+    keeper.start(name, {}, {}, tags, above, [])
+    return keeper
+
+
 def test_an_execution_is_named_after_network_t_and_commit(database):
     """What tells runs apart comes first; MLflow's columns Source and Version say where from."""
-    keeper = Keeper()
-    tags = {"job": "work-a", "process": this_process()}
-    params = {"network.architecture": "vgg5", "stdb.timesteps": 8}
-    keeper.start("work", {}, {}, tags, {"process": this_process(), "params": params}, [])
+    keeper = stage_of("here 1 1", "work", searches=False)
     above = parent(database, keeper.run_id)
     assert above.info.run_name == f"vgg5 T=8 {commit()}"
     assert above.data.tags["mlflow.source.name"] == "dvc repro"
     tags = database.get_run(keeper.run_id).data.tags
     assert tags["mlflow.source.name"] == "dvc repro work"
     assert tags["mlflow.source.git.commit"] == provenance()["git.commit"]
+
+
+def test_an_execution_that_searches_t_is_not_named_after_one(database):
+    """Also where stages above the sweep, which do not know of it, opened the run."""
+    stages = [stage_of("here 1 1", name, name == "sweep") for name in ("train_ann", "sweep")]
+    assert stages[0].parent_id == stages[1].parent_id
+    assert parent(database, stages[1].run_id).info.run_name == f"vgg5 sweep {commit()}"
 
 
 def test_the_experiment_says_how_to_read_it(database):

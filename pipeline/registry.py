@@ -1,0 +1,127 @@
+"""The fine-tuned network in MLflow's registry: one model for each source of data, a version a run.
+
+The alias ``champion`` is moved to the version that is best on validation.
+"""
+
+import sys
+from contextlib import redirect_stderr
+from importlib import metadata
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking import tracking_uri
+
+CHAMPION = "champion"
+ACCURACY_TAG = "accuracy.validation"  # of a version; what decides who is champion
+REQUIREMENTS = ("mlflow", "numba", "numpy", "safetensors", "torch")  # of the model
+
+
+def register(
+    client: Any,
+    run_id: str,
+    path: str,
+    name: str,
+    example: list,
+    about: dict[str, Any],
+    source: dict[str, str],
+    commit: str,
+) -> str:
+    """Log a network as a model of a run, register it, and let the best version be champion.
+
+    Args:
+        client: MLflow's.
+        run_id: of the stage's run.
+        path: a file of ``stdb.save``.
+        name: of the registered model.
+        example: uint8 images (1, C, H, W), nested.
+        about: ``accuracy`` on validation, ``timesteps``, ``classes``, ``architecture``.
+        source: tags that say what made it.
+        commit: of the code.
+
+    Returns:
+        The logged model's id.
+    """
+    import mlflow
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    images = np.array(example, dtype=np.uint8)
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(np.uint8), (-1, *images.shape[1:]), "images")]),
+        Schema([TensorSpec(np.dtype(np.float32), (-1, len(about["classes"])))]),
+        ParamSchema([ParamSpec("timesteps", "integer", about["timesteps"])]),
+    )
+    mlflow.set_tracking_uri(tracking_uri())
+    silent = redirect_stderr(StringIO())
+    with silent, mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        info = mlflow.pyfunc.log_model(
+            name="snn",
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"network": path},
+            code_paths=_code(about["architecture"]),
+            signature=signature,
+            input_example={"images": images},
+            pip_requirements=[
+                f"{p}=={metadata.version(p).partition('+')[0]}" for p in REQUIREMENTS
+            ],
+            registered_model_name=name,
+            metadata=about,
+        )
+    client.set_logged_model_tags(info.model_id, source)
+    version = info.registered_model_version
+    _describe(client, name, version, about, commit)
+    champion = _crown(client, name, version, about["accuracy"])
+    which = f"now models:/{name}@{CHAMPION}" if champion else "the champion is better"
+    print(f"MLflow: model {name}, version {version}, {which}", file=sys.stderr, flush=True)
+    return info.model_id
+
+
+def _code(architecture: str) -> list[str]:
+    """What the model needs of this repository: the engine, and the user's own network."""
+    import stdb
+
+    code = [str(Path(stdb.__file__).parent)]
+    if ":" in architecture:
+        spec = find_spec(architecture.partition(":")[0].partition(".")[0])
+        assert spec is not None
+        assert spec.origin is not None
+        origin = Path(spec.origin)
+        code.append(str(origin.parent if origin.name == "__init__.py" else origin))
+    return code
+
+
+def _describe(client: Any, name: str, version: str, about: dict[str, Any], commit: str) -> None:
+    """What the registry's pages say of a model and of a version of it."""
+    if not client.get_registered_model(name).description:  # else it is somebody's own
+        client.update_registered_model(
+            name,
+            "Spiking network: uint8 images in, class probabilities out.\n\n"
+            f'`mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")` is the version that is '
+            "best on validation.",
+        )
+    client.update_model_version(
+        name,
+        version,
+        f"{about['architecture']}, T = {about['timesteps']}: {about['accuracy']:.2%} on "
+        f"validation; commit {commit[:7]}",
+    )
+    client.set_model_version_tag(name, version, ACCURACY_TAG, str(about["accuracy"]))
+    client.set_model_version_tag(name, version, "timesteps", str(about["timesteps"]))
+
+
+def _crown(client: Any, name: str, version: str, accuracy: float) -> bool:
+    """Make this version champion where none is better; whether it is."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        champion = client.get_model_version_by_alias(name, CHAMPION)
+        best = float(champion.tags.get(ACCURACY_TAG, "-inf"))
+    except MlflowException:  # there is none yet
+        best = float("-inf")
+    if accuracy < best:
+        return False
+    client.set_registered_model_alias(name, CHAMPION, version)
+    return True
