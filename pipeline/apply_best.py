@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 
 from pipeline.params import PARAMS_FILE, ParamsError, load_params
 from pipeline.stage import writing
@@ -49,8 +50,11 @@ def _merge(into: Any, changes: dict[str, Any], overlay: Path) -> None:
             raise ParamsError(f"{overlay} has {key}; allowed: {', '.join(into)}")
         if isinstance(value, dict):
             _merge(into[key], value, overlay)
-        else:
+        elif value != into[key] or not isinstance(into[key], type(value)):  # else 1.0e-4 stays so
             into[key] = value
+            if isinstance(value, list):
+                into[key] = CommentedSeq(value)
+                into[key].fa.set_flow_style()
 
 
 def main(overlay: Path) -> int:

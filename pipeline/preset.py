@@ -4,7 +4,8 @@
     python -m pipeline.preset          # list them
 
 A preset is a file of presets/: the parameters of a row of the paper, or of the same at a size that
-a CPU can do. Seeds, and where it runs, stay as they are.
+a CPU can do. Seeds, and where it runs, stay as they are. NAME may be a file of your own, with any
+part of params.yaml.
 """
 
 import sys
@@ -22,11 +23,12 @@ def main(arguments: list[str]) -> int:
         for name, path in known.items():
             print(f"{name:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
         return 0
-    if arguments[0] not in known:
-        text = f"there is no preset {arguments[0]!r}; allowed: {', '.join(known)}"
+    chosen = known.get(arguments[0], Path(arguments[0]))
+    if not chosen.is_file():
+        text = f"there is no preset {arguments[0]!r}; allowed: a file, or {', '.join(known)}"
         print(f"error: {text}", file=sys.stderr)
         return 1
-    return apply_best.main(known[arguments[0]])
+    return apply_best.main(chosen)
 
 
 if __name__ == "__main__":

@@ -80,3 +80,15 @@ def test_presets_are_listed_and_an_unknown_one_is_refused(here, capsys):
     assert main(["vgg4"]) == 1
     assert "there is no preset 'vgg4'; allowed: " in capsys.readouterr().err
     assert (here / "params.yaml").read_text() == before
+
+
+def test_a_file_of_ones_own_is_a_preset(here, capsys):
+    """Lists stay on their line, what is equal stays as it is written, and so do comments."""
+    mine = "stdb: {learning_rate: 1.0e-4, timesteps: 9, milestones: [0.5, 0.9]}\n"
+    (here / "mine.yaml").write_text(mine)
+    assert main(["mine.yaml"]) == 0
+    added = [line for line in capsys.readouterr().out.splitlines() if line.startswith("+  ")]
+    assert [" ".join(line.split()) for line in added] == [
+        "+ timesteps: 9 # T of the network that is wanted",
+        "+ milestones: [0.5, 0.9]",
+    ]
