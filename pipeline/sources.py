@@ -58,13 +58,24 @@ def _torchvision(params: DataParams) -> tuple[Arrays, Arrays, list[str]]:
         except Exception as error:
             raise DataError(
                 f"{params.source} is not in {folder} and could not be downloaded ({error}); "
-                f"put torchvision's files for {dataset.__name__} into {folder}, or set data.source "
-                "to folder and data.path to a folder of class folders"
+                f"{_by_hand(dataset, folder)}, or set data.source to folder and data.path to a "
+                "folder or archive of class folders"
             ) from error
         images = np.asarray(part.data)
         images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
         parts.append((images, np.asarray(part.targets)))
     return parts[0], parts[1], [str(name) for name in part.classes]
+
+
+def _by_hand(dataset: Any, folder: Path) -> str:
+    """Where a person without a network puts what torchvision would download."""
+    if resources := getattr(dataset, "resources", None):  # MNIST and its like: a file a part
+        names = [name for name, _ in resources]
+        return (
+            f"fetch {', '.join(names)} from {dataset.mirrors[0]} elsewhere and put them into "
+            f"{folder / dataset.__name__ / 'raw'}"
+        )
+    return f"fetch {dataset.url} elsewhere and put {dataset.filename} into {folder}"
 
 
 # -- class folders ---------------------------------------------------------------------------------

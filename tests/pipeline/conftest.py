@@ -135,7 +135,8 @@ class Started:
             time.sleep(0.1)
 
 
-def make_repository(folder: Path) -> Repository:
+def make_repository(folder: Path, changes: dict[str, str] = TINY) -> Repository:
+    """A copy of the sources, with these changes in params.yaml."""
     files = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -146,7 +147,7 @@ def make_repository(folder: Path) -> Repository:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     text = (folder / "params.yaml").read_text()
-    for before, after in TINY.items():
+    for before, after in changes.items():
         assert before in text, f"{before!r} is not in params.yaml"
         text = text.replace(before, after, 1)
     (folder / "params.yaml").write_text(text)

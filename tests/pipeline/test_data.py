@@ -1,6 +1,10 @@
 """Data sets: sources, splits, and what is refused."""
 
+import gzip
+import hashlib
 import io
+import pickle
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -8,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import pipeline.sources
@@ -87,6 +92,96 @@ def test_a_folder_with_its_own_test_split(tmp_path):
     parts = prepare(source="folder", path=str(tmp_path))
     assert len(parts["test"]) == 12
     assert len(parts["train"]) + len(parts["validation"]) == 36
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network."""
+
+    def refuse(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("source", "place", "files"),
+    [
+        ("mnist", "MNIST/raw", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]),
+        ("fashion_mnist", "FashionMNIST/raw", ["train-labels-idx1-ubyte.gz"]),
+        ("cifar10", "", ["https://", "cifar-10-python.tar.gz"]),
+        ("cifar100", "", ["https://", "cifar-100-python.tar.gz"]),
+    ],
+)
+def test_without_a_network_it_is_said_which_file_goes_where(
+    tmp_path, offline, source, place, files
+):
+    """And what else there is to do."""
+    with pytest.raises(DataError) as caught:
+        read_source(params(source=source, path=str(tmp_path)))
+    said = str(caught.value)
+    assert f"into {tmp_path / place}, or set data.source to folder" in said
+    assert all(name in said for name in files)
+
+
+def test_mnist_files_put_there_by_hand_are_read(tmp_path, offline, monkeypatch):
+    """In the format that they are published in."""
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    pixels = {
+        name: random.integers(0, 256, (n, 28, 28)) for name, n in (("train", 30), ("t10k", 9))
+    }
+    resources = []
+    for name, of_split in pixels.items():
+        labels = np.arange(len(of_split)) % 10
+        for kind, values, magic in (("images-idx3", of_split, 2051), ("labels-idx1", labels, 2049)):
+            path = raw / f"{name}-{kind}-ubyte.gz"
+            head = np.array([magic, *values.shape], ">i4").tobytes()
+            path.write_bytes(gzip.compress(head + values.astype(np.uint8).tobytes()))
+            resources.append((path.name, md5(path)))
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+    (images, labels), (test_images, _), classes = read_source(
+        params(source="mnist", path=str(tmp_path))
+    )
+    np.testing.assert_array_equal(images[:, 0], pixels["train"])
+    np.testing.assert_array_equal(test_images[:, 0], pixels["t10k"])
+    assert labels.tolist() == [k % 10 for k in range(30)]
+    assert len(classes) == 10
+
+
+def test_a_cifar_archive_put_there_by_hand_is_read(tmp_path, offline, monkeypatch):
+    """In the format that it is published in."""
+    of_class = torchvision.datasets.CIFAR10
+    random = np.random.default_rng(0)
+    names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+    pixels = {name: random.integers(0, 256, (4, 3, 32, 32), np.uint8) for name in names}
+    inside = tmp_path / of_class.base_folder
+    inside.mkdir()
+    for name, values in pixels.items():
+        batch = {"data": values.reshape(4, -1), "labels": [0, 1, 2, 3]}
+        (inside / name).write_bytes(pickle.dumps(batch))
+    classes = [f"class {k}" for k in range(10)]
+    (inside / "batches.meta").write_bytes(pickle.dumps({"label_names": classes}))
+    digests = {path.name: md5(path) for path in inside.iterdir()}
+    with tarfile.open(tmp_path / of_class.filename, "w:gz") as archive:
+        archive.add(inside, of_class.base_folder)
+    shutil.rmtree(inside)
+    monkeypatch.setattr(of_class, "tgz_md5", md5(tmp_path / of_class.filename))
+    monkeypatch.setattr(of_class, "train_list", [[n, digests[n]] for n in names[:5]])
+    monkeypatch.setattr(of_class, "test_list", [[names[5], digests[names[5]]]])
+    monkeypatch.setattr(of_class, "meta", of_class.meta | {"md5": digests["batches.meta"]})
+    (images, _), (test_images, labels), found = read_source(
+        params(source="cifar10", path=str(tmp_path))
+    )
+    np.testing.assert_array_equal(images, np.concatenate([pixels[n] for n in names[:5]]))
+    np.testing.assert_array_equal(test_images, pixels["test_batch"])
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert found == classes
 
 
 def test_images_of_several_sizes_are_brought_to_one(tmp_path):

@@ -10,13 +10,16 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import boto3
 import mlflow
 import numpy as np
 import psutil
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 
 import pipeline.registry
+import pipeline.tracking
 import stdb
 from pipeline.data import normalise
 from pipeline.tracking import Tracker
@@ -198,29 +201,98 @@ def test_a_server_answers_a_post_of_images(database, network, tmp_path):  # noqa
     np.testing.assert_allclose(np.array(answer["predictions"]), expected, atol=1e-5)
 
 
+def log_one_of_each(folder: Path, path: Path, images) -> Tracker:
+    """As a stage does: a metric, a figure, a model."""
+    (folder / "curve.png").write_bytes(b"picture")
+    tracker = Tracker("finetune_stdb", {"stdb.alpha": 0.3}, {}, "k")
+    tracker.log({"accuracy/test": 0.75})
+    tracker.figure(folder / "curve.png")
+    tracker.model(path, NAME, images[:1].tolist(), ABOUT | {"accuracy": 0.5})
+    tracker.end("FINISHED")
+    return tracker
+
+
+def check_one_of_each(client, run_id: str) -> None:
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["accuracy/test"] == 0.75
+    assert [file.path for file in client.list_artifacts(run_id)] == ["curve.png"]
+    assert client.get_model_version_by_alias(NAME, "champion").run_id == run_id
+    assert client.get_run(run.data.tags["mlflow.parentRunId"]).info.status == "FINISHED"
+
+
+def server_command(folder: Path, port: int, *more: str) -> list[str]:
+    return ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{folder / 'server.db'}", *more]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_tracking_server_gets_runs_figures_and_the_model(network, tmp_path, monkeypatch):
     """All over HTTP, artefacts too, with nothing but MLflow's own MLFLOW_TRACKING_URI."""
     _, path, images = network
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
-    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}",
-               "--artifacts-destination", str(tmp_path / "store")]  # fmt: skip
-    (tmp_path / "curve.png").write_bytes(b"picture")
+    command = server_command(tmp_path, port, "--artifacts-destination", str(tmp_path / "store"))
     with running(command, tmp_path, f"{uri}/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        tracker = Tracker("finetune_stdb", {"stdb.alpha": 0.3}, {}, "k")
-        tracker.log({"accuracy/test": 0.75})
-        tracker.figure(tmp_path / "curve.png")
-        about = ABOUT | {"accuracy": 0.5}
-        tracker.model(path, NAME, images[:1].tolist(), about)
-        tracker.end("FINISHED")
-        client = mlflow.MlflowClient(uri)
-        run = client.get_run(tracker.run_id)
-        assert run.info.status == "FINISHED"
-        assert run.data.metrics["accuracy/test"] == 0.75
-        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["curve.png"]
-        assert client.get_model_version_by_alias(NAME, "champion").run_id == run.info.run_id
-        assert client.get_run(run.data.tags["mlflow.parentRunId"]).info.status == "FINISHED"
+        tracker = log_one_of_each(tmp_path, path, images)
+        check_one_of_each(mlflow.MlflowClient(uri), tracker.run_id)
     assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty S3 bucket on this machine, and the variables that lead to it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1", "MLFLOW_S3_ENDPOINT_URL": endpoint,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    store = boto3.client("s3", endpoint_url=endpoint)
+    store.create_bucket(Bucket="team")
+    yield store
+    server.stop()
+
+
+@pytest.mark.slow
+def test_a_server_with_passwords_and_artefacts_in_s3(network, tmp_path, monkeypatch, bucket, capfd):
+    """MLflow's own variables are all there is to say; a wrong password is said, without it."""
+    _, path, images = network
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    (tmp_path / "auth.ini").write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = sqlite:///{tmp_path / 'auth.db'}\n"
+        "admin_username = admin\nadmin_password = a-long-password\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    command = server_command(
+        tmp_path, port, "--app-name", "basic-auth", "--no-serve-artifacts",
+        "--default-artifact-root", "s3://team/runs",
+    )  # fmt: skip
+    environment = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "key",
+        "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
+    }
+    monkeypatch.setattr(pipeline.tracking, "PATIENCE", 300.0)  # a busy machine
+    with running(command, tmp_path, f"{uri}/health", **environment):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-wrong-password")
+        tracker = Tracker("finetune_stdb", {}, {}, "k")
+        tracker.end("FINISHED")
+        assert tracker.run_id is None
+        said = capfd.readouterr().err
+        assert "going on without" in said
+        assert "a-wrong-password" not in said
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password")
+        tracker = log_one_of_each(tmp_path, path, images)
+        check_one_of_each(mlflow.MlflowClient(uri), tracker.run_id)
+    kept = [entry["Key"] for entry in bucket.list_objects_v2(Bucket="team")["Contents"]]
+    assert any(key.endswith(f"{tracker.run_id}/artifacts/curve.png") for key in kept)
+    assert any(key.endswith("snn.safetensors") for key in kept)

@@ -279,6 +279,28 @@ def test_a_program_of_a_trained_network(trained):
     assert float((found.argmax(1) == logits.argmax(1)).float().mean()) >= 0.99
 
 
+@pytest.mark.peer
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", [stdb.PoissonEncoder(1), stdb.DirectEncoder()])
+def test_onnxruntime_gives_the_same_logits(encoder, tmp_path):
+    """Of a program as ONNX, for other batch sizes than the example's; the Poisson input, too."""
+    runtime = pytest.importorskip("onnxruntime", reason=HINT.format("onnxruntime"))
+    pytest.importorskip("onnxscript", reason=HINT.format("onnxscript"))
+    snn = on_grid("vgg5", 0.5, encoder)
+    program = stdb.export_program(snn, 4, (2, 8, 8))
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "snn.onnx")
+    session = runtime.InferenceSession(tmp_path / "snn.onnx", providers=["CPUExecutionProvider"])
+    for count in (2, 7):
+        images, ids = grid_images(count), torch.arange(count) + 11
+        given = (images, ids) if isinstance(encoder, stdb.PoissonEncoder) else (images,)
+        names = [entry.name for entry in session.get_inputs()]
+        found = session.run(None, {n: x.numpy() for n, x in zip(names, given, strict=True)})[0]
+        with torch.no_grad():
+            expected = snn(images, 4, sample_ids=ids)
+        assert len(expected.unique()) > 3
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
+
+
 def test_a_program_leaves_the_network_as_it_is():
     """Its mode, its state."""
     snn = on_grid("vgg5", encoder=stdb.DirectEncoder()).train()
