@@ -374,3 +374,32 @@ def test_augmentation_depends_on_the_sample_only():
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     windows = [padded[0, :, r : r + 8, c : c + 8] for r in range(9) for c in range(9)]
     assert any(torch.equal(whole[0], w) or torch.equal(whole[0], w.flip(-1)) for w in windows)
+
+
+def test_photographs_are_cropped_at_any_size():
+    """A gradient stays one; slope and place tell area, aspect ratio and position."""
+    size, count = 128, 400
+    ramp = torch.arange(size).to(torch.uint8)
+    rows, columns = ramp[:, None].expand(size, size), ramp[None].expand(size, size)
+    images = torch.stack([rows, columns]).expand(count, 2, size, size)
+    ids = torch.arange(count)
+    found = augment(images, ids, 0, 1)
+    assert found.shape == images.shape
+    assert found.dtype == torch.uint8
+    assert torch.equal(found[5:7], augment(images[5:7], ids[5:7], 0, 1))
+    assert not torch.equal(found, augment(images, ids, 0, 2))
+    values = found.float()
+    height = (values[:, 0, -9, 64] - values[:, 0, 8, 64]) / (
+        size - 17
+    )  # of 1, away from the border
+    width = (values[:, 1, 64, -9] - values[:, 1, 64, 8]) / (size - 17)
+    flipped = (width < 0).float().mean()
+    area, ratio = height * width.abs(), width.abs() / height
+    assert 0.4 < flipped < 0.6
+    assert 0.07 < area.min() < 0.12
+    assert 0.9 < area.max() < 1.01
+    assert 0.45 < area.mean() < 0.6
+    assert ratio.min() > 0.7
+    assert ratio.max() < 1.45
+    assert values[:, 0, 0].min() < 4  # some begin at the upper edge
+    assert values[:, 0, -1].max() > size - 5
