@@ -58,7 +58,8 @@ def main(stage: Stage, folder: Path) -> None:
     trials, epochs = search(stage, sweep)
     found = candidates(trials, list(sweep.space), sweep.cost)
     if not found:
-        reasons = sorted({row["error"] for row in trials})
+        spent = f"{sweep.budget} was spent before a trial's first epoch"
+        reasons = sorted({row["error"] for row in trials if row["error"]}) or [spent]
         raise StageError(f"no trial ended with an accuracy: {'; '.join(reasons)}")
     floor = accuracy - sweep.floor / 100
     winner = choose(found, sweep.cost, floor)

@@ -87,6 +87,10 @@ class BudgetParams(Section):
     seconds: Positive | None
     """Wall-clock time, over all attempts where a sweep was killed and goes on."""
 
+    def __str__(self) -> str:
+        limits = [f"{name} {value:g}" for name, value in self if value is not None]
+        return f"the budget ({', '.join(limits) or 'no limit'})"
+
 
 class AshaParams(Section):
     """Successive halving (Li et al. 2020): bad trials end early, compared at the same epoch.

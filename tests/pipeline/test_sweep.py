@@ -419,6 +419,15 @@ def test_a_trial_that_fails_is_a_row_and_not_the_end(searched):
 
 
 @pytest.mark.slow
+def test_a_budget_that_is_too_small_is_named(searched):
+    """Instead of an error without a reason."""
+    edit(searched, {"seconds: 900": "seconds: 0.01"})
+    result = searched.run(*SWEEP, check=False)
+    assert result.returncode == 1
+    assert "the budget (seconds 0.01) was spent before a trial's first epoch" in result.stderr
+
+
+@pytest.mark.slow
 def test_trials_of_several_workers_do_not_wait_for_each_other(searched):
     """Two trials of two workers each on two cores: one after the other, and no dead-lock."""
     edit(
