@@ -116,6 +116,14 @@ class Files(Dataset):
 Samples = Split | Files  # what stages get
 
 
+def some(split: Samples, count: int | None, seed: int) -> Samples:
+    """A few of the samples, drawn by seed; all where ``count`` is None."""
+    if count is None or count >= len(split):
+        return split
+    generator = torch.Generator().manual_seed(seed)
+    return split.take(torch.randperm(len(split), generator=generator)[:count])
+
+
 def shares(count: int, size: int, rank: int, world: int) -> list[Tensor]:
     """The positions of a worker's batches of an evaluation.
 

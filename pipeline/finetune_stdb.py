@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import stdb
 from pipeline.balance_thresholds import converted, load_thresholds
-from pipeline.data import Samples, load_split, load_splits, normalise
+from pipeline.data import Samples, load_split, load_splits, normalise, some
 from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
 from pipeline.evaluation import (
     Evaluation,
@@ -58,8 +58,9 @@ def main(stage: Stage) -> None:
     _, snn = converted(params.network, params.stdb, train)  # refuses files of another network
     found = 1.0 if params.stdb.from_scratch else read_json(CONVERSION)["scale"]
     scale = params.stdb.threshold_scale or found
+    images = min(params.stdb.images or len(train), len(train))
     start = "random weights, " if params.stdb.from_scratch else ""
-    stage.say(f"{start}T = {params.stdb.timesteps}, threshold scale {scale}, {len(train)} images")
+    stage.say(f"{start}T = {params.stdb.timesteps}, threshold scale {scale}, {images} images")
     state = run_job(
         stage,
         train_loop,
@@ -159,7 +160,8 @@ def train_loop(config: dict[str, Any]) -> None:
     train, validation, test = load_splits(
         Path(config["data"]), device, "train", "validation", "test", readers=config["readers"]
     )
-    snn, state = fine_tune(config, train, validation, rank, world, device)
+    few = some(train, config["stdb"]["images"], config["stdb"]["seed"])
+    snn, state = fine_tune(config, few, validation, rank, world, device)
     found = evaluate_snn(snn, test, timesteps, BATCH, rank, world)
     longer = evaluate_snn(snn, test, longest(timesteps), BATCH, rank, world)
     ann = build_ann(NetworkParams(**config["network"]), train)  # with the weights that were learned

@@ -180,6 +180,8 @@ class StdbParams(Schedule):
     """Random weights instead of the ANN's: the baseline of Appendix B."""
     truncate: Count | None
     """t' of truncated BPTT (§2.2)."""
+    images: Count | None
+    """Training images that it learns from, drawn by seed; None: all."""
     threshold_scale: Positive | None
     """V ← scale · V_balanced; None takes what evaluate_converted found."""
     logit_scale: Positive | Literal["auto"]

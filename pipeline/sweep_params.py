@@ -132,7 +132,7 @@ class SweepParams(Section):
     epochs: Count
     """Of a trial."""
     train_images: Count | None
-    """Training images of a trial, equal by class as far as the draw makes them; None: all."""
+    """Training images of a trial, drawn by seed; None: as many as stdb.images says."""
     seed: Seed
     """Of the search."""
     budget: BudgetParams

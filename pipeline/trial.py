@@ -12,7 +12,7 @@ import torch
 
 from pipeline.balance_thresholds import converted
 from pipeline.checkpoints import Checkpoints
-from pipeline.data import Samples, load_splits
+from pipeline.data import load_splits, some
 from pipeline.distributed import Plan, Row, fit_on_ray, report, setup, work_for
 from pipeline.evaluate_converted import best_scale
 from pipeline.evaluation import Evaluation
@@ -62,7 +62,7 @@ def learn(config: dict[str, Any], rank: int, world: int, device: torch.device) -
     train, validation = load_splits(
         Path(config["data"]), device, "train", "validation", readers=config["readers"]
     )
-    train = some(train, config["train_images"], config["seed"])
+    train = some(train, config["train_images"] or params.images, config["seed"])
     network, weights, thresholds = (config[key] for key in ("network", "weights", "thresholds"))
     _, snn = converted(NetworkParams(**network), params, train, Path(weights), Path(thresholds))
     shapes = snn.shapes(train.shape)
@@ -88,11 +88,3 @@ def learn(config: dict[str, Any], rank: int, world: int, device: torch.device) -
     _, state = fine_tune(config | {"scale": scale}, train, validation, rank, world, device, extra)
     if not validated:  # killed after its last epoch, before anybody noted that it was done
         report(state, state["history"][-1:])
-
-
-def some(train: Samples, count: int | None, seed: int) -> Samples:
-    """A few of the images, the same for all trials; all where ``count`` is None."""
-    if count is None or count >= len(train):
-        return train
-    generator = torch.Generator().manual_seed(seed)
-    return train.take(torch.randperm(len(train), generator=generator)[:count])

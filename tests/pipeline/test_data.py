@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image
 
 import pipeline.sources
-from pipeline.data import DataError, Files, augment, load_split, normalise, save_split, shares
+from pipeline.data import DataError, Files, augment, load_split, normalise, save_split, shares, some
 from pipeline.params import load_params
 from pipeline.prepare_data import split
 from pipeline.sources import read_source
@@ -241,6 +241,15 @@ def test_a_split_survives_its_file(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(DataError, match=r"b\.safetensors is no split"):
         load_split(tmp_path / "b.safetensors")
+
+
+def test_some_samples_are_drawn_by_seed(streamed):
+    """Of a split in memory or in files; all where there are not as many."""
+    for part in (splits["train"] for splits in streamed):
+        drawn = [some(part, 4, seed).ids.tolist() for seed in (0, 0, 1)]
+        assert drawn[0] == drawn[1] != drawn[2]
+        assert len(set(drawn[0])) == 4
+        assert some(part, None, 0) is some(part, 10_000, 0) is part
 
 
 def test_shares_are_disjoint_and_complete():

@@ -178,11 +178,12 @@ def test_a_stage_knows_what_dvc_yaml_says(project):
         "stdb.alpha": 0.3,
     }
     assert stage.inputs == {"inputs/a.txt": digest(Path("inputs/a.txt"))}
-    ((*started, everything, datasets),) = project.started
+    ((*started, everything, datasets, searches),) = project.started
     assert started == ["work", stage.tracked, stage.inputs, stage.key]
     assert stage.tracked.items() < everything.items()
     assert everything["data.source"] == "digits"
     assert datasets == []
+    assert not searches
 
 
 def test_the_splits_that_a_stage_reads_are_its_data_sets(project):
@@ -197,7 +198,7 @@ def test_the_splits_that_a_stage_reads_are_its_data_sets(project):
     spec["stages"]["work"]["deps"].append("data/prepared")
     Path("dvc.yaml").write_text(yaml.safe_dump(spec))
     Stage("work", load_params())
-    train, test = project.started[0][-1]
+    train, test = project.started[0][-2]
     assert (train["name"], train["context"]) == ("digits train", "training")
     assert (test["name"], test["context"]) == ("digits test", "test")
     assert test["digest"] == digest(folder / "test.safetensors")
