@@ -40,6 +40,11 @@ class Evaluation:
     exits: dict[float, tuple[float, float]]
 
 
+def longest(timesteps: int) -> int:
+    """How far the accuracy of a network for so many steps is shown: also beyond them."""
+    return max(16, 2 * timesteps)
+
+
 @torch.no_grad()
 def evaluate_ann(ann: nn.Module, split: Samples, batch_size: int, rank: int, world: int) -> float:
     """Accuracy of an ANN."""

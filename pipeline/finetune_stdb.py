@@ -28,6 +28,7 @@ from pipeline.evaluation import (
     diagnose,
     evaluate_snn,
     fitting_logit_scale,
+    longest,
     spike_metrics,
 )
 from pipeline.network import build_ann, build_snn, load_weights, recipe
@@ -285,11 +286,6 @@ def fitting_chunk(
         text = f"warning: {text}; a smaller stdb.micro_batch (or truncate) may save it"
     print(f"[finetune_stdb] {text}", flush=True)
     return chunk
-
-
-def longest(timesteps: int) -> int:
-    """How far the accuracy of the fine-tuned network is shown: also beyond the T it learned at."""
-    return max(16, 4 * timesteps)
 
 
 if __name__ == "__main__":
