@@ -4,6 +4,7 @@ A worker gets whole batches, the same for any number of workers, so the counts a
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from stdb.decision import first_confident, logit_scale, scaled_losses
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # at which leaving early is looked at
 DIAGNOSED = 64  # images of a diagnosis
+SAY_EVERY = 15.0  # seconds between lines of a long evaluation
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,14 @@ def evaluate_snn(
     correct = torch.zeros(timesteps, dtype=torch.int64, device=device)
     confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
     exits = torch.zeros(len(CONFIDENCES), 2, dtype=torch.int64, device=device)
+    positions = shares(len(split), batch_size, rank, world)
+    said = time.monotonic()
     with stdb.record_spikes(snn) as statistics:
-        for batch in split.stream(shares(len(split), batch_size, rank, world), device):
+        for number, batch in enumerate(split.stream(positions, device)):
+            if rank == 0 and time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                shown = number * batch_size * world
+                print(f"  T = {timesteps}: {shown} of {len(split)} images presented", flush=True)
             images = normalise(batch.images)
             logits = snn.logits_over_time(images, timesteps, sample_ids=batch.ids)
             decided = logits.argmax(2)  # (T, B)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import pipeline.balance_thresholds
 import pipeline.evaluate_converted
+import pipeline.evaluation
 import pipeline.finetune_stdb
 import pipeline.train_ann
 import pipeline.training
@@ -352,6 +353,16 @@ def test_evaluation_takes_the_scale_that_is_best_on_validation(run, files):
     assert state["reduced"] == vars(evaluate_snn(snn, parts["test"], 3, 128, 0, 1))
     snn.scale_thresholds(1.0)
     assert state["long"] == vars(evaluate_snn(snn, parts["test"], 6, 128, 0, 1))
+
+
+def test_a_long_evaluation_says_how_far_it_is(files, monkeypatch, capsys):
+    """Every so many seconds; the first worker, for all of them."""
+    monkeypatch.setattr(pipeline.evaluation, "SAY_EVERY", -1.0)
+    snn, test = starting(files, STDB), files[1]["test"]
+    evaluate_snn(snn, test, 3, len(test) // 2, 0, 1)
+    assert f"T = 3: {len(test) // 2} of {len(test)} images presented" in capsys.readouterr().out
+    evaluate_snn(snn, test, 3, len(test) // 2, 1, 2)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_shares_of_the_workers_add_up_to_the_whole_evaluation(files):
