@@ -31,6 +31,7 @@ TINY = {
 
 MARK = "STARTED_BY_TEST"  # in the environment of all that a command starts
 ELSEWHERE = ("MLFLOW_TRACKING_URI", "DVC_ROOT", "RAY_ADDRESS")  # would lead out of the copy
+OF_MAKE = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "ARGS")  # of `make test ARGS=...`
 
 
 class Repository:
@@ -51,9 +52,10 @@ class Repository:
 
     @staticmethod
     def environment() -> dict[str, str]:
-        """This process's, with its commands, and nothing that leads out of the copy."""
+        """This process's, with its commands, without what leads out of the copy or is of make."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {k: v for k, v in os.environ.items() if k not in ELSEWHERE} | {"PATH": path}
+        without = {k: v for k, v in os.environ.items() if k not in (*ELSEWHERE, *OF_MAKE)}
+        return without | {"PATH": path}
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
