@@ -31,8 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import stdb
 from pipeline.data import Split, augment, normalise
-from stdb.conversion import residual_layers
-from stdb.decision import logit_scale, scaled_losses
+from stdb import logit_scale, residual_layers, scaled_losses
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY, SAY_EVERY = 60.0, 20.0  # seconds

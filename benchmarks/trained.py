@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import stdb
 from benchmarks.run import FOLDER, machine, write
-from stdb.spikes import DENSITY_LIMITS
+from stdb import DENSITY_LIMITS
 
 SCALES = [1.0, 0.7, 0.5]
 TESTED, BATCH, ROUNDS = 500, 32, 5

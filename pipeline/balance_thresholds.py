@@ -29,7 +29,6 @@ from pipeline.stage import (
     write_csv,
     write_json,
 )
-from stdb.conversion import residual_layers
 
 
 def main(stage: Stage) -> None:
@@ -89,7 +88,7 @@ def balance_loop(config: dict[str, Any]) -> None:
         reduce=total,
         progress=progress,
     )
-    kept = [] if params.residual_blocks else sorted(residual_layers(snn))
+    kept = [] if params.residual_blocks else sorted(stdb.residual_layers(snn))
     report({"thresholds": found, "kept": kept})
 
 

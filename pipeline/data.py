@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stdb.encoding import derive, sample_keys, uniform
+from stdb import derive, sample_keys, uniform
 
 CROP_STREAM, FLIP_STREAM = 0xC0, 0xF1
 PHOTOGRAPH = 128  # pixels, from which on a network and its augmentation are ImageNet's

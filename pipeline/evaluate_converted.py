@@ -18,7 +18,6 @@ from pipeline.data import Samples, load_split, load_splits
 from pipeline.distributed import forget_job, report, run_job, setup
 from pipeline.evaluation import (
     Evaluation,
-    ann_energy,
     collapse,
     diagnose,
     evaluate_snn,
@@ -60,7 +59,7 @@ def main(stage: Stage) -> None:
     long, reduced = Evaluation(**state["long"]), Evaluation(**state["reduced"])
     write_json(CONVERSION, {"timesteps": params.stdb.timesteps, "scale": state["scale"]})
     metrics = {
-        "ann": {"accuracy": ann_accuracy, "energy_pj": ann_energy(ann, train.shape)},
+        "ann": {"accuracy": ann_accuracy, "energy_pj": stdb.ann_energy(ann, train.shape)},
         "long": _summary(long),
         "reduced": _summary(reduced) | {"threshold_scale": state["scale"]},
         "loss_to_ann": {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import stdb
 from pipeline.data import Samples, normalise, shares
 from pipeline.distributed import total
-from stdb.decision import first_confident, logit_scale, scaled_losses
+from stdb import first_confident, logit_scale, scaled_losses
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # at which leaving early is looked at
 DIAGNOSED = 64  # images of a diagnosis
@@ -184,10 +184,3 @@ def _merge(
 def spike_metrics(spikes: dict[str, float]) -> dict[str, float]:
     """As metrics of their own group."""
     return {f"spikes/{name}": value for name, value in spikes.items()}
-
-
-def ann_energy(ann: nn.Module, shape: tuple[int, int, int]) -> float:
-    """Picojoules per image of the ANN: a multiply-accumulate at every synapse."""
-    snn = stdb.convert(ann, stdb.DirectEncoder())
-    synapses = stdb.fan_out(snn, shape)
-    return stdb.statistics.MULTIPLY_ACCUMULATE_PJ * sum(float(s.sum()) for s in synapses.values())

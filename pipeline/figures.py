@@ -14,7 +14,6 @@ from torch import Tensor
 
 import stdb
 from pipeline.params import StdbParams
-from stdb.neuron import fire, membranes
 
 Row = dict[str, Any]  # of a CSV file: values are text
 
@@ -33,15 +32,8 @@ def surrogate(params: StdbParams, steps: int = 100) -> Figure:
     rate = torch.where(torch.arange(steps) % 50 < 25, 0.5, 0.1)
     inputs = (torch.rand(steps, generator=generator) < rate).float()
     current, leak = 0.35 * inputs[:, None], params.leak
-    zero = torch.zeros(1)
-    packed = fire(current.clone(), zero.clone(), 1.0, leak)
-    spikes = stdb.bits.unpack(packed, 1, torch.float32)
-    potential = membranes(current.clone(), spikes, zero, 1.0, leak)
-    kind: Any = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
-    if isinstance(kind, stdb.STDB):
-        gradient = kind.of_spikes(spikes, torch.zeros(1, dtype=torch.int16), 0)
-    else:
-        gradient = kind.of_membrane(potential.clone(), 1.0)
+    kind = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
+    spikes, potential, gradient = stdb.simulate_neuron(current, kind, leak)
     t = range(1, steps + 1)
     figure, (above, middle, below) = plt.subplots(
         3, 1, figsize=(7, 5), sharex=True, layout="constrained", height_ratios=[0.8, 2, 2]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stdb.architectures import ARCHITECTURES
+from stdb import ARCHITECTURES
 
 PARAMS_FILE = Path("params.yaml")
 SOURCES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder")

@@ -22,7 +22,7 @@ import yaml
 from pipeline.data import DataError
 from pipeline.params import Params, ParamsError, load_params
 from pipeline.tracking import Tracker
-from stdb.conversion import ConversionError
+from stdb import ConversionError
 
 DATA = Path("data/prepared")  # what the stages hand on to each other
 ANN = Path("models/ann.safetensors")

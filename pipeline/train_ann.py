@@ -23,8 +23,7 @@ from pipeline.network import build_ann, load_weights, save_weights
 from pipeline.params import NetworkParams, TrainAnnParams
 from pipeline.stage import ANN, DATA, Stage, run_stage, write_csv, write_json
 from pipeline.training import fit
-from stdb.conversion import convert
-from stdb.encoding import DROPOUT_STREAM, PoissonEncoder, derive, sample_keys, uniform
+from stdb import PoissonEncoder, convert, dropout_mask, sample_keys
 
 
 def main(stage: Stage) -> None:
@@ -131,9 +130,7 @@ class SampleDropout:
     def _drop(self, module: nn.Dropout, number: int, x: Tensor) -> Tensor:
         if not module.training or module.p == 0:
             return x
-        keys = derive(derive(self.keys, self.seed), DROPOUT_STREAM + number)
-        kept = uniform(keys, x[0].numel()).view(x.shape) >= module.p
-        return x * (kept.to(x.dtype) / (1 - module.p))
+        return x * dropout_mask(self.keys, self.seed, number, module.p, x.shape, x.dtype)
 
 
 if __name__ == "__main__":

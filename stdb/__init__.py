@@ -14,22 +14,29 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from .architectures import ARCHITECTURES, ResidualBlock, build
-from .authors import AuthorsNetwork, import_authors
-from .balancing import balance_thresholds
+from .balancing import balance_thresholds, residual_layers
+from .calibration import logit_scale, scaled_losses
 from .conversion import ConversionError, convert
-from .decision import Decision, decide
+from .decision import Decision, decide, first_confident
 from .diagnosis import LayerDiagnosis, diagnose
-from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain
-from .interop import export_program, to_nir
+from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain, encoder_of
+from .graph import Graph, Node
+from .interop.authors import AuthorsNetwork, import_authors
+from .interop.export import export_program
+from .interop.nir import to_nir
+from .interop.saving import build_network, load, save
 from .memory import largest_chunk, training_memory
-from .network import Presentation, SpikingNetwork
-from .neuron import SpikingNeuron
-from .saving import build_network, load, save
-from .statistics import SpikeStatistics, fan_out, record_spikes
+from .network import SpikingNetwork
+from .neuron import SpikingNeuron, simulate_neuron
+from .presentation import Presentation
+from .randomness import derive, dropout_mask, sample_keys, uniform
+from .spikes import DENSITY_LIMITS
+from .statistics import SpikeStatistics, ann_energy, fan_out, record_spikes
 from .surrogate import STDB, SURROGATES, Exponential, Linear, Surrogate
 
 __all__ = [
     "ARCHITECTURES",
+    "DENSITY_LIMITS",
     "ENCODERS",
     "STDB",
     "SURROGATES",
@@ -38,8 +45,10 @@ __all__ = [
     "Decision",
     "DirectEncoder",
     "Exponential",
+    "Graph",
     "LayerDiagnosis",
     "Linear",
+    "Node",
     "PoissonEncoder",
     "Presentation",
     "ResidualBlock",
@@ -48,19 +57,30 @@ __all__ = [
     "SpikingNetwork",
     "SpikingNeuron",
     "Surrogate",
+    "ann_energy",
     "balance_thresholds",
     "build",
     "build_network",
     "convert",
     "decide",
+    "derive",
     "diagnose",
+    "dropout_mask",
+    "encoder_of",
     "export_program",
     "fan_out",
+    "first_confident",
     "import_authors",
     "largest_chunk",
     "load",
+    "logit_scale",
     "record_spikes",
+    "residual_layers",
+    "sample_keys",
     "save",
+    "scaled_losses",
+    "simulate_neuron",
     "to_nir",
     "training_memory",
+    "uniform",
 ]

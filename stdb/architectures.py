@@ -8,7 +8,6 @@ dropout before it (paper §4.1, §4.2).
 import math
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 
 A = "A"
@@ -177,19 +176,3 @@ def _resnet_features(
             layers[f"group{group}_block{block + 1}"] = ResidualBlock(channels, out, stride, dropout)
             channels, size = out, -(-size // stride)
     return channels, size
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Number of weights."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-@torch.no_grad()
-def output_size(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Number of logits that a network gives for an image of this (C, H, W) shape."""
-    training = network.training
-    network.eval()
-    try:
-        return network(torch.zeros(1, *shape)).shape[1]
-    finally:
-        network.train(training)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .conversion import residual_layers
-from .layout import to_matrix
-from .network import Presentation, SpikingNetwork
-from .neuron import fire
+from . import kernels
+from .architectures import ResidualBlock
+from .kernels.layout import to_matrix
+from .network import SpikingNetwork
+from .operators import Value, dense
+from .presentation import Presentation
 from .spikes import Spikes
-from .synapse import INPUT, NEURON, Value, dense
 
 NOT_FINITE = 0x7F800000  # infinity's bits; NaN's are above
 DROPPED_BITS = 13  # of a float32's mantissa; the rest tells values 0.1 % apart from each other
@@ -99,6 +100,16 @@ def balance_thresholds(
     finally:
         snn.train(training)
     return found
+
+
+def residual_layers(snn: SpikingNetwork) -> set[str]:
+    """The spiking layers inside basic blocks, whose thresholds the paper leaves at 1 (§4.2)."""
+    blocks = [n for n, module in snn.net.named_modules() if isinstance(module, ResidualBlock)]
+    return {
+        label
+        for i, label in snn.graph.labels.items()
+        if any(snn.graph.nodes[i].name.startswith(f"{block}.") for block in blocks)
+    }
 
 
 def _percentile(
@@ -191,9 +202,9 @@ class _Calibration:
         """A node's value in a chunk."""
         presentation = self.presentation
         node = self.graph.nodes[i]
-        if node.kind == INPUT:
+        if not node.inputs:
             return presentation.network.encoder(presentation.images, start, stop, presentation.keys)
-        if node.kind != NEURON:
+        if not node.operator.fires:
             return presentation.apply(i, [self.value(j, start, stop) for j in node.inputs])
         if i in self.trains:
             packed = self.trains[i][start // presentation.chunk]
@@ -207,10 +218,10 @@ class _Calibration:
         """Run a layer at its threshold with λ = 1 through a chunk."""
         current = self.current(i, start, stop)
         self.shapes[i] = current.shape[1:]
-        matrix = to_matrix(current, copy=current.device.type != "cpu")
+        matrix = to_matrix(current)
         if start == 0:
             self.membranes[i] = torch.zeros_like(matrix[0])
-        packed = fire(matrix, self.membranes[i], self.thresholds[i], 1.0)
+        packed = kernels.fire(matrix, self.membranes[i], self.thresholds[i], 1.0)
         return Spikes(packed, current.shape, current.dtype)
 
     def current(self, neuron: int, start: int, stop: int) -> Tensor:

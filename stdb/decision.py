@@ -1,19 +1,17 @@
 """A decision over time: class probabilities after every step, and leaving early when sure enough.
 
 The output layer only accumulates (Eq. 4), so softmax(U_t) is a decision after any step t; it need
-not be waited for once it is clear. How sure softmax(U_t) is, is a matter of its scale.
+not be waited for once it is clear. How sure softmax(U_t) is, is a matter of its
+scale (:mod:`stdb.calibration`).
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .network import SpikingNetwork
 
-SCALES = tuple(2 ** (k / 4) for k in range(-48, 9))  # tried for the logits: 1/4096 to 4
-INFORMED = 0.98  # of the loss of a guess: below it, logits say something
 STEPS_AT_ONCE = 4  # after so many steps it is looked whether all are decided
 
 
@@ -87,26 +85,3 @@ def first_confident(probabilities: Tensor, confidence: float, otherwise: int) ->
     t = torch.arange(1, len(probabilities) + 1, device=probabilities.device)[:, None]
     sure = probabilities.amax(2) >= confidence
     return torch.where(sure, t, otherwise).amin(0)
-
-
-def scaled_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(scales,) float64: cross-entropy of softmax(s·logits), summed over images, s in ``SCALES``.
-
-    Args:
-        logits: (B, classes).
-        labels: (B,).
-    """
-    logits = logits.double()
-    return torch.stack([F.cross_entropy(s * logits, labels, reduction="sum") for s in SCALES])
-
-
-def logit_scale(losses: Tensor) -> float:
-    """The scale of the logits that fits best: temperature scaling (Guo et al., ICML 2017).
-
-    1 where no scale fits better than knowing nothing, which a scale near 0 amounts to.
-
-    Args:
-        losses: what :func:`scaled_losses` gives, added up over images the network has not learned.
-    """
-    best = int(losses.argmin())
-    return SCALES[best] if losses[best] < INFORMED * losses[0] else 1.0

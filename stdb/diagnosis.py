@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .layout import from_matrix
-from .network import Presentation, SpikingNetwork
+from .graph import INPUT
+from .kernels.layout import from_matrix
+from .network import SpikingNetwork
+from .operators import Value, dense
+from .presentation import Presentation
 from .spikes import Spikes
-from .synapse import INPUT, Value, dense
 
 NEARLY_EVERY = 0.9  # of the steps: a neuron that spikes so often cannot say "more"
 SILENT = 1e-3  # spikes per neuron and step below which a layer has collapsed

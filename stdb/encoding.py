@@ -1,49 +1,21 @@
-"""Input encoders, and the counter-based random numbers that they and dropout draw.
+"""Input encoders: how an image becomes the input of every time step.
 
 An encoder is any callable ``encoder(images, start, stop, keys)`` that gives the input of the steps
 start < t ≤ stop as a (stop − start, B, C, H, W) tensor. It has to be a pure function of its
-arguments: the backward pass calls it again instead of keeping what it gave.
-
-Random numbers are a function of (seed, epoch, sample, t, pixel) and nothing else, so a sample's
-spike train does not depend on the batch it sits in, on the number of workers, or on a restart.
+arguments: the backward pass calls it again instead of keeping what it gave. One that has a name in
+``ENCODERS`` is a frozen dataclass, whose fields a saved network keeps.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit integer
-DROPOUT_STREAM = 1 << 40  # no step t of an encoder with the same seed comes here
-_MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+from .randomness import derive, uniform
 
-
-def _shift(word: Tensor, bits: int) -> Tensor:
-    """Logical right shift of signed 64-bit words."""
-    return (word >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def mix(word: Tensor) -> Tensor:
-    """Hash int64 words: the output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
-    word = (word ^ _shift(word, 30)).mul_(_MIX[0])
-    word = word.bitwise_xor_(_shift(word, 27)).mul_(_MIX[1])
-    return word.bitwise_xor_(_shift(word, 31))
-
-
-def derive(keys: Tensor, number: int | Tensor) -> Tensor:
-    """Derive stream keys from ``keys`` and a further coordinate (seed, epoch, sample, t, layer)."""
-    if isinstance(number, int):
-        number = torch.full((), number, device=keys.device)
-    return mix((keys + _GOLDEN) ^ mix(number + _GOLDEN))
-
-
-def uniform(keys: Tensor, count: int) -> Tensor:
-    """The first ``count`` numbers of each key's stream: (*keys.shape, count) float32 in [0, 1)."""
-    counter = torch.arange(1, count + 1, device=keys.device).mul_(_GOLDEN)
-    return _shift(mix(keys[..., None] + counter), 40).float().mul_(2.0**-24)
-
-
-def sample_keys(sample_ids: Tensor, epoch: int) -> Tensor:
-    """(B,) int64: the random streams of these samples in this epoch."""
-    return derive(derive(torch.zeros_like(sample_ids), epoch), sample_ids)
+Encoder = Callable[[Tensor, int, int, Tensor], Tensor]
 
 
 def check_images(images: Tensor) -> None:
@@ -58,6 +30,7 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"a pixel of size {largest} cannot be encoded; allowed: −1 to 1")
 
 
+@dataclass(frozen=True)
 class PoissonEncoder:
     """At each t and pixel x a spike of sign(x) with probability |x| (paper §2.1, signed).
 
@@ -65,8 +38,7 @@ class PoissonEncoder:
         seed: chooses the random streams; the same seed gives the same spike trains everywhere.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    seed: int = 0
 
     def __call__(self, images: Tensor, start: int, stop: int, keys: Tensor) -> Tensor:
         """(stop − start, B, C, H, W) of −1, 0 and 1, in the dtype of ``images``."""
@@ -76,6 +48,7 @@ class PoissonEncoder:
         return torch.where(draws < images.abs(), images.sign(), 0.0)
 
 
+@dataclass(frozen=True)
 class DirectEncoder:
     """The analogue pixel is fed as a current at every step (DIET-SNN, Rathi & Roy 2020)."""
 
@@ -101,4 +74,12 @@ class SpikeTrain:
         return self.spikes[start:stop].to(images)
 
 
-ENCODERS = {"poisson": PoissonEncoder, "direct": DirectEncoder}
+ENCODERS: dict[str, type[Any]] = {"poisson": PoissonEncoder, "direct": DirectEncoder}
+
+
+def encoder_of(name: str, seed: int) -> Encoder:
+    """The encoder of this name in ``ENCODERS``; one that draws random numbers gets the seed."""
+    kind = ENCODERS[name]
+    draws = any(field.name == "seed" for field in fields(kind))
+    made: Encoder = kind(seed) if draws else kind()
+    return made

@@ -6,9 +6,9 @@ the chunk: inputs and outputs of the largest layer and their gradients. So a sma
 images at once, makes room for a longer presentation.
 """
 
-from .network import STEPS_PER_SNAPSHOT, SpikingNetwork, default_chunk
-from .surrogate import STDB
-from .synapse import OPERATORS
+from .network import SpikingNetwork
+from .operators.shaping import Dropout
+from .presentation import STEPS_PER_SNAPSHOT, default_chunk
 
 OVERHEAD = 64 << 20  # what allocators and libraries keep beside, measured
 
@@ -36,20 +36,19 @@ def training_memory(
     for i, neuron in zip(graph.neurons, snn.neurons.values(), strict=True):
         per_image += sizes[i] * (2 * real + 2)  # membrane and its gradient, spike time
         per_image += sizes[i] * timesteps / 8
-        if isinstance(neuron.surrogate, STDB):
+        if neuron.surrogate.needs_ages:
             per_image += sizes[i] * timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
         if neuron.needs_membrane:
             per_image += sizes[i] * real * timesteps / chunk
-    for i in graph.dropouts:
-        if snn.net.get_submodule(graph.nodes[i].name).p > 0:  # type: ignore[operator]
+    for i, node in enumerate(graph.nodes):
+        if isinstance(node.operator, Dropout) and snn.module(i).p > 0:
             per_image += sizes[i] * real
     largest, weights = 0, 0
     for i in graph.body:
         node = graph.nodes[i]
-        if node.kind in OPERATORS and OPERATORS[node.kind].learns:
+        if node.operator.learns:
             largest = max(largest, 2 * (sizes[node.inputs[0]] + sizes[i]))
-            layer = snn.net.get_submodule(node.name)
-            weights += layer.weight.numel() * real  # type: ignore[operator,union-attr]
+            weights += snn.module(i).weight.numel() * real
     return int(batch_size * (per_image + chunk * largest * real) + weights + OVERHEAD)
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import bits, kernels
-from .layout import from_matrix
+from . import kernels
+from .kernels import bits, events, products
+from .kernels.layout import from_matrix
+from .kernels.parallel import run
 
 # Below this share of events among values, working on events is faster than the dense form, which
 # gets more out of a processor the larger its matrices are.
@@ -53,23 +55,19 @@ class Spikes:
 
     def counts(self) -> Tensor:
         """(B, …): spikes of each neuron in this chunk."""
-        if self.packed.device.type != "cpu":
+        if not kernels.works_on_bits(self.packed.device):
             return self.dense().sum(0)
-        counts = np.zeros(bits.row_bytes(self.neurons) * 8, _numpy(self.dtype))
-        packed = self.packed.numpy()
-        kernels.run(kernels.count_spikes, packed.shape[1], packed.size, packed, counts)
-        return from_matrix(torch.from_numpy(counts)[None, : self.neurons], (1, *self.shape[1:]))[0]
+        counts = kernels.count_spikes(self.packed, self.neurons, self.dtype)
+        return from_matrix(counts[None], (1, *self.shape[1:]))[0]
 
     def map(self) -> Tensor:
         """(C, H, W) or (n,) float64: spikes of each neuron in this chunk, over all images."""
         neurons = self.shape[2:].numel()
-        if self.packed.device.type != "cpu" or neurons % 8:
+        if not kernels.works_on_bits(self.packed.device) or neurons % 8:
             return self.counts().sum(0, dtype=torch.float64)
-        packed = self.packed.view(-1, neurons // 8).numpy()  # an image and step in a row
-        counts = np.zeros(neurons)
-        kernels.run(kernels.count_spikes, packed.shape[1], packed.size, packed, counts)
-        one = (1, 1, *self.shape[2:])
-        return from_matrix(torch.from_numpy(counts)[None], one)[0, 0]
+        packed = self.packed.view(-1, neurons // 8)  # an image and step in a row
+        counts = kernels.count_spikes(packed, neurons, torch.float64)
+        return from_matrix(counts[None], (1, 1, *self.shape[2:]))[0, 0]
 
     @cached_property
     def total(self) -> int:
@@ -79,14 +77,14 @@ class Spikes:
     @property
     def density(self) -> float:
         """Spikes per neuron and step, which decides for events; 1 where they have no kernels."""
-        on_cpu = self.packed.device.type == "cpu"
-        return self.total / self.shape.numel() if on_cpu else 1.0
+        listed = kernels.works_on_bits(self.packed.device)
+        return self.total / self.shape.numel() if listed else 1.0
 
     @cached_property
     def _image_counts(self) -> np.ndarray:
         counts = np.empty(self.shape[0] * self.shape[1], np.int64)
         arguments = (self.packed.numpy(), self.shape[1], self.shape[2:].numel(), counts)
-        kernels.run(kernels.count_bits, len(counts), self.packed.numel(), *arguments)
+        run(events.count_bits, len(counts), self.packed.numel(), *arguments)
         return counts
 
     @cached_property
@@ -96,16 +94,16 @@ class Spikes:
         offsets = np.zeros(len(counts), np.int64)
         np.cumsum(counts[:-1], out=offsets[1:])
         pixels = self.shape[3:].numel()
-        begins = np.empty((len(counts), pixels), np.int32)
-        ends = np.empty_like(begins)
-        names = np.empty(self.total, np.int32)
+        starts = np.empty((len(counts), pixels), np.int32)
+        ends = np.empty_like(starts)
+        channels = np.empty(self.total, np.int32)
         work = self.packed.numel() + 8 * self.total
-        kernels.run(
-            kernels.list_bits, len(counts), work, self.packed.numpy(), self.shape[1], pixels,
-            self.shape[2], offsets, begins, ends, names,
+        run(
+            events.list_bits, len(counts), work, self.packed.numpy(), self.shape[1], pixels,
+            self.shape[2], offsets, starts, ends, channels,
         )  # fmt: skip
-        ones = np.ones(len(names), _numpy(self.dtype))
-        return Events(self.shape, begins, ends, names, ones, offsets)
+        ones = np.ones(len(channels), _numpy(self.dtype))
+        return Events(self.shape, starts, ends, channels, ones, offsets)
 
 
 @dataclass(frozen=True)
@@ -114,33 +112,33 @@ class Events:
 
     Attributes:
         shape: of the dense form.
-        begins: (N, P), where the events of a pixel begin in ``names`` and ``factors``.
+        starts: (N, P), where the events of a pixel begin in ``channels`` and ``values``.
         ends: (N, P), where they end.
-        names: each event's channel.
-        factors: each event's value.
+        channels: each event's channel.
+        values: each event's value.
         offsets: (N,), where the events of an image begin.
     """
 
     shape: torch.Size
-    begins: np.ndarray
+    starts: np.ndarray
     ends: np.ndarray
-    names: np.ndarray
-    factors: np.ndarray
+    channels: np.ndarray
+    values: np.ndarray
     offsets: np.ndarray
 
     @property
     def _lists(self) -> tuple[np.ndarray, ...]:
-        return self.begins, self.ends, self.names, self.factors
+        return self.starts, self.ends, self.channels, self.values
 
     @property
     def _work(self) -> int:
-        """Of a pass over the lists, for :func:`kernels.run`."""
-        return self.begins.size + 8 * self.total
+        """Of a pass over the lists, for :func:`.kernels.parallel.run`."""
+        return self.starts.size + 8 * self.total
 
     @cached_property
     def total(self) -> int:
         """How many there are."""
-        return int((self.ends - self.begins).sum(dtype=np.int64))
+        return int((self.ends - self.starts).sum(dtype=np.int64))
 
     @property
     def density(self) -> float:
@@ -149,9 +147,9 @@ class Events:
 
     def dense(self) -> Tensor:
         """As a tensor in channels-last order."""
-        images, pixels = self.begins.shape
-        out = np.zeros((images, pixels, self.shape[2]), self.factors.dtype)
-        kernels.run(kernels.scatter_events, images, self._work, *self._lists, out)
+        images, pixels = self.starts.shape
+        out = np.zeros((images, pixels, self.shape[2]), self.values.dtype)
+        run(events.scatter_events, images, self._work, *self._lists, out)
         return from_matrix(torch.from_numpy(out).view(self.shape[0], -1), self.shape)
 
     def masked(self, mask: Tensor) -> "Events":
@@ -159,39 +157,43 @@ class Events:
         if mask.dim() == 4:
             mask = mask.permute(0, 2, 3, 1)
         flat = mask.reshape(mask.shape[0], -1, self.shape[2]).contiguous().numpy()
-        ends, names = np.empty_like(self.ends), np.empty_like(self.names)
-        factors = np.empty_like(self.factors)
-        new = flat, ends, names, factors
-        kernels.run(kernels.mask_events, len(ends), self._work, *self._lists, *new)
-        return replace(self, ends=ends, names=names, factors=factors)
+        ends, channels = np.empty_like(self.ends), np.empty_like(self.channels)
+        values = np.empty_like(self.values)
+        new = flat, ends, channels, values
+        run(events.mask_events, len(ends), self._work, *self._lists, *new)
+        return replace(self, ends=ends, channels=channels, values=values)
 
     def pooled(self, size: int) -> "Events":
         """Averaged over windows of size × size that do not overlap."""
-        steps, batch, channels, height, width = self.shape
-        shape = torch.Size((steps, batch, channels, height // size, width // size))
-        begins = np.empty((len(self.begins), shape[3:].numel()), np.int32)
-        ends = np.empty_like(begins)
-        names, factors = np.empty_like(self.names), np.empty_like(self.factors)
-        kernels.run(
-            kernels.pool_events, len(begins), self._work, *self._lists, width, size, channels,
-            factors.dtype.type(1 / size**2), shape[4], begins, ends, names, factors,
+        steps, batch, channel_count, height, width = self.shape
+        shape = torch.Size((steps, batch, channel_count, height // size, width // size))
+        starts = np.empty((len(self.starts), shape[3:].numel()), np.int32)
+        ends = np.empty_like(starts)
+        channels, values = np.empty_like(self.channels), np.empty_like(self.values)
+        run(
+            events.pool_events, len(starts), self._work, *self._lists, width, size, channel_count,
+            values.dtype.type(1 / size**2), shape[4], starts, ends, channels, values,
         )  # fmt: skip
-        return replace(self, shape=shape, begins=begins, ends=ends, names=names, factors=factors)
+        return replace(
+            self, shape=shape, starts=starts, ends=ends, channels=channels, values=values
+        )
 
     def flattened(self) -> "Events":
         """(T, B, C·H·W), channels first as torch does."""
         if len(self.shape) == 3:
             return self
-        images, pixels = self.begins.shape
-        begins = np.empty((images, 1), np.int32)
-        ends, names = np.empty_like(begins), np.empty_like(self.names)
-        factors = np.empty_like(self.factors)
-        kernels.run(
-            kernels.flatten_events, images, self._work, *self._lists, pixels, begins, ends, names,
-            factors,
+        images, pixels = self.starts.shape
+        starts = np.empty((images, 1), np.int32)
+        ends, channels = np.empty_like(starts), np.empty_like(self.channels)
+        values = np.empty_like(self.values)
+        run(
+            events.flatten_events, images, self._work, *self._lists, pixels, starts, ends, channels,
+            values,
         )  # fmt: skip
         shape = torch.Size((*self.shape[:2], self.shape[2:].numel()))
-        return replace(self, shape=shape, begins=begins, ends=ends, names=names, factors=factors)
+        return replace(
+            self, shape=shape, starts=starts, ends=ends, channels=channels, values=values
+        )
 
     # -- products ------------------------------------------------------------------------------
 
@@ -199,10 +201,10 @@ class Events:
         """W ∗ O: (T, B, C', H', W'); ``rows`` is :func:`tap_rows` of the weights."""
         geometry = _geometry(module, self.shape)
         filters, new_shape = module.out_channels, geometry[-1]
-        images = len(self.begins)
-        out = np.empty((images, new_shape[0] * new_shape[1], filters), self.factors.dtype)
-        kernels.run(
-            kernels.convolve, images * new_shape[0], self._work + self.total * filters,
+        images = len(self.starts)
+        out = np.empty((images, new_shape[0] * new_shape[1], filters), self.values.dtype)
+        run(
+            products.convolve, images * new_shape[0], self._work + self.total * filters,
             *self._lists, rows.numpy().reshape(-1), rows.shape[1], *geometry[:4], self.shape[2],
             *geometry[4:], out,
         )  # fmt: skip
@@ -212,38 +214,38 @@ class Events:
     def convolved_weight(self, module: nn.Conv2d, grad: Tensor) -> Tensor:
         """∂L/∂W (C', C, k, k) of a convolution, given ∂L/∂I (T, B, C', H', W')."""
         geometry = _geometry(module, self.shape)
-        images, channels, filters = len(self.begins), self.shape[2], module.out_channels
-        dtype = self.factors.dtype
-        lists = np.empty((images, channels + 1), np.int32)
-        places = np.empty(len(self.names), np.int32)
-        factors = np.empty_like(self.factors)
-        kernels.run(
-            kernels.by_channel, images, self._work, *self._lists, channels, self.offsets, lists,
-            places, factors,
+        images, channel_count, filters = len(self.starts), self.shape[2], module.out_channels
+        dtype = self.values.dtype
+        lists = np.empty((images, channel_count + 1), np.int32)
+        places = np.empty(len(self.channels), np.int32)
+        values = np.empty_like(self.values)
+        run(
+            events.by_channel, images, self._work, *self._lists, channel_count, self.offsets, lists,
+            places, values,
         )  # fmt: skip
         flat = grad.permute(0, 1, 3, 4, 2).reshape(-1, filters)
-        wide = kernels.padded(filters, dtype)
+        wide = products.padded(filters, dtype)
         if wide != filters:
             flat = nn.functional.pad(flat, (0, wide - filters))
         taps = geometry[0]
-        out = np.zeros((channels, *taps, wide), dtype)
-        kernels.run(
-            kernels.convolve_weight, channels, self.total * filters, lists, places, factors,
+        out = np.zeros((channel_count, *taps, wide), dtype)
+        run(
+            products.convolve_weight, channel_count, self.total * filters, lists, places, values,
             flat.contiguous().numpy().reshape(-1), wide, *geometry, images, out,
         )  # fmt: skip
         return torch.from_numpy(out)[..., :filters].permute(3, 0, 1, 2)
 
     def multiplied(self, module: nn.Linear, blocks: Tensor) -> Tensor:
         """W·O: (T, B, m); ``blocks`` is :func:`column_blocks` of the weights."""
-        images = len(self.begins)
+        images = len(self.starts)
         count, _, columns = blocks.shape
         edges = np.empty((images, -(-self.shape[2] // ROWS_PER_TILE) + 1), np.int32)
-        names, factors = np.empty_like(self.names), np.empty_like(self.factors)
-        new = edges, names, factors
-        kernels.run(kernels.by_rows, images, self._work, *self._lists, ROWS_PER_TILE, *new)
-        out = np.zeros((count, images, columns), self.factors.dtype)
-        kernels.run(
-            kernels.multiply, count, self.total * columns * count, *new,
+        channels, values = np.empty_like(self.channels), np.empty_like(self.values)
+        new = edges, channels, values
+        run(events.by_rows, images, self._work, *self._lists, ROWS_PER_TILE, *new)
+        out = np.zeros((count, images, columns), self.values.dtype)
+        run(
+            products.multiply, count, self.total * columns * count, *new,
             blocks.numpy().reshape(-1), self.shape[2] * columns, columns, images, out.reshape(-1),
         )  # fmt: skip
         whole = torch.from_numpy(out).transpose(0, 1).reshape(images, -1)
@@ -254,17 +256,17 @@ def tap_rows(module: nn.Conv2d) -> Tensor:
     """(k·k·C, ≥ C'): the weights as one row for each tap and input channel, in whole vectors."""
     weight = module.weight.detach()
     rows = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
-    extra = kernels.padded(weight.shape[0], rows[:0].numpy().dtype) - weight.shape[0]
+    extra = products.padded(weight.shape[0], rows[:0].numpy().dtype) - weight.shape[0]
     return nn.functional.pad(rows, (0, extra)).contiguous()
 
 
 def column_blocks(module: nn.Linear) -> Tensor:
     """(blocks, n, columns): the weights by input, in blocks of outputs that fit a cache."""
     weight = module.weight.detach().numpy()
-    lanes = kernels.padded(1, weight.dtype)
-    columns = min(kernels.BLOCK * lanes, -(-weight.shape[0] // lanes) * lanes)
+    lanes = products.padded(1, weight.dtype)
+    columns = min(products.BLOCK * lanes, -(-weight.shape[0] // lanes) * lanes)
     out = np.empty((-(-weight.shape[0] // columns), weight.shape[1], columns), weight.dtype)
-    kernels.run(kernels.blocks_of_columns, len(out), weight.size, weight, columns, out)
+    run(products.blocks_of_columns, len(out), weight.size, weight, columns, out)
     return torch.from_numpy(out)
 
 

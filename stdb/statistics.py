@@ -10,11 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .network import Presentation, SpikingNetwork
+from .conversion import convert
+from .encoding import DirectEncoder
+from .graph import INPUT
+from .network import SpikingNetwork
+from .operators import Value, dense
+from .presentation import Presentation
 from .spikes import Spikes
-from .synapse import INPUT, NEURON, OPERATORS, Value, dense
 
 ACCUMULATE_PJ = 0.9
 MULTIPLY_ACCUMULATE_PJ = 4.6
@@ -120,18 +124,17 @@ def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str,
     belong to the synapse.
     """
     graph = snn.graph
-    modules = dict(snn.net.named_modules())
     like, shapes = next(snn.parameters()), dict(enumerate(snn.shapes(image_shape)))
     driven = {i: like.new_zeros(shape, dtype=torch.float64) for i, shape in shapes.items()}
     driven[len(graph.nodes) - 1] += 1  # what is added to the output drives it
     for i in reversed(range(1, len(graph.nodes))):
         node = graph.nodes[i]
         for j in node.inputs:
-            if node.kind == NEURON:
-                driven[j] += 1
-            elif node.kind in OPERATORS:
-                operator = OPERATORS[node.kind]
-                driven[j] += operator.fan_out(modules.get(node.name), driven[i], shapes[j])
-            else:
-                driven[j] += driven[i]
+            driven[j] += node.operator.fan_out(snn.module(i), driven[i], shapes[j])
     return {name: driven[i] for i, name in {0: INPUT, **graph.labels}.items()}
+
+
+def ann_energy(ann: nn.Module, image_shape: tuple[int, int, int]) -> float:
+    """Picojoules per image of an ANN: a multiply-accumulate at every synapse."""
+    synapses = fan_out(convert(ann, DirectEncoder()), image_shape)
+    return MULTIPLY_ACCUMULATE_PJ * sum(float(s.sum()) for s in synapses.values())

@@ -16,9 +16,11 @@ as a function of U/V: ∂O/∂U = s/V, ∂O/∂V = −s·U/V², and Eq. 13 and 1
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
+
+from .kernels import age_slope
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,24 @@ class Surrogate:
     beta: float = 0.01
     over_threshold: bool = False
 
-    #: whether the backward pass has to recompute membrane potentials to evaluate it
-    needs_membrane = True
+    #: what the backward pass has to find again to evaluate it: membrane potentials, or the ages of
+    #: the latest spikes
+    needs_membrane: ClassVar[bool] = True
+    needs_ages: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:
             raise ValueError(f"alpha is {self.alpha}; allowed: a number above 0")
         if not self.beta >= 0:
             raise ValueError(f"beta is {self.beta}; allowed: 0 or a positive number")
+
+    def of_spikes(self, spikes: Tensor, last_spike: Tensor, start: int) -> Tensor:
+        """∂O/∂U (T, M) from spikes and their ages, where ``needs_ages``."""
+        raise NotImplementedError(f"{type(self).__name__} does not look at ages")
+
+    def of_membrane(self, membrane: Tensor, threshold: float) -> Tensor:
+        """∂O/∂U (T, M) from membrane potentials (T, M), where ``needs_membrane``."""
+        raise NotImplementedError(f"{type(self).__name__} does not look at membranes")
 
     def distance(self, membrane: Tensor, threshold: float) -> Tensor:
         """|U − V|, or |U/V − 1| over the threshold; a new tensor."""
@@ -55,6 +67,7 @@ class STDB(Surrogate):
     """Spike timing dependent backpropagation, Eq. 11: α·exp(−β·Δt)."""
 
     needs_membrane = False
+    needs_ages = True
 
     def of_spikes(self, spikes: Tensor, last_spike: Tensor, start: int) -> Tensor:
         """Evaluate Eq. 11 for the steps after ``start``; times count from 1, 0 means never.
@@ -65,18 +78,9 @@ class STDB(Surrogate):
             start: the number of steps that came before.
 
         Returns:
-            (T, M): α at a spike, else the value before times e^−β. Each call starts from the exact
-            age, so rounding never builds up over more than one chunk.
+            (T, M): ∂O/∂U, without the division by V of ``over_threshold``.
         """
-        age = (start - last_spike).to(spikes.dtype)
-        before = age.mul_(-self.beta).exp_().mul_(self.alpha).mul_(last_spike > 0)
-        decay = float(torch.exp(torch.tensor(-self.beta, dtype=torch.float64)))
-        slope = torch.empty_like(spikes)
-        fired = spikes.bool()
-        for t in range(spikes.shape[0]):
-            torch.mul(before, decay, out=slope[t])
-            before = slope[t].masked_fill_(fired[t], self.alpha)
-        return slope
+        return age_slope(spikes, last_spike, start, self.alpha, self.beta)
 
 
 class Linear(Surrogate):

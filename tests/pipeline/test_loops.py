@@ -16,7 +16,7 @@ import pipeline.train_ann
 import pipeline.training
 import stdb
 from pipeline.data import normalise, save_split
-from pipeline.evaluation import ann_energy, evaluate_ann, evaluate_snn, fitting_logit_scale
+from pipeline.evaluation import evaluate_ann, evaluate_snn, fitting_logit_scale
 from pipeline.network import build_ann, build_snn, load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams, load_params
 from pipeline.prepare_data import split
@@ -400,7 +400,7 @@ def test_the_anns_energy_is_a_multiply_accumulate_at_every_synapse(files):
     ann.add_module("relu", torch.nn.ReLU())
     ann.add_module("fc2", torch.nn.Linear(12, 10, bias=False))
     each = stdb.statistics.MULTIPLY_ACCUMULATE_PJ
-    assert ann_energy(ann, images.shape) == pytest.approx(each * (64 * 12 + 12 * 10))
+    assert stdb.ann_energy(ann, images.shape) == pytest.approx(each * (64 * 12 + 12 * 10))
 
 
 def test_a_training_that_will_not_fit_is_said_before_it_starts(files, capsys):

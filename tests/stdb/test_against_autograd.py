@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from literal import Literal, relus
 from torch import nn
 
 import stdb
+from tests.stdb.support import Literal, relus
 
 TOLERANCE = 1e-9
 LEARN = ["", "V", "λ", "Vλ"]

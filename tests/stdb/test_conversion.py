@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from literal import balanced
 from torch import nn
 
 import stdb
-from stdb import encoding
+from stdb.randomness import sample_keys
+from tests.stdb.support import balanced
 
 
 def conv(i=1, o=2, **options):
@@ -329,7 +329,7 @@ def test_balancing_against_algorithm_1(residual_blocks, batch_size, chunk):
     """Shortcuts included, and whatever the batches and chunks, V is the literal algorithm's."""
     ann, images = build("resnet8").double().train(), torch.rand(5, 1, 8, 8).double()
     encoder = stdb.PoissonEncoder(seed=3)
-    train = encoder(images, 0, 25, encoding.sample_keys(torch.arange(5), epoch=0))
+    train = encoder(images, 0, 25, sample_keys(torch.arange(5), epoch=0))
     snn = stdb.convert(ann, encoder, leak=0.7, chunk=chunk)
     places = [snn.graph.nodes[i].name for i in snn.graph.neurons]
     keep = {} if residual_blocks else {p: 1.0 for p in places if p.startswith("group")}

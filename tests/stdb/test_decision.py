@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import stdb
-from stdb.decision import Decision, first_confident, logit_scale, scaled_losses
+from stdb import Decision, first_confident, logit_scale, scaled_losses
 
 T = 20
 

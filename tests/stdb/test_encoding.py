@@ -8,20 +8,20 @@ import torch
 from torch import nn
 
 import stdb
-from stdb import encoding
+from stdb import randomness
 
 T = 400
 
 
 def keys(count, epoch=0):
     """Streams of samples 0 … count − 1."""
-    return encoding.sample_keys(torch.arange(count), epoch)
+    return randomness.sample_keys(torch.arange(count), epoch)
 
 
 def encode(images, steps=T, seed=0, epoch=0, ids=None, start=0):
     """A Poisson train (T, B, C, H, W)."""
     ids = torch.arange(len(images)) if ids is None else ids
-    streams = encoding.sample_keys(ids, epoch)
+    streams = randomness.sample_keys(ids, epoch)
     return stdb.PoissonEncoder(seed)(images, start, start + steps, streams)
 
 
@@ -55,14 +55,14 @@ def test_splitmix64(seed, outputs):
     """The published outputs, bit for bit; a stream's uniform numbers are their top 24 bits."""
     golden = 0x9E3779B97F4A7C15 - (1 << 64)
     state = torch.tensor([seed]) + golden * torch.arange(1, 4)
-    assert [int(word) % (1 << 64) for word in encoding.mix(state)] == outputs
-    drawn = encoding.uniform(torch.tensor([seed]), 3)[0]
+    assert [int(word) % (1 << 64) for word in randomness.mix(state)] == outputs
+    drawn = randomness.uniform(torch.tensor([seed]), 3)[0]
     assert drawn.tolist() == [(word >> 40) / (1 << 24) for word in outputs]
 
 
 def test_uniform_distribution():
     """Mean, variance and a χ² of 100 bins fit U[0, 1); 0 is possible, 1 is not."""
-    drawn = encoding.uniform(keys(100), 10_000)
+    drawn = randomness.uniform(keys(100), 10_000)
     assert drawn.shape == (100, 10_000)
     n = drawn.numel()
     assert float(drawn.min()) >= 0
@@ -76,7 +76,7 @@ def test_uniform_distribution():
 
 def test_streams_are_independent():
     """Numbers of adjacent streams, and neighbours within a stream, are uncorrelated."""
-    drawn = encoding.uniform(keys(200), 1000)
+    drawn = randomness.uniform(keys(200), 1000)
     assert uncorrelated(drawn[:-1], drawn[1:])
     assert uncorrelated(drawn[:, :-1], drawn[:, 1:])
     assert uncorrelated(drawn[:-1, 1:], drawn[1:, :-1])  # shifted by one: overlapping streams
@@ -85,8 +85,8 @@ def test_streams_are_independent():
 def test_no_two_streams_coincide():
     """Samples × epochs × seeds × steps give as many different keys."""
     samples = torch.cat([keys(100, epoch) for epoch in range(10)])
-    seeded = torch.cat([encoding.derive(samples, seed) for seed in range(5)])
-    steps = encoding.derive(seeded[None], torch.arange(20)[:, None])
+    seeded = torch.cat([randomness.derive(samples, seed) for seed in range(5)])
+    steps = randomness.derive(seeded[None], torch.arange(20)[:, None])
     assert len(steps.unique()) == 100 * 10 * 5 * 20
 
 

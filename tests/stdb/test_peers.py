@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stdb
-from stdb import bits
-from stdb.neuron import fire
+from stdb.kernels import bits, fire
 
 pytestmark = pytest.mark.peer
 HINT = "{} is not installed; `make setup-bench` installs it"

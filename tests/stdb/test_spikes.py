@@ -1,5 +1,7 @@
 """Spikes and events of a chunk, against torch's dense operators; one thread and several."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stdb import bits, kernels, neuron, synapse
-from stdb.layout import to_matrix
+import stdb
+from stdb.kernels import bits, parallel
+from stdb.kernels.layout import to_matrix
+from stdb.operators import dense as as_tensor
+from stdb.operators.pooling import AveragePool
 from stdb.spikes import Spikes, column_blocks, tap_rows
-from stdb.surrogate import STDB
-from stdb.synapse import AveragePool, Windows
 
 STEPS, BATCH = 3, 2
 
@@ -19,7 +22,7 @@ STEPS, BATCH = 3, 2
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"], autouse=True)
 def threads(request, monkeypatch):
     """However little there is to do."""
-    monkeypatch.setattr(kernels, "WORK_PER_THREAD", 1)
+    monkeypatch.setattr(parallel, "WORK_PER_THREAD", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -94,51 +97,14 @@ def test_average_pooling(window, size, density):
     assert events.total == int((expected > 0).sum())
     grad = torch.randn(STEPS, BATCH, *expected.shape[1:], dtype=torch.float64)
     expected.backward(grad.flatten(0, 1))
-    spread = AveragePool.backward_input(module, grad, dense.shape[2:])
-    torch.testing.assert_close(synapse.dense(spread).flatten(0, 1), x.grad)
-
-
-@pytest.mark.parametrize("count", [1, 7, 8, 1000, 4099])
-@pytest.mark.parametrize("leak", [1.0, 0.75])
-def test_neurons(count, leak):
-    """Fire, latest spikes and the fused backward pass, against torch step after step."""
-    generator = torch.Generator().manual_seed(count)
-    current = torch.randn(9, count, generator=generator, dtype=torch.float64)
-    membrane = torch.randn(count, generator=generator, dtype=torch.float64)
-    times = torch.randint(0, 5, (count,), generator=generator).to(torch.int16)
-    u, start, expected = membrane.clone(), membrane.clone(), []
-    fired = (u > 0.5).double()
-    for t in range(9):
-        u = leak * u - 0.5 * fired + current[t]
-        fired = (u > 0.5).double()
-        expected.append(fired)
-    dense = torch.stack(expected)
-    packed = neuron.fire(current, membrane, 0.5, leak)
-    assert torch.equal(bits.unpack(packed, count, torch.float64), dense)
-    assert torch.equal(membrane, u)
-    surrogate = STDB(0.3, 0.05)
-    slope = surrogate.of_spikes(dense, times, 4)
-    grad = torch.randn(9, count, generator=generator, dtype=torch.float64)
-    for carry in (None, torch.randn(count, generator=generator, dtype=torch.float64)):
-        for temporal in (True, False):
-            wanted = neuron.backpropagate(grad * slope, carry, leak, temporal)
-            found = neuron.backpropagate_stdb(
-                grad.clone(), packed, times, 4, surrogate, 0.5, carry, leak, temporal
-            )
-            torch.testing.assert_close(found, wanted)
-    later, noted = times.clone(), times.clone()
-    neuron.latest(packed, later, 4)
-    neuron.fire(current, start, 0.5, leak, noted, 4)
-    assert torch.equal(noted, later)
-    steps = torch.arange(5, 14, dtype=torch.int16)[:, None]
-    assert torch.equal(later, torch.maximum(times, (dense.to(torch.int16) * steps).amax(0)))
+    site = SimpleNamespace(module=module)
+    spread = AveragePool().backward_input(site, grad, 0, dense.shape[2:])
+    torch.testing.assert_close(as_tensor(spread).flatten(0, 1), x.grad)
 
 
 def test_a_group_of_channels_has_no_kernel():
     """It is computed densely, with the same result."""
     torch.manual_seed(0)
-    import stdb
-
     ann = nn.Sequential(
         nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.ReLU(),
         nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False), nn.ReLU(),
@@ -150,27 +116,6 @@ def test_a_group_of_channels_has_no_kernel():
     logits = snn(images, 10)
     F.cross_entropy(logits, torch.tensor([0, 1])).backward()
     assert all(p.grad is not None for p in snn.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("size", "channels"), [(1, 3), (2, 1), (2, 40), (3, 7)])
-def test_neurons_below_a_pool(size, channels, masked):
-    """The gradient that is spread on the way is the one that is spread before."""
-    generator = torch.Generator().manual_seed(size)
-    shape = (STEPS, BATCH, channels, 4 * size, 6 * size)
-    above = torch.randn(STEPS, BATCH, channels, 4, 6, generator=generator, dtype=torch.float64)
-    mask = (torch.rand(shape[1:], generator=generator) < 0.7).double() / 0.7 if masked else None
-    windows = Windows(above, size, mask)
-    spread = above.repeat_interleave(size, 3).repeat_interleave(size, 4) / size**2
-    torch.testing.assert_close(windows.dense(), spread if mask is None else spread * mask)
-    assert windows.shape == shape
-    dense = to_matrix(windows.dense())
-    packed = bits.pack((torch.rand(dense.shape, generator=generator) < 0.2).double())
-    times = torch.randint(0, 5, dense.shape[1:], generator=generator).to(torch.int16)
-    rest = packed, times, 4, STDB(0.3, 0.05), 0.5, None, 0.9, True
-    wanted = neuron.backpropagate_stdb(dense.clone(), *rest)
-    found = neuron.backpropagate_stdb(torch.empty_like(dense), *rest, windows)
-    torch.testing.assert_close(found, wanted)
 
 
 def test_more_spikes_than_a_byte_counts():

@@ -36,11 +36,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import RESNET, VGG, A, build
-from .conversion import convert, residual_layers
-from .encoding import PoissonEncoder
-from .network import Encoder, SpikingNetwork
-from .surrogate import STDB, Linear, Surrogate
+from ..architectures import RESNET, VGG, A, build
+from ..balancing import residual_layers
+from ..conversion import convert
+from ..encoding import Encoder, PoissonEncoder
+from ..network import SpikingNetwork
+from ..surrogate import STDB, Linear, Surrogate
 
 SURROGATE = {"STDB": STDB(0.3, 0.01, True), "Linear": Linear(0.3, 0.01, True)}  # over U/V, theirs
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdb import bits
+from stdb.kernels import bits
 
 
 def spikes(steps, count, seed=0, density=0.5):

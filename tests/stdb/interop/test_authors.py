@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stdb
-from stdb.encoding import sample_keys
+from stdb.randomness import sample_keys
 
 A = "A"
 VGG = {  # their tables; the two of VGG11 are those of their ANN and of the SNN of the paper

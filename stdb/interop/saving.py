@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from .architectures import build
-from .conversion import convert
-from .encoding import ENCODERS, PoissonEncoder
-from .network import SpikingNetwork
-from .surrogate import SURROGATES
+from ..architectures import build
+from ..conversion import convert
+from ..encoding import ENCODERS
+from ..network import SpikingNetwork
+from ..surrogate import SURROGATES
 
 NEEDED = ("network", "encoder", "surrogate", "timesteps", "classes")
 
@@ -68,10 +68,9 @@ def save(
         raise ValueError(
             f"the encoder is a {type(snn.encoder).__name__}; allowed: {', '.join(ENCODERS)}"
         )
-    seed = {"seed": snn.encoder.seed} if isinstance(snn.encoder, PoissonEncoder) else {}
     config = {
         "network": network,
-        "encoder": {"name": encoders[type(snn.encoder)], **seed},
+        "encoder": {"name": encoders[type(snn.encoder)], **vars(snn.encoder)},
         "surrogate": {"name": surrogates[type(neuron.surrogate)], **vars(neuron.surrogate)},
         "temporal_gradient": neuron.temporal_gradient,
         "timesteps": timesteps,

@@ -1,18 +1,23 @@
-"""GPU kernels, in Triton: a layer's neurons run through all steps of a chunk in one launch.
+"""A layer's neurons on a GPU, in Triton: they run through all steps of a chunk in one launch.
 
-The same scans as in :mod:`stdb.kernels`, eight neurons to a byte of spikes. Where Triton, or the
-compiler that it needs, is missing, :func:`available` says so once and :mod:`stdb.neuron` runs step
-after step. Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, where they are tested.
+The same scans as in :mod:`.neurons`, eight neurons to a byte of spikes. Where Triton, or
+the compiler that it needs, is missing, :func:`available` says so once. Triton's interpreter
+(TRITON_INTERPRET=1) runs the kernels on a CPU, where they are tested; it takes more than the
+compiler does, so a test compiles them ahead of time, too.
 """
 
 import functools
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import bits
+from .layout import to_matrix
+from .pooled import PooledGradient
+from .reference import count_spikes
 
 try:
     import triton
@@ -20,14 +25,17 @@ try:
 except ImportError:
     triton = None
 
+__all__ = ["available", "backpropagate_stdb", "count_spikes", "fire", "note_last_spikes"]
+
 BYTES_PER_PROGRAM = 64  # 512 neurons
 
 if triton is not None:
 
     @triton.jit
     def _fire(
-        current, membrane, packed, count, row_bytes, steps, threshold, leak, block: tl.constexpr
-    ):
+        current, membrane, packed, spikes, count, row_bytes, steps, threshold, leak,
+        has_spikes: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
         byte = tl.program_id(0) * block + tl.arange(0, block)
         neuron = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
         inside = neuron < count
@@ -39,14 +47,15 @@ if triton is not None:
             u = leak * u - tl.where(fired, threshold, 0.0)
             u += tl.load(current + place, mask=inside, other=0.0)
             fired = u > threshold
-            tl.store(current + place, fired.to(u.dtype), mask=inside)
+            if has_spikes:
+                tl.store(spikes + place, fired.to(u.dtype), mask=inside)
             value = tl.sum(tl.where(fired & inside, weight, 0), axis=1)
             row = packed + tl.cast(t, tl.int64) * row_bytes
             tl.store(row + byte, value.to(tl.uint8), mask=byte < row_bytes)
         tl.store(membrane + neuron, u, mask=inside)
 
     @triton.jit
-    def _latest(packed, times, count, row_bytes, steps, start, block: tl.constexpr):
+    def _note_last_spikes(packed, times, count, row_bytes, steps, start, block: tl.constexpr):
         byte = tl.program_id(0) * block + tl.arange(0, block)
         neuron = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
         shift = tl.arange(0, 8)[None, :]
@@ -58,7 +67,7 @@ if triton is not None:
         tl.store(times + neuron, last.to(tl.int16), mask=neuron < count)
 
     @triton.jit
-    def _backpropagate(
+    def _backpropagate_stdb(
         grad, packed, times, carry, count, row_bytes, steps, start, alpha, beta, decay, leak,
         has_carry: tl.constexpr, temporal: tl.constexpr, block: tl.constexpr,
     ):  # fmt: skip
@@ -78,63 +87,87 @@ if triton is not None:
             g = tl.load(place, mask=inside, other=0.0)
             tl.store(place, (g * slope).to(g.dtype), mask=inside)
         if temporal:
-            after = tl.zeros_like(slope)
+            after = tl.zeros([block, 8], dtype=grad.dtype.element_ty)
             if has_carry:
                 after = tl.load(carry + neuron, mask=inside, other=0.0)
             for step in range(steps):
-                t = tl.cast(steps - 1 - step, tl.int64)
-                place = grad + t * count + neuron
+                # a name of its own: a loop's variable keeps its type, and t is an int32 above
+                back = tl.cast(steps - 1 - step, tl.int64)
+                place = grad + back * count + neuron
                 after = tl.load(place, mask=inside, other=0.0) + leak * after
                 tl.store(place, after, mask=inside)
 
 
 @functools.cache
 def available(device: torch.device) -> bool:
-    """Whether the kernels run on a device; tried once."""
+    """Whether the kernels run on a device; tried once, and said once where they do not."""
     if triton is None or device.type != "cuda":
         return False
     try:
-        fire(torch.zeros(1, 8, device=device), torch.zeros(8, device=device), 1.0, 1.0)
+        grad = torch.zeros(1, 8, device=device)
+        times = torch.zeros(8, device=device, dtype=torch.int16)
+        packed = fire(grad, grad[0].clone(), 1.0, 1.0, last_spike=times, spikes=grad.clone())
+        backpropagate_stdb(grad, packed, times, 0, 1.0, 1.0, None, 1.0, True)
     except Exception as error:  # Triton's own, the compiler's, the driver's
         warnings.warn(f"no fused kernels, running step after step: {error}", stacklevel=2)
         return False
     return True
 
 
-def fire(current: Tensor, membrane: Tensor, threshold: float, leak: float) -> Tensor:
-    """As :func:`stdb.neuron.fire`; ``current`` becomes the spikes."""
+def fire(
+    current: Tensor,
+    membrane: Tensor,
+    threshold: float,
+    leak: float,
+    *,
+    last_spike: Tensor | None = None,
+    start: int = 0,
+    spikes: Tensor | None = None,
+) -> Tensor:
+    """Eq. 2 over a chunk; see :func:`stdb.kernels.fire`."""
     steps, count = current.shape
     row_bytes = bits.row_bytes(count)
     packed = torch.empty(steps, row_bytes, dtype=torch.uint8, device=current.device)
-    _fire[_grid(row_bytes)](
-        current, membrane, packed, count, row_bytes, steps, threshold, leak,
-        block=BYTES_PER_PROGRAM,
+    _launch(
+        _fire, row_bytes, current, membrane, packed, current if spikes is None else spikes, count,
+        row_bytes, steps, threshold, leak, has_spikes=spikes is not None,
     )  # fmt: skip
+    if last_spike is not None:
+        note_last_spikes(packed, last_spike, start)
     return packed
 
 
-def latest(packed: Tensor, last_spike: Tensor, start: int) -> None:
-    """As :func:`stdb.neuron.latest`."""
+def note_last_spikes(packed: Tensor, last_spike: Tensor, start: int) -> None:
+    """See :func:`stdb.kernels.note_last_spikes`."""
     steps, row_bytes = packed.shape
-    _latest[_grid(row_bytes)](
-        packed, last_spike, len(last_spike), row_bytes, steps, start, block=BYTES_PER_PROGRAM
+    _launch(
+        _note_last_spikes, row_bytes, packed, last_spike, len(last_spike), row_bytes, steps, start
     )
 
 
 def backpropagate_stdb(
-    grad: Tensor, packed: Tensor, last_spike: Tensor, start: int, alpha: float, beta: float,
-    carry: Tensor | None, leak: float, temporal: bool,
-) -> Tensor:  # fmt: skip
-    """As :func:`stdb.neuron.backpropagate_stdb`, with α divided by V where it is over U/V."""
+    above: Tensor | PooledGradient,
+    packed: Tensor,
+    last_spike: Tensor,
+    start: int,
+    alpha: float,
+    beta: float,
+    carry: Tensor | None,
+    leak: float,
+    temporal: bool,
+) -> Tensor:
+    """Eq. 11 and the leak path in one launch; see :func:`stdb.kernels.backpropagate_stdb`."""
+    grad = to_matrix(above if isinstance(above, Tensor) else above.dense())
     steps, count = grad.shape
     row_bytes = packed.shape[1]
-    _backpropagate[_grid(row_bytes)](
-        grad, packed, last_spike, grad if carry is None else carry, count, row_bytes, steps, start,
-        alpha, beta, math.exp(-beta), leak, has_carry=carry is not None, temporal=temporal,
-        block=BYTES_PER_PROGRAM,
+    _launch(
+        _backpropagate_stdb, row_bytes, grad, packed, last_spike, grad if carry is None else carry,
+        count, row_bytes, steps, start, alpha, beta, math.exp(-beta), leak,
+        has_carry=carry is not None, temporal=temporal,
     )  # fmt: skip
     return grad
 
 
-def _grid(row_bytes: int) -> tuple[int]:
-    return (triton.cdiv(row_bytes, BYTES_PER_PROGRAM),)
+def _launch(kernel: Any, row_bytes: int, *arguments: Any, **constants: Any) -> None:
+    grid = (triton.cdiv(row_bytes, BYTES_PER_PROGRAM),)
+    kernel[grid](*arguments, **constants, block=BYTES_PER_PROGRAM)

@@ -13,8 +13,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import stdb
-from stdb import kernels
-from stdb.encoding import sample_keys
+import stdb.spikes
+from stdb.kernels import neurons
+from stdb.randomness import sample_keys
 
 HINT = "{} is not installed; `make setup-bench` installs it"
 STEPS = 12
@@ -264,7 +265,8 @@ def test_a_program_is_the_network(name, encoder, leak, spikes, tmp_path, monkeyp
         with torch.no_grad():
             expected = snn(images, 5, sample_ids=ids)
             with monkeypatch.context() as patch:
-                patch.setattr(kernels, "run", None)
+                patch.setattr(neurons, "run", None)
+                patch.setattr(stdb.spikes, "run", None)
                 logits = program(*arguments)
         assert len(expected.unique()) > 3
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)

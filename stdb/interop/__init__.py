@@ -1,0 +1,1 @@
+"""Doors in and out: files, the authors' checkpoints, NIR, ``torch.export``."""

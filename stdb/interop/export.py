@@ -1,0 +1,127 @@
+"""A door out: a spiking network as one program of plain torch operators, at a fixed T.
+
+For ``torch.export``, and so for ``torch.compile``, AOTInductor or ONNX.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..encoding import DirectEncoder, PoissonEncoder, SpikeTrain
+from ..network import SpikingNetwork
+from ..randomness import sample_keys
+
+
+def export_program(
+    snn: SpikingNetwork,
+    timesteps: int,
+    image_shape: tuple[int, int, int],
+    *,
+    spikes: bool = False,
+) -> ExportedProgram:
+    """The network at a fixed T as plain torch operators; ``torch.export.save`` makes it a file.
+
+    The loops over time and layers are unrolled. Weights keep their names, V and λ are constants.
+    What it takes follows from the network's encoder; the batch size is free everywhere:
+
+    ===================  ===========================================================
+    encoder              call, each gives U_T (B, classes)
+    ===================  ===========================================================
+    ``PoissonEncoder``   ``program.module()(images, sample_ids)``: the generator is in the graph,
+                         integer arithmetic, so the spike trains are those of the engine
+    ``DirectEncoder``    ``program.module()(images)``
+    any, ``spikes``      ``program.module()(train)``, train (T, B, C, H, W)
+    ``SpikeTrain``       the same
+    ===================  ===========================================================
+
+    Images (B, C, H, W) have to be in [−1, 1], which nothing checks there; sample_ids (B,) int64 are
+    those of ``SpikingNetwork.present`` (epoch 0).
+
+    Args:
+        snn: the network; dropout is left out, products are in the type of the weights.
+        timesteps: T.
+        image_shape: (C, H, W) of an image.
+        spikes: the program takes a spike train, whatever the encoder.
+
+    Raises:
+        ValueError: T below 1, or an encoder of your own without ``spikes``.
+    """
+    if timesteps < 1:
+        raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
+    weight = next(p for p in snn.net.parameters() if p.dim())
+    images = weight.new_zeros(2, *image_shape)  # of a batch of 1 it would take a batch of 1
+    batch = Dim("batch")
+    arguments: tuple[Tensor, ...] = (images,)
+    dynamic: dict[str, Any] = {"x": {0: batch}}
+    if spikes or isinstance(snn.encoder, SpikeTrain):
+        arguments = (images.expand(timesteps, *images.shape).clone(),)
+        dynamic, spikes = {"x": {1: batch}}, True
+    elif isinstance(snn.encoder, PoissonEncoder):
+        arguments = (images, torch.arange(2, device=images.device))
+        dynamic["sample_ids"] = {0: batch}
+    elif not isinstance(snn.encoder, DirectEncoder):
+        raise ValueError(
+            f"the encoder is a {type(snn.encoder).__name__}; allowed: PoissonEncoder, "
+            "DirectEncoder, SpikeTrain, or spikes=True"
+        )
+    program = _Program(snn, timesteps, spikes)
+    with torch.no_grad():
+        return torch.export.export(program, arguments, dynamic_shapes=dynamic)
+
+
+class _Program(nn.Module):
+    """Algorithm 3 step by step: what the engine computes, for a tracer to read."""
+
+    def __init__(self, snn: SpikingNetwork, timesteps: int, spikes: bool) -> None:
+        super().__init__()
+        self.net, self.graph = snn.net, snn.graph
+        self.timesteps = timesteps
+        self.encoder: Any = None if spikes else snn.encoder
+        neurons = zip(snn.graph.neurons, snn.neurons.values(), strict=True)
+        self.constants = {i: (neuron.threshold.item(), neuron.leak.item()) for i, neuron in neurons}
+
+    def forward(self, x: Tensor, sample_ids: Tensor | None = None) -> Tensor:
+        """U_T (B, classes) of images (B, C, H, W) or a spike train (T, B, C, H, W)."""
+        membrane: dict[int, Tensor] = {}
+        fired: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        counts: dict[int, Tensor] = {}
+        keys = x if sample_ids is None else sample_keys(sample_ids, 0)
+        for t in range(self.timesteps):
+            if self.encoder is None:
+                values = {0: x[t]}
+            elif t == 0 or not isinstance(self.encoder, DirectEncoder):
+                values = {0: self.encoder(x, t, t + 1, keys)[0]}
+            else:  # what the input alone decides stays as it was
+                values = {i: v for i, v in values.items() if not self._depends_on_neurons(i)}
+            for i in self.graph.body:
+                if i in values:
+                    continue
+                node = self.graph.nodes[i]
+                if node.operator.fires:
+                    threshold, leak = self.constants[i]
+                    u = current = values[node.inputs[0]]
+                    if i in membrane:  # in the engine's order, which rounding depends on
+                        u = membrane[i] if leak == 1 else membrane[i] * leak
+                        u = torch.sub(u, fired[i], alpha=threshold) + current
+                    membrane[i], fired[i] = u, (u > threshold).to(u.dtype)
+                    values[i] = fired[i]
+                else:
+                    values[i] = self._operate(i, values)
+            for i in self.graph.entries:
+                counts[i] = counts[i] + values[i] if i in counts else values[i]
+        for i in self.graph.tail:  # linear, so once, of the sum over time (Eq. 4)
+            counts[i] = self._operate(i, counts)
+        return counts[self.graph.tail[-1]]
+
+    def _depends_on_neurons(self, i: int) -> bool:
+        node = self.graph.nodes[i]
+        return node.operator.fires or any(self._depends_on_neurons(j) for j in node.inputs)
+
+    def _operate(self, i: int, values: dict[int, Tensor]) -> Tensor:
+        """The value of a linear operator's node."""
+        node = self.graph.nodes[i]
+        module = None if node.path is None else self.net.get_submodule(node.path)
+        return node.operator.plain(module, *(values[j] for j in node.inputs))

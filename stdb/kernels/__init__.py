@@ -1,0 +1,168 @@
+"""The engine's arithmetic over memory: one interface, and a backend for each kind of device.
+
+===========  ============================  ==========================================
+device       backend                       holds
+===========  ============================  ==========================================
+CPU          numba                         :mod:`.neurons`, :mod:`.events`, :mod:`.products`
+CUDA         Triton                        :mod:`.gpu`
+any other    torch, the oracle of both     :mod:`.reference`
+===========  ============================  ==========================================
+
+A chunk is a matrix (T, M) in memory order (:mod:`.layout`): T steps of M = batch × neurons of one
+layer. Spikes are bits (:mod:`.bits`): (T, ⌈M/8⌉) bytes. State goes in and comes out explicitly.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import gpu, neurons, reference
+from .pooled import PooledGradient
+from .reference import age_slope, backpropagate, recompute_membranes
+
+__all__ = [
+    "Backend",
+    "PooledGradient",
+    "age_slope",
+    "backend",
+    "backpropagate",
+    "backpropagate_stdb",
+    "count_spikes",
+    "fire",
+    "note_last_spikes",
+    "recompute_membranes",
+    "works_on_bits",
+]
+
+
+class Backend(Protocol):
+    """What a backend does; the functions of this module say it in full."""
+
+    def fire(
+        self,
+        current: Tensor,
+        membrane: Tensor,
+        threshold: float,
+        leak: float,
+        *,
+        last_spike: Tensor | None = None,
+        start: int = 0,
+        spikes: Tensor | None = None,
+    ) -> Tensor:
+        """Eq. 2 over a chunk."""
+        ...
+
+    def note_last_spikes(self, packed: Tensor, last_spike: Tensor, start: int) -> None:
+        """Latest spike times at the end of a chunk."""
+        ...
+
+    def count_spikes(self, packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """Spikes of each neuron."""
+        ...
+
+    def backpropagate_stdb(
+        self,
+        above: Tensor | PooledGradient,
+        packed: Tensor,
+        last_spike: Tensor,
+        start: int,
+        alpha: float,
+        beta: float,
+        carry: Tensor | None,
+        leak: float,
+        temporal: bool,
+    ) -> Tensor:
+        """Eq. 11 and the leak path."""
+        ...
+
+
+def backend(device: torch.device) -> Backend:
+    """The backend of a device."""
+    if device.type == "cpu":
+        return neurons
+    if gpu.available(device):
+        return gpu
+    return reference
+
+
+def works_on_bits(device: torch.device) -> bool:
+    """Whether linear operators there take spikes as bits and events; else as zeros and ones."""
+    return device.type == "cpu"
+
+
+def fire(
+    current: Tensor,
+    membrane: Tensor,
+    threshold: float,
+    leak: float,
+    *,
+    last_spike: Tensor | None = None,
+    start: int = 0,
+    spikes: Tensor | None = None,
+) -> Tensor:
+    """Eq. 2 over a chunk: U_t = λ·U_{t−1} + I_t − V·O_{t−1}, O_t = [U_t > V].
+
+    Args:
+        current: (T, M) weighted input I, contiguous; it is only read.
+        membrane: (M,) membrane potential of the step before the chunk; becomes U_T.
+        threshold: V.
+        leak: λ.
+        last_spike: (M,) int16, brought to the end of the chunk as by :func:`note_last_spikes`.
+        start: the number of steps before the chunk.
+        spikes: (T, M), filled with zeros and ones; it may be ``current``, which is lost then.
+
+    Returns:
+        The spikes as bits, (T, ⌈M/8⌉).
+    """
+    return backend(current.device).fire(
+        current, membrane, threshold, leak, last_spike=last_spike, start=start, spikes=spikes
+    )
+
+
+def note_last_spikes(packed: Tensor, last_spike: Tensor, start: int) -> None:
+    """Bring each neuron's latest spike time (M,) to the end of a chunk, in place.
+
+    Args:
+        packed: the chunk's spikes as bits.
+        last_spike: times count from 1; 0: never.
+        start: the number of steps before the chunk.
+    """
+    backend(packed.device).note_last_spikes(packed, last_spike, start)
+
+
+def count_spikes(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """(count,): spikes of each neuron over the rows of ``packed``."""
+    return backend(packed.device).count_spikes(packed, count, dtype)
+
+
+def backpropagate_stdb(
+    above: Tensor | PooledGradient,
+    packed: Tensor,
+    last_spike: Tensor,
+    start: int,
+    alpha: float,
+    beta: float,
+    carry: Tensor | None,
+    leak: float,
+    temporal: bool,
+) -> Tensor:
+    """∂L/∂U_t = s_t·∂L/∂O_t + λ·∂L/∂U_{t+1} over a chunk, s_t = α·exp(−β·Δt) of Eq. 11.
+
+    Args:
+        above: ∂L/∂O_t, (T, B, …); its memory may be used for the result.
+        packed: (T, ⌈M/8⌉) the chunk's spikes.
+        last_spike: (M,) int16, latest spike time before the chunk, 0 for never.
+        start: the number of steps before the chunk.
+        alpha: α; α/V where the surrogate is over U/V.
+        beta: β.
+        carry: (M,) ∂L/∂U of the step after the chunk, None at the end of the presentation.
+        leak: λ.
+        temporal: False drops the leak path.
+
+    Returns:
+        (T, M): ∂L/∂U_t, which is ∂L/∂I_t as well. The reset carries no gradient.
+    """
+    return backend(packed.device).backpropagate_stdb(
+        above, packed, last_spike, start, alpha, beta, carry, leak, temporal
+    )

@@ -1,0 +1,122 @@
+"""Operators: what a node of a network's graph does to the values below it.
+
+All but the neurons are linear and the same at every time step. A value has a leading time
+dimension: (T, B, C, H, W) or (T, B, n), kept in channels-last order; T = 1 stands for a value that
+is constant over the chunk. An operator has no state: weights are those of the module at its node,
+and what a presentation has for it comes as a :class:`Site`. One class an operator, a file a family.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import PooledGradient
+from ..spikes import DENSITY_LIMITS, Events, Spikes
+
+Value = Tensor | Spikes | Events
+Gradient = Tensor | PooledGradient
+
+
+class Site(Protocol):
+    """An operator's place in a presentation: its module, and what it may ask for."""
+
+    @property
+    def module(self) -> Any:
+        """The module at the node; None where the operator has none."""
+        ...
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, …): the node's inverted dropout mask; None where nothing is dropped."""
+        ...
+
+    def lowered(self, x: Tensor) -> Tensor:
+        """``x`` in the precision of the network's products."""
+        ...
+
+    def prepared(self, make: Callable[[Any], Tensor]) -> Tensor:
+        """What ``make`` makes of the module's weights, kept until they change."""
+        ...
+
+
+class Operator(Protocol):
+    """One kind of node. Subclasses say what differs from an operator that passes its input on.
+
+    Attributes:
+        name: what messages call it.
+        learns: it has weights, its module's ``weight``.
+        fires: it is a layer of neurons, which needs time; the presentation runs it.
+        owns: its value is memory of its own, which it does not share with its input.
+    """
+
+    name: str
+    learns: bool = False
+    fires: bool = False
+    owns: bool = False
+
+    def plain(self, module: Any, *inputs: Tensor) -> Tensor:
+        """The operator in plain torch at one time step: (B, …) → (B, …)."""
+        return inputs[0]
+
+    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
+        """The node's value over a chunk; of events where they are few."""
+        return inputs[0]
+
+    def backward_input(
+        self, site: Site, grad: Gradient, position: int, shape: torch.Size
+    ) -> Gradient:
+        """∂L/∂ of the input at ``position``, of shape (C, H, W) or (n,); maybe in ``grad``'s memory.
+
+        Inputs are asked for in order, those that nothing learns below are not.
+        """
+        return grad
+
+    def backward_weight(
+        self, module: nn.Module, grad: Tensor, x: Value, total: Tensor | None
+    ) -> Tensor:
+        """``total`` (None: nothing yet) + ∂L/∂W summed over time and batch, given ∂L/∂I."""
+        problem = "does not say its gradient" if self.learns else "has no weights"
+        raise NotImplementedError(f"{self.name} {problem}")
+
+    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+        """How many synapses each input drives, given those that each output does (``targets``)."""
+        return targets
+
+
+def dense(x: Value | Gradient) -> Tensor:
+    """A value or gradient as a tensor."""
+    return x if isinstance(x, Tensor) else x.dense()
+
+
+def few_events(x: Value, purpose: str = "convolution") -> Events | None:
+    """A value as events, where there are few enough for the purpose."""
+    if isinstance(x, Tensor) or x.density >= DENSITY_LIMITS[purpose]:
+        return None
+    return x.events if isinstance(x, Spikes) else x
+
+
+def per_image(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply an operator of (N, …) to (T, B, …); images come out channels-last."""
+    y = operator(x.flatten(0, 1))
+    if y.dim() == 4:
+        y = y.contiguous(memory_format=torch.channels_last)
+    return y.unflatten(0, x.shape[:2])
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Both of a kernel's sizes, where one may stand for both."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+__all__ = [
+    "Gradient",
+    "Operator",
+    "Site",
+    "Value",
+    "dense",
+    "few_events",
+    "pair",
+    "per_image",
+]

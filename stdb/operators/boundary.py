@@ -1,0 +1,25 @@
+"""Where the linear operators begin and end: the network's input, and the neurons."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Operator
+
+
+class Input(Operator):
+    """What the encoder gives; the first node, and the only one without inputs."""
+
+    name = "input"
+
+
+class Neuron(Operator):
+    """A layer of spiking neurons (Eq. 2). It has a state, so the presentation runs it."""
+
+    name = "neuron"
+    fires = True
+
+    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+        """A current drives its neuron."""
+        return torch.ones_like(targets)

@@ -1,0 +1,54 @@
+"""Fully connected layers: I = W·O, dense or of events."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..spikes import column_blocks
+from . import Gradient, Operator, Site, Value, dense, few_events
+
+
+class FullyConnected(Operator):
+    """I = W·O, (T, B, n) → (T, B, m)."""
+
+    name = "linear"
+    learns = True
+    owns = True
+
+    def plain(self, module: nn.Linear, *inputs: Tensor) -> Tensor:
+        """The module itself."""
+        return module(inputs[0])
+
+    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
+        """The product: of events where they are few, else dense."""
+        module: nn.Linear = site.module
+        few = few_events(inputs[0], "linear")
+        if few is not None:
+            return few.multiplied(module, site.prepared(column_blocks))
+        x = site.lowered(dense(inputs[0]))
+        return F.linear(x, module.weight.to(x.dtype)).to(module.weight.dtype)
+
+    def backward_input(
+        self, site: Site, grad: Gradient, position: int, shape: torch.Size
+    ) -> Gradient:
+        """∂L/∂O, given ∂L/∂I."""
+        grad, weight = dense(grad), site.module.weight
+        return (grad @ weight.to(grad.dtype)).to(weight.dtype)
+
+    def backward_weight(
+        self, module: nn.Module, grad: Tensor, x: Value, total: Tensor | None
+    ) -> Tensor:
+        """``total`` + ∂L/∂W."""
+        assert isinstance(module, nn.Linear)
+        rows, columns = grad.flatten(0, 1).t(), dense(x).flatten(0, 1).to(grad.dtype)
+        if total is not None and total.dtype == grad.dtype:
+            return total.addmm_(rows, columns)
+        grad_weight = (rows @ columns).to(module.weight.dtype)
+        return grad_weight if total is None else total.add_(grad_weight)
+
+    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+        """Every input drives every output."""
+        return targets.new_full(shape, float(module.out_features))

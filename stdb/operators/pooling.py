@@ -1,0 +1,71 @@
+"""Average pooling: a spike arrives as 1/k² of one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import PooledGradient
+from . import Gradient, Operator, Site, Value, dense, few_events, pair, per_image
+
+
+class AveragePool(Operator):
+    """(T, B, C, H, W) → (T, B, C, H/k, W/k)."""
+
+    name = "average pooling"
+    owns = True
+
+    def plain(self, module: nn.AvgPool2d, *inputs: Tensor) -> Tensor:
+        """The module itself."""
+        return module(inputs[0])
+
+    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
+        """The average: of events where they are few, else dense."""
+        few = few_events(inputs[0]) if side_by_side(site.module) else None
+        if few is not None:
+            return few.pooled(pair(site.module.kernel_size)[0])
+        return per_image(site.module, dense(inputs[0]))
+
+    def backward_input(
+        self, site: Site, grad: Gradient, position: int, shape: torch.Size
+    ) -> Gradient:
+        """Spread the gradient evenly over the window; later, where someone does it on the way."""
+        module, grad = site.module, dense(grad)
+        size = pair(module.kernel_size)[0]
+        if side_by_side(module) and shape[1] % size == 0 and shape[2] % size == 0:
+            return PooledGradient(grad, size)
+        images = grad.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        blank = torch.empty_like(images[:, :, :1, :1]).expand(len(images), *shape)
+        grad_x: Tensor = torch.ops.aten.avg_pool2d_backward(
+            images,
+            blank,  # only its shape and layout are looked at
+            pair(module.kernel_size),
+            pair(module.stride),
+            pair(module.padding),
+            module.ceil_mode,
+            module.count_include_pad,
+            module.divisor_override,
+        )
+        return grad_x.unflatten(0, grad.shape[:2])
+
+    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+        """A pixel drives what its window drives; one outside all windows drives nothing."""
+        driven: Tensor = torch.ops.aten.avg_pool2d_backward(
+            targets[None],
+            targets.new_zeros(1, *shape),
+            pair(module.kernel_size),
+            pair(module.stride),
+            pair(module.padding),
+            module.ceil_mode,
+            True,
+            1,  # the divisor: sum over the windows, undivided
+        )[0]
+        return driven
+
+
+def side_by_side(module: nn.AvgPool2d) -> bool:
+    """Whether its windows are square, do not overlap and leave no gap."""
+    size = pair(module.kernel_size)
+    plain = size[0] == size[1] and pair(module.stride) == size and not module.ceil_mode
+    return plain and pair(module.padding) == (0, 0) and module.divisor_override is None

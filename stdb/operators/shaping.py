@@ -1,0 +1,84 @@
+"""Operators without weights that keep or rearrange values: flatten, sum, dropout."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import PooledGradient
+from . import Gradient, Operator, Site, Value, dense, few_events
+
+
+class Flatten(Operator):
+    """(T, B, C, H, W) ↔ (T, B, C·H·W)."""
+
+    name = "flatten"
+
+    def plain(self, module: Any, *inputs: Tensor) -> Tensor:
+        """Flatten all but the batch, channels first as torch does."""
+        return inputs[0].flatten(1)
+
+    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
+        """Flatten all but time and batch; events get other channels."""
+        few = few_events(inputs[0], "linear")  # since a linear layer follows
+        return few.flattened() if few is not None else dense(inputs[0]).flatten(2)
+
+    def backward_input(
+        self, site: Site, grad: Gradient, position: int, shape: torch.Size
+    ) -> Gradient:
+        """Restore the shape."""
+        grad = dense(grad)
+        return grad.reshape(*grad.shape[:2], *shape)
+
+    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+        """The same connections, in the shape before."""
+        return targets.reshape(shape)
+
+
+class Sum(Operator):
+    """The sum of branches, such as a block and its shortcut."""
+
+    name = "sum"
+    owns = True
+
+    def plain(self, module: Any, *inputs: Tensor) -> Tensor:
+        """Add them up."""
+        first, *others = inputs
+        return sum(others, first)
+
+    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
+        """Add them up."""
+        return self.plain(None, *map(dense, inputs))
+
+    def backward_input(
+        self, site: Site, grad: Gradient, position: int, shape: torch.Size
+    ) -> Gradient:
+        """Each branch gets the gradient, in memory of its own."""
+        grad = dense(grad)
+        return grad if position == 0 else grad.clone()
+
+
+class Dropout(Operator):
+    """One mask per sample and layer, drawn once per presentation and kept for all t (§2.2)."""
+
+    name = "dropout"
+
+    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
+        """Times the mask."""
+        x = inputs[0]
+        if site.mask is None:
+            return x
+        few = few_events(x)
+        return few.masked(site.mask) if few is not None else dense(x) * site.mask
+
+    def backward_input(
+        self, site: Site, grad: Gradient, position: int, shape: torch.Size
+    ) -> Gradient:
+        """Times the mask; a pooled gradient takes it along."""
+        if site.mask is None:
+            return grad
+        if isinstance(grad, PooledGradient) and grad.mask is None:
+            return replace(grad, mask=site.mask)
+        return dense(grad).mul_(site.mask)

@@ -1,0 +1,287 @@
+"""A presentation: the state of a batch of images that is being shown, and its forward pass.
+
+Within a step a network is feed-forward; only membrane potentials and spikes cross time. So a chunk
+of steps runs at once: one convolution over (chunk·B) images, then one scan over the chunk, layer
+after layer (Algorithm 3).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .graph import INPUT
+from .kernels.layout import from_matrix, to_matrix
+from .operators import Value, dense
+from .operators.shaping import Dropout
+from .randomness import dropout_mask
+from .spikes import Spikes
+
+if TYPE_CHECKING:
+    from .network import SpikingNetwork
+
+IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at
+STEPS_PER_SNAPSHOT = 16  # last spike times are kept this often; those in between are found again
+
+
+def default_chunk(batch_size: int) -> int:
+    """Time steps computed at once where nobody says how many."""
+    return max(8, IMAGES_PER_CHUNK // max(1, batch_size))
+
+
+@dataclass
+class Chunk:
+    """What the backward pass keeps of a chunk: spikes as bits, and the state that it started in.
+
+    Attributes:
+        start: the number of steps before it.
+        steps: its length.
+        snapshot: whether last spike times are kept here.
+        bits: neuron node → its spikes.
+        last_spike: neuron node → (M,) latest spike times before the chunk.
+        membrane: neuron node → (M,) membrane potentials before the chunk.
+    """
+
+    start: int
+    steps: int
+    snapshot: bool = True
+    bits: dict[int, Tensor] = field(default_factory=dict)
+    last_spike: dict[int, Tensor] = field(default_factory=dict)
+    membrane: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Site:
+    """An operator's place in a presentation; see :class:`stdb.operators.Site`."""
+
+    module: Any
+    precision: torch.dtype | None
+    mask: Tensor | None = None
+    _prepared: tuple[Any, Tensor] | None = None  # the state of the weights; what was made of them
+
+    def lowered(self, x: Tensor) -> Tensor:
+        return x if self.precision is None else x.to(self.precision)
+
+    def prepared(self, make: Callable[[Any], Tensor]) -> Tensor:
+        weight = self.module.weight
+        state = (weight.data_ptr(), weight._version)
+        if self._prepared is None or self._prepared[0] != state:
+            self._prepared = state, make(self.module)
+        return self._prepared[1]
+
+    def forget(self) -> None:
+        """Make room: what was prepared is made again when it is wanted."""
+        self._prepared = None
+
+
+class Presentation:
+    """The state of a network that is being shown a batch of images.
+
+    Attributes:
+        chunk: time steps that are computed at once.
+        t: the number of steps so far.
+        logits: U_t of the output layer (B, classes), None before the first step.
+        membrane: neuron node → (M,) U_t.
+        last_spike: neuron node → (M,) int16, when each neuron spiked last; 0: never.
+        threshold: neuron node → V.
+        leak: neuron node → λ.
+    """
+
+    def __init__(
+        self,
+        network: "SpikingNetwork",
+        images: Tensor,
+        keys: Tensor,
+        chunk: int,
+        masks: Sequence[Tensor] | None = None,
+    ) -> None:
+        graph = network.graph
+        self.network, self.images, self.keys, self.chunk = network, images, keys, chunk
+        self.t = 0
+        self.logits: Tensor | None = None
+        self.sites = [_Site(network.module(i), network.precision) for i in range(len(graph.nodes))]
+        self.membrane: dict[int, Tensor] = {}
+        self.last_spike: dict[int, Tensor] = {}
+        self.ages_known = True  # steps without gradient don't note spike times
+        self.shapes: dict[int, torch.Size] = {}  # (B, …) of every node's value
+        neurons = [self.sites[i].module for i in graph.neurons]
+        scalars = torch.stack([torch.stack([n.threshold, n.leak]) for n in neurons]).tolist()
+        self.threshold = {i: v for i, (v, _) in zip(graph.neurons, scalars, strict=True)}
+        self.leak = {i: leak for i, (_, leak) in zip(graph.neurons, scalars, strict=True)}
+        self.labels = {0: INPUT, **graph.labels}
+        self.undrawn: dict[
+            int, int
+        ] = {}  # dropout nodes whose mask is not drawn yet → their number
+        self._check_neurons()
+        self._plan_masks(masks)
+
+    def _check_neurons(self) -> None:
+        for i, threshold in self.threshold.items():
+            if not 0 < threshold < float("inf"):
+                raise ValueError(
+                    f"the threshold of {self.labels[i]} is {threshold}; allowed: a positive number"
+                )
+            if not 0 < self.leak[i] <= 1:
+                raise ValueError(
+                    f"the leak of {self.labels[i]} is {self.leak[i]}; allowed: in (0, 1]"
+                )
+
+    # -- evaluating nodes ----------------------------------------------------------------------
+
+    def _plan_masks(self, masks: Sequence[Tensor] | None) -> None:
+        """One mask per sample and dropout, given or drawn at its first use, kept for all t."""
+        nodes = self.network.graph.nodes
+        dropouts = [i for i, node in enumerate(nodes) if isinstance(node.operator, Dropout)]
+        if masks is None:
+            self.undrawn = {i: number for number, i in enumerate(dropouts)}
+            return
+        if len(masks) != len(dropouts):
+            raise ValueError(f"{len(masks)} masks for {len(dropouts)} dropout layers")
+        for i, mask in zip(dropouts, masks, strict=True):
+            self.sites[i].mask = mask
+
+    def _draw_mask(self, i: int, number: int, shape: torch.Size) -> Tensor | None:
+        """(B, …): the inverted mask of a dropout; None in evaluation."""
+        rate, seed = self.sites[i].module.p, self.network.dropout_seed
+        if not self.network.training or rate == 0:
+            return None
+        mask = dropout_mask(self.keys, seed, number, rate, shape, self.images.dtype)
+        return mask.contiguous(memory_format=torch.channels_last) if mask.dim() == 4 else mask
+
+    def apply(self, i: int, inputs: list[Value]) -> Value:
+        """The value of a linear operator's node."""
+        if i in self.undrawn:
+            shape = inputs[0].shape[1:]
+            self.sites[i].mask = self._draw_mask(i, self.undrawn.pop(i), shape)
+        return self.network.graph.nodes[i].operator.forward(self.sites[i], inputs)
+
+    def encode(self, start: int, stop: int) -> Tensor:
+        """The input of the steps start < t ≤ stop; one step of it where it is constant."""
+        images = self.network.encoder(self.images, start, stop, self.keys)
+        return images[:1] if images.stride(0) == 0 else images
+
+    def integrate(self, counts: Sequence[Tensor]) -> Tensor:
+        """The output layer's Eq. 4, given its inputs summed over the latest steps.
+
+        Returns:
+            U_t (B, classes), differentiable with respect to these steps only.
+        """
+        graph = self.network.graph
+        values: dict[int, Value] = {
+            i: count[None] for i, count in zip(graph.entries, counts, strict=True)
+        }
+        for i in graph.tail:
+            values[i] = self.apply(i, [values[j] for j in graph.nodes[i].inputs])
+        logits = dense(values[graph.tail[-1]])[0]
+        if self.logits is not None:
+            logits = self.logits + logits
+        self.logits = logits.detach()
+        return logits
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def advance(
+        self,
+        steps: int,
+        tape: list[Chunk] | None = None,
+        trains: list[list[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """Run ``steps`` further steps; returns the summed values of the output layer's inputs.
+
+        Args:
+            steps: how many.
+            tape: is given a record of each chunk for the backward pass.
+            trains: one list per entry, each given the entry's values (T, B, …) of every chunk.
+        """
+        if tape is None:
+            self.ages_known = False
+        elif not self.ages_known and any(
+            self.sites[i].module.surrogate.needs_ages for i in self.network.graph.neurons
+        ):
+            raise RuntimeError(
+                f"the first {self.t} steps of this presentation ran without gradient, so the ages "
+                "that STDB needs are unknown; run them with gradient and drop the result"
+            )
+        entries = self.network.graph.entries
+        counts: list[Any] = [None] * len(entries)
+        stop, last_snapshot = self.t + steps, self.t
+        while self.t < stop:
+            due = not tape or self.t - last_snapshot >= STEPS_PER_SNAPSHOT
+            chunk = Chunk(self.t, min(self.chunk, stop - self.t), due)
+            last_snapshot = self.t if due else last_snapshot
+            values = self._forward_chunk(chunk, keep=tape is not None)
+            for k, i in enumerate(entries):
+                total = _total(values[i], chunk.steps)
+                counts[k] = total if counts[k] is None else counts[k] + total
+                if trains is not None:
+                    trains[k].append(dense(values[i]))
+            if tape is not None:
+                tape.append(chunk)
+            self.t += chunk.steps
+        return counts
+
+    def _forward_chunk(self, chunk: Chunk, keep: bool) -> dict[int, Value]:
+        """The values of the entries over a chunk; those of other nodes are dropped on the way."""
+        graph = self.network.graph
+        values: dict[int, Value] = {}
+        for i in graph.body:
+            node = graph.nodes[i]
+            if not node.inputs:
+                values[i] = self.encode(chunk.start, chunk.start + chunk.steps)
+            elif node.operator.fires:
+                source = node.inputs[0]
+                values[i] = self._fire(i, dense(values[source]), chunk, keep, graph.shared(source))
+            else:
+                values[i] = self.apply(i, [values[j] for j in node.inputs])
+            self.shapes[i] = values[i].shape[1:]
+            self._show(i, values[i], chunk.steps)
+            for j in node.inputs:
+                if graph.last_use[j] == i and j not in graph.entries:
+                    values.pop(j, None)
+        return values
+
+    def _show(self, i: int, value: Value, steps: int) -> None:
+        """Show the input or a layer's spikes to the network's observers."""
+        if i not in self.labels:
+            return
+        for observer in self.network.observers:
+            shown = value.expand(steps, *value.shape[1:]) if isinstance(value, Tensor) else value
+            observer(self, self.labels[i], shown)
+
+    def _fire(self, i: int, current: Tensor, chunk: Chunk, keep: bool, shared: bool) -> Spikes:
+        """Spikes (T, B, …) of a layer, from its current; state and record are updated."""
+        shape = torch.Size((chunk.steps, *current.shape[1:]))
+        in_place = not kernels.works_on_bits(current.device)  # the current becomes the spikes
+        copy = (shared and in_place) or len(current) == 1
+        matrix = to_matrix(current.expand(shape), copy=copy)
+        if i not in self.membrane:
+            self.membrane[i] = torch.zeros_like(matrix[0])
+            self.last_spike[i] = torch.zeros_like(matrix[0], dtype=torch.int16)
+        neuron = self.sites[i].module
+        if keep and neuron.needs_membrane:
+            chunk.membrane[i] = self.membrane[i].clone()
+        times = self.last_spike[i] if keep and neuron.surrogate.needs_ages else None
+        if times is not None and chunk.snapshot:
+            chunk.last_spike[i] = times.clone()
+        packed = kernels.fire(
+            matrix,
+            self.membrane[i],
+            self.threshold[i],
+            self.leak[i],
+            last_spike=times,
+            start=chunk.start,
+            spikes=matrix if in_place else None,
+        )
+        if keep:
+            chunk.bits[i] = packed
+        spikes = from_matrix(matrix, shape) if in_place else None
+        return Spikes(packed, shape, current.dtype, spikes)
+
+
+def _total(value: Value, steps: int) -> Tensor:
+    """A value (T, B, …) summed over the steps of its chunk; one for all of them counts as often."""
+    total = value.counts() if isinstance(value, Spikes) else dense(value).sum(0)
+    return total * steps if value.shape[0] == 1 else total

@@ -1,0 +1,60 @@
+"""Counter-based random numbers: a function of (seed, epoch, sample, t, pixel) and nothing else.
+
+So a sample's spike train and its dropout masks do not depend on the batch it sits in, on the number
+of workers, or on a restart. A *key* is an int64 word that names a stream of numbers.
+"""
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit integer
+_MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+_DROPOUT_STREAM = 1 << 40  # no step t of an encoder with the same seed comes here
+
+
+def _shift(word: Tensor, bits: int) -> Tensor:
+    """Logical right shift of signed 64-bit words."""
+    return (word >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def mix(word: Tensor) -> Tensor:
+    """Hash int64 words: the output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    word = (word ^ _shift(word, 30)).mul_(_MIX[0])
+    word = word.bitwise_xor_(_shift(word, 27)).mul_(_MIX[1])
+    return word.bitwise_xor_(_shift(word, 31))
+
+
+def derive(keys: Tensor, number: int | Tensor) -> Tensor:
+    """Derive stream keys from ``keys`` and a further coordinate (seed, epoch, sample, t, layer)."""
+    if isinstance(number, int):
+        number = torch.full((), number, device=keys.device)
+    return mix((keys + _GOLDEN) ^ mix(number + _GOLDEN))
+
+
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """The first ``count`` numbers of each key's stream: (*keys.shape, count) float32 in [0, 1)."""
+    counter = torch.arange(1, count + 1, device=keys.device).mul_(_GOLDEN)
+    return _shift(mix(keys[..., None] + counter), 40).float().mul_(2.0**-24)
+
+
+def sample_keys(sample_ids: Tensor, epoch: int) -> Tensor:
+    """(B,) int64: the random streams of these samples in this epoch."""
+    return derive(derive(torch.zeros_like(sample_ids), epoch), sample_ids)
+
+
+def dropout_mask(
+    keys: Tensor, seed: int, layer: int, rate: float, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """An inverted dropout mask: 0 with probability ``rate``, else 1/(1 − rate).
+
+    Args:
+        keys: (B,) int64, the samples' random streams.
+        seed: of the network.
+        layer: number of the dropout layer.
+        rate: in [0, 1].
+        shape: (B, …).
+        dtype: of the mask.
+    """
+    keys = derive(derive(keys, seed), _DROPOUT_STREAM + layer)
+    keep = uniform(keys, shape[1:].numel()) >= rate
+    return keep.to(dtype).div_(1 - rate or 1).view(shape)

@@ -1,0 +1,79 @@
+"""The GPU's kernels where there is no GPU: in Triton's interpreter, and through its compiler.
+
+The interpreter takes what the compiler refuses, so both are needed.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from stdb.kernels import gpu  # noqa: E402
+
+FLOATS = ("fp32", "fp64")
+SCAN = {"count": "i32", "row_bytes": "i32", "steps": "i32"}
+
+
+def specialisations():
+    """(kernel, signature, constants) of all that :mod:`stdb.kernels.gpu` launches."""
+    for real in FLOATS:
+        for has_spikes in (False, True):
+            pointers = {"current": f"*{real}", "membrane": f"*{real}", "packed": "*u8"}
+            numbers = {"threshold": "fp32", "leak": "fp32"}
+            signature = pointers | {"spikes": f"*{real}"} | SCAN | numbers
+            yield "_fire", signature, {"has_spikes": has_spikes}
+        for has_carry, temporal in itertools.product((False, True), repeat=2):
+            pointers = {"grad": f"*{real}", "packed": "*u8", "times": "*i16", "carry": f"*{real}"}
+            numbers = dict.fromkeys(("alpha", "beta", "decay", "leak"), "fp32")
+            signature = pointers | SCAN | {"start": "i32"} | numbers
+            yield "_backpropagate_stdb", signature, {"has_carry": has_carry, "temporal": temporal}
+    yield "_note_last_spikes", {"packed": "*u8", "times": "*i16"} | SCAN | {"start": "i32"}, {}
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("name", "signature", "constants"),
+    list(specialisations()),
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_the_compiler_takes_every_kernel(name, signature, constants, architecture):
+    """Ahead of time, for GPUs that are not here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = constants | {"block": gpu.BYTES_PER_PROGRAM}
+    source = ASTSource(
+        fn=getattr(gpu, name),
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    assert compiled.asm["cubin"]
+
+
+def test_all_kernels_are_compiled_here():
+    """A kernel that is added to the file is added to this test."""
+    kernels = {name for name, value in vars(gpu).items() if hasattr(value, "arg_names")}
+    assert kernels == {name for name, _, _ in specialisations()}
+    for name, signature, constants in specialisations():
+        assert set(getattr(gpu, name).arg_names) == {*signature, *constants, "block"}
+
+
+def test_the_interpreter_agrees_with_the_reference():
+    """The tests of all backends, with the GPU's in the place of the CPU's."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is imported
+    tests = Path(__file__).with_name("test_backends.py")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "stdb.kernels.gpu" in subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", str(tests)],
+        env=environment, capture_output=True, text=True,
+    ).stdout  # fmt: skip
