@@ -208,7 +208,7 @@ class Engine(nn.Module):
 class Ann(nn.Module):
     """The ANN: the module tree with ReLUs, in one pass."""
 
-    def __init__(self, snn: stdb.SpikingNetwork, timesteps: int) -> None:
+    def __init__(self, snn: stdb.SpikingNetwork, _: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             *(nn.ReLU() if isinstance(m, stdb.SpikingNeuron) else m for m in snn.net.children())
@@ -234,7 +234,7 @@ def products(ann: nn.Module, timesteps: int, batch: int, train: bool) -> Callabl
     """The layers' bare products over T·B images, in pieces of 256, on random dense inputs."""
     inputs: list[tuple[nn.Module, Tensor]] = []
     hooks = [
-        m.register_forward_hook(lambda m, i, o: inputs.append((m, i[0].detach())))
+        m.register_forward_hook(lambda module, given, _: inputs.append((module, given[0].detach())))
         for m in ann.modules()
         if isinstance(m, WEIGHTED)
     ]
@@ -345,7 +345,7 @@ def step(contender: str, workload: Workload, phase: str, batch: int) -> Callable
 
 def memory(key: str) -> int:
     """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"no {key} in /proc/self/status")
@@ -361,7 +361,9 @@ def main(contender: str, name: str, phase: str, repeats: int) -> None:
     batch = workload.peer_batch if contender in PEERS else workload.batch
     run = step(contender, workload, phase, batch)
     base = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # the peak starts again from here
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -135,7 +135,7 @@ def machine() -> dict[str, str]:
     """Hardware and versions."""
     names = [
         line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if line.startswith("model name")
     ]
     packages = ("torch", "numba", "snntorch", "spikingjelly")
@@ -239,7 +239,8 @@ def main() -> None:
     parser.add_argument("--phases", default="train,infer,record,balance,scale,input")
     options = parser.parse_args()
     path = FOLDER / "results.json"
-    rows = json.loads(path.read_text()) if path.exists() and not options.quick else []
+    kept = path.exists() and not options.quick
+    rows = json.loads(path.read_text(encoding="utf-8")) if kept else []
     for workload in QUICK if options.quick else WORKLOADS:
         for phase in workload.phases:
             if options.only in workload.name and phase in options.phases.split(","):

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import stdb
 from benchmarks.workloads import Workload, images, labels, network
 from pipeline.data import Split
-from pipeline.training import _backward
+from pipeline.learning.fit import Task, backward
 
 WORKERS, STEPS = 2, 2
 WORKLOAD = Workload("vgg5", 20, 32, 32, phases=("scale",))
@@ -38,13 +38,15 @@ def training(model: nn.Module, snn: stdb.SpikingNetwork) -> Callable[[], None]:
     x, y = images(WORKLOAD.batch), labels(WORKLOAD.batch)
     share = Split(x, y, torch.arange(len(y)), [])
 
-    def windows(pixels: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
+    def passes(pixels: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
         presentation = snn.present(pixels, sample_ids=ids, epoch=epoch)
         yield partial(model, presentation, WORKLOAD.timesteps)
 
+    task = Task(snn, model, passes, optimizer, lambda _: {})
+
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        _backward(model, windows, x, share, 1, 1 / len(y), None)
+        backward(task, x, share, 1, 1 / len(y))
         nn.utils.clip_grad_norm_(snn.parameters(), float("inf"))
         optimizer.step()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import stdb
 from pipeline.data import DataError, normalise, read_image
-from pipeline.stage import SNN, writing
+from pipeline.files import SNN, writing
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 60  # of the line of bars
@@ -98,7 +98,7 @@ def describe(name: Path, decision: stdb.Decision, k: int, classes: Sequence[str]
 
 def draw(name: Path, decision: stdb.Decision, k: int, classes: Sequence[str], folder: Path) -> Path:
     """Probabilities by step as a picture; where it is."""
-    from pipeline import figures
+    from pipeline.reporting import figures
 
     steps = int(decision.steps[k])
     probabilities = decision.probabilities[:steps, k].cpu()

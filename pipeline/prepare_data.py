@@ -7,7 +7,7 @@ stratified by class and drawn by ``data.seed``; a source's own test split is kep
 data set that is too large for the memory the names of its files are kept.
 """
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 
 from pipeline.data import DataError, Files, Samples, Split, save_split
+from pipeline.data.sources import read_source
+from pipeline.files import DATA, METRICS, digest, write_json, writing
 from pipeline.params import DataParams
-from pipeline.sources import read_source
-from pipeline.stage import DATA, Stage, digest, run_stage, write_json, writing
+from pipeline.stage import Stage, run_stage
 
 
 def main(stage: Stage) -> None:
@@ -26,7 +27,7 @@ def main(stage: Stage) -> None:
     train, test, classes = read_source(params)
     stage.say(f"{params.source}: {len(train[1])} images of {len(classes)} classes")
     splits = split(params, train, test, classes)
-    summary: dict = {"classes": classes, "shape": list(splits["train"].shape)}
+    summary: dict[str, Any] = {"classes": classes, "shape": list(splits["train"].shape)}
     for name, part in splits.items():
         path = DATA / f"{name}.safetensors"
         with writing(path) as temporary:
@@ -34,7 +35,7 @@ def main(stage: Stage) -> None:
         summary[name] = {"images": len(part), "sha256": digest(path)}
         where = "" if isinstance(part, Split) else ", read from their files as they are needed"
         stage.say(f"{name:10} {len(part):6} images of {'×'.join(map(str, part.shape))}{where}")
-    write_json(Path("metrics/data.json"), summary)
+    write_json(METRICS / "data.json", summary)
     stage.log({f"images/{name}": len(part) for name, part in splits.items()})
 
 

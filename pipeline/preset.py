@@ -11,7 +11,7 @@ part of params.yaml.
 import sys
 from pathlib import Path
 
-from pipeline import apply_best
+from pipeline.overlays import show
 
 PRESETS = Path("presets")
 
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         text = f"there is no preset {arguments[0]!r}; allowed: a file, or {', '.join(known)}"
         print(f"error: {text}", file=sys.stderr)
         return 1
-    return apply_best.main(chosen)
+    return show(chosen)
 
 
 if __name__ == "__main__":

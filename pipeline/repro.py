@@ -10,9 +10,10 @@ import subprocess
 import sys
 from contextlib import ExitStack
 
-from pipeline.distributed import machine, plan_workers, ray_cluster
-from pipeline.params import ParamsError, load_params
-from pipeline.stage import StageError
+from pipeline.errors import ParamsError, StageError
+from pipeline.jobs.cluster import ray_cluster
+from pipeline.jobs.plan import machine, plan_workers
+from pipeline.params import load_params
 
 
 def main(arguments: list[str]) -> int:

@@ -47,13 +47,13 @@ def columns(experiment: str) -> dict[str, float]:
     return {name: 100 * value for name, value in summary["accuracy"].items()}
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
+def table(accuracies: dict[str, dict[str, float]]) -> str:
     """Markdown: a row an experiment, then mean ± standard deviation of every column."""
-    head = list(next(iter(found.values())))
-    rows = [[name, *(f"{row[key]:.2f}" for key in head)] for name, row in found.items()]
+    head = list(next(iter(accuracies.values())))
+    rows = [[name, *(f"{row[key]:.2f}" for key in head)] for name, row in accuracies.items()]
     last = ["mean ± sd"]
     for key in head:
-        values = [row[key] for row in found.values()]
+        values = [row[key] for row in accuracies.values()]
         spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
         last.append(f"{mean(values):.2f}{spread}")
     lines = [["", *head], ["---", *["---:"] * len(head)], *rows, last]

@@ -2,9 +2,9 @@
 
     python -m pipeline.sweep [FOLDER]     # sweep: its dvc.yaml and params.yaml
 
-Every trial is STDB at the values that were drawn (:mod:`pipeline.trial`). Validation accuracy
-decides; the test split is never read. A sweep that was killed goes on: finished trials are kept,
-running ones go on from their last epoch, and what was spent of the budget stays spent.
+Every trial is STDB at the values that were drawn (:mod:`pipeline.sweeps.trial`). Validation
+accuracy decides; the test split is never read. A sweep that was killed goes on: finished trials
+are kept, running ones go on from their last epoch, and what was spent of the budget stays spent.
 Out, in FOLDER: trials.csv, best_params.yaml, pareto.png, epochs.png, parallel.png.
 """
 
@@ -19,33 +19,21 @@ from typing import Any
 
 import yaml
 
-from pipeline.balance_thresholds import converted
-from pipeline.checkpoints import Checkpoints
 from pipeline.data import load_split
-from pipeline.distributed import machine, prefer, ray_cluster, reason
+from pipeline.environment import TUNE, set_default_environment
+from pipeline.errors import StageError
+from pipeline.files import DATA, METRICS, read_json, write_csv, write_text, writing
+from pipeline.jobs.checkpoints import Checkpoints
+from pipeline.jobs.cluster import ray_cluster
+from pipeline.jobs.failures import reason
+from pipeline.jobs.plan import Plan, machine
+from pipeline.jobs.ray_private import HEAD, trials_of
+from pipeline.learning.networks import load_converted
 from pipeline.params import StdbParams
-from pipeline.pareto import candidates, choose, draw_curves, draw_front, draw_parallel
-from pipeline.stage import (
-    ANN,
-    DATA,
-    THRESHOLDS,
-    Stage,
-    StageError,
-    read_json,
-    run_stage,
-    write_csv,
-    writing,
-)
-from pipeline.sweep_params import ResourceParams, SweepParams, load_sweep, settings
-from pipeline.trial import run_trial
-
-# Tune's settings, where the user has none: its state is written soon, ctrl-C is the stage's own.
-# Its own progress tables are off.
-ENVIRONMENT = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "2",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
+from pipeline.stage import Stage, run_stage
+from pipeline.sweeps.front import candidates, choose, draw_curves, draw_front, draw_parallel
+from pipeline.sweeps.space import ResourceParams, SweepParams, load_sweep, settings
+from pipeline.sweeps.trial import Common, run_trial
 
 
 def main(stage: Stage, folder: Path) -> None:
@@ -53,24 +41,24 @@ def main(stage: Stage, folder: Path) -> None:
     params = stage.params
     sweep = load_sweep(folder / "params.yaml", params.stdb)
     train = load_split(DATA / "train.safetensors")
-    converted(params.network, params.stdb, train)  # refuses files of another network
-    accuracy = read_json(Path("metrics/train_ann.json"))["accuracy"]["validation"]
+    load_converted(params.network, params.stdb, train)  # refuses files of another network
+    accuracy = read_json(METRICS / "train_ann.json")["accuracy"]["validation"]
     trials, epochs = search(stage, sweep)
-    found = candidates(trials, list(sweep.space), sweep.cost)
-    if not found:
+    tried = candidates(trials, list(sweep.space), sweep.cost)
+    if not tried:
         spent = f"{sweep.budget} was spent before a trial's first epoch"
         reasons = sorted({row["error"] for row in trials if row["error"]}) or [spent]
         raise StageError(f"no trial ended with an accuracy: {'; '.join(reasons)}")
     floor = accuracy - sweep.floor / 100
-    winner = choose(found, sweep.cost, floor)
+    winner = choose(tried, sweep.cost, floor)
     write_csv(folder / "trials.csv", trials)
     chosen = {name: winner.trials[0][name] for name in sweep.space if name != "seed"}
     best = settings(chosen, params.stdb).model_dump()
     changed = {n: v for n, v in best.items() if v != getattr(params.stdb, n)}
-    with writing(folder / "best_params.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump({"stdb": changed}, sort_keys=False))
+    text = yaml.safe_dump({"stdb": changed}, sort_keys=False)
+    write_text(folder / "best_params.yaml", text)
     with writing(folder / "pareto.png") as temporary:
-        draw_front(found, winner, sweep.cost, accuracy, floor, temporary)
+        draw_front(tried, winner, sweep.cost, accuracy, floor, temporary)
     with writing(folder / "epochs.png") as temporary:
         draw_curves(epochs, list(sweep.space), temporary)
     with writing(folder / "parallel.png") as temporary:
@@ -88,10 +76,10 @@ def main(stage: Stage, folder: Path) -> None:
 
 def search(stage: Stage, sweep: SweepParams) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run the trials; the table of them, and of their epochs."""
-    prefer(ENVIRONMENT)
+    set_default_environment(TUNE)
     from ray import tune
 
-    from pipeline.tune import Watch, make_tuner
+    from pipeline.sweeps.tuner import Watch, make_tuner
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors are in the table of trials
 
@@ -107,27 +95,23 @@ def search(stage: Stage, sweep: SweepParams) -> tuple[list[dict[str, Any]], list
         plan_trials(sweep.resources, *machine())  # refuses before Ray starts
     with ray_cluster(address, dashboard=several, logs=False) as there:
         parallel, use_gpu, needed = plan_trials(sweep.resources, *there)
-        given = {
-            "data": str(DATA.resolve()),
-            "weights": str(ANN.resolve()),
-            "thresholds": str(THRESHOLDS.resolve()),
-            "storage": str(work / "states"),
-            "checkpoint_steps": params.cluster.checkpoint_steps,
-            "readers": 0,
-            "use_gpu": use_gpu,
-            "cpus": max(1, math.floor(sweep.resources.cpus)),
-            "workers": sweep.resources.workers,
-            "train_images": sweep.train_images,
-            "seed": sweep.seed,
-            "network": params.network.model_dump(),
-            "evaluate_converted": params.evaluate_converted.model_dump(),
-            "stdb": params.stdb.model_dump() | {"epochs": sweep.epochs},
-        }
+        resources = sweep.resources
+        cpus = max(1, math.floor(resources.cpus))
+        common = Common(
+            params.model_copy(
+                update={"stdb": params.stdb.model_copy(update={"epochs": sweep.epochs})}
+            ),
+            Path.cwd(),
+            str(work / "states"),
+            Plan(resources.workers, resources.workers, use_gpu, cpus),
+            sweep.train_images,
+            sweep.seed,
+        )
         stage.say(f"up to {total} trials, {parallel} at once")
-        Watch.say, Watch.tracker, Watch.total = stage.say, stage.tracker, total
-        trainable = tune.with_resources(partial(run_trial, given=given), needed)
-        found = make_tuner(trainable, sweep, work, parallel, params.stdb.timesteps).fit()
-        return tables(found, sweep, params.stdb, work)
+        trainable = tune.with_resources(partial(run_trial, common=common), needed)
+        watch = Watch(stage, total)
+        results = make_tuner(trainable, sweep, work, parallel, watch).fit()
+        return tables(results, sweep, params.stdb, work)
 
 
 def plan_trials(resources: ResourceParams, cpus: int, gpus: int) -> tuple[int, bool, Any]:
@@ -151,16 +135,16 @@ def plan_trials(resources: ResourceParams, cpus: int, gpus: int) -> tuple[int, b
         room = min(room, there // (workers * asked)) if asked else room
     parallel = int(room) if resources.parallel == "auto" else min(int(room), resources.parallel)
     if workers > 1:
-        return parallel, each > 0, tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+        return parallel, each > 0, tune.PlacementGroupFactory([{HEAD: 0.001}])
     return parallel, each > 0, {"CPU": resources.cpus, "GPU": each}
 
 
 def tables(
-    found: Any, sweep: SweepParams, base: StdbParams, work: Path
+    results: Any, sweep: SweepParams, base: StdbParams, work: Path
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A row a trial and a row an epoch, from the states that trials keep."""
     trials, epochs = [], []
-    for trial, result in zip(found._experiment_analysis.trials, found, strict=True):
+    for trial, result in zip(trials_of(results), results, strict=True):
         state = Checkpoints(str(work / "states"), "trial", trial.trial_id).load() or {}
         history = state.get("history", [])
         sample = {name: trial.config[name] for name in sweep.space}

@@ -11,19 +11,20 @@ Out: models/ann.safetensors, metrics/train_ann.json, plots/train_ann.csv.
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.data import load_split, load_splits
-from pipeline.distributed import data_parallel, forget_job, report, run_job, setup
-from pipeline.evaluation import evaluate_ann
-from pipeline.network import build_ann, load_weights, save_weights
-from pipeline.params import NetworkParams, TrainAnnParams
-from pipeline.stage import ANN, DATA, Stage, run_stage, write_csv, write_json
-from pipeline.training import fit
-from stdb import PoissonEncoder, convert, dropout_mask, sample_keys
+import stdb
+from pipeline.data import Samples, load_split
+from pipeline.files import ANN, DATA, METRICS, PLOTS, write_csv, write_json
+from pipeline.jobs.run import forget_job, run_job
+from pipeline.jobs.worker import Row, State, Worker
+from pipeline.learning.dropout import SampleDropout
+from pipeline.learning.evaluation import evaluate_ann
+from pipeline.learning.fit import Task, fit
+from pipeline.learning.networks import build_ann, load_weights, save_weights
+from pipeline.stage import Stage, run_stage
 
 
 def main(stage: Stage) -> None:
@@ -31,20 +32,14 @@ def main(stage: Stage) -> None:
     params = stage.params
     train = load_split(DATA / "train.safetensors")
     ann = build_ann(params.network, train)
-    convert(ann, PoissonEncoder())  # refuses now what could not be converted after the training
+    stdb.convert(
+        ann, stdb.PoissonEncoder()
+    )  # refuses now what could not be converted after the training
     if params.train_ann.weights is not None:
         load_weights(ann, Path(params.train_ann.weights))
     parameters = sum(p.numel() for p in ann.parameters())
     stage.say(f"{params.network.architecture} with {parameters:,} weights, {len(train)} images")
-    state = run_job(
-        stage,
-        train_loop,
-        {
-            "data": str(DATA.resolve()),
-            "network": params.network.model_dump(),
-            "train_ann": params.train_ann.model_dump(),
-        },
-    )
+    state = run_job(stage, train_loop)
     best = state["history"][state["best_epoch"] - 1] if state["history"] else {}
     save_weights(state["best_network"], ANN, network=params.network.model_dump())
     metrics = {
@@ -52,85 +47,60 @@ def main(stage: Stage) -> None:
         "epoch": state["best_epoch"],
         "loss": {"train": best.get("loss/train")},
     }
-    write_json(Path("metrics/train_ann.json"), metrics)
+    write_json(METRICS / "train_ann.json", metrics)
     rows = state["history"] or [{"epoch": 0, "accuracy/validation": state["best"]}]
-    write_csv(Path("plots/train_ann.csv"), rows)
+    write_csv(PLOTS / "train_ann.csv", rows)
     stage.log({"accuracy/test": state["test"], "accuracy/best_validation": state["best"]})
     stage.say(f"ANN: validation {state['best']:.2%}, test {state['test']:.2%}")
     forget_job(stage)
 
 
-def train_loop(config: dict[str, Any]) -> None:
+def train_loop(worker: Worker) -> None:
     """What each worker does."""
-    rank, world, device = setup(config)
-    params = TrainAnnParams(**config["train_ann"])
-    train, validation, test = load_splits(
-        Path(config["data"]), device, "train", "validation", "test", readers=config["readers"]
-    )
+    params = worker.params.train_ann
+    train, validation, test = (worker.split(name) for name in ("train", "validation", "test"))
     torch.manual_seed(params.seed)
-    ann = build_ann(NetworkParams(**config["network"]), train).to(device)
+    ann = build_ann(worker.params.network, train).to(worker.device)
     ann.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU by a sixth
     if params.weights is not None:
-        load_weights(ann, Path(params.weights))
-        accuracy = evaluate_ann(ann, validation, params.batch_size, rank, world)
-        state: dict[str, Any] = {
-            "best": accuracy,
-            "best_epoch": 0,
-            "history": [],
-            "best_network": ann.state_dict(),
-        }
+        load_weights(ann, worker.path(Path(params.weights)))
+        accuracy = evaluate_ann(worker, ann, validation, params.batch_size)
+        state: State = {"best": accuracy, "best_epoch": 0, "history": []}
+        state["best_network"] = ann.state_dict()
     else:
-        model = data_parallel(ann)
-
-        dropout = SampleDropout(ann, params.seed)
-
-        def present(images: Tensor) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bf16"):
-                return model(images.contiguous(memory_format=torch.channels_last)).float()
-
-        def windows(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
-            dropout.keys = sample_keys(ids, epoch)
-            yield partial(present, images)
-
-        def validate(epoch: int) -> dict[str, float]:
-            return {
-                "accuracy/validation": evaluate_ann(ann, validation, params.batch_size, rank, world)
-            }
-
-        optimizer = torch.optim.SGD(
-            ann.parameters(),
-            lr=params.learning_rate,
-            momentum=params.momentum,
-            weight_decay=params.weight_decay,
-            fused=True,
-        )
-        state = fit(
-            "train_ann", ann, model, windows, optimizer, train, params, validate, rank, world
-        )
+        state = train_ann(worker, ann, train, validation)
         ann.load_state_dict(state["best_network"])
-    state["test"] = evaluate_ann(ann, test, params.batch_size, rank, world)
-    report(state)
+    state["test"] = evaluate_ann(worker, ann, test, params.batch_size)
+    worker.checkpoint(state)
 
 
-class SampleDropout:
-    """Makes a network's dropout a function of (seed, epoch, sample), as the SNN's is.
+def train_ann(worker: Worker, ann: nn.Module, train: Samples, validation: Samples) -> State:
+    """SGD with momentum on the training split; the state of :func:`fit`."""
+    params = worker.params.train_ann
+    model = worker.data_parallel(ann)
+    dropout = SampleDropout(ann, params.seed)
 
-    So an image drops the same activations whatever batch and worker it comes to.
+    def present(images: Tensor) -> Tensor:
+        lowered = params.precision == "bf16"
+        with torch.autocast(worker.device.type, torch.bfloat16, enabled=lowered):
+            logits: Tensor = model(images.contiguous(memory_format=torch.channels_last))
+            return logits.float()
 
-    Attributes:
-        keys: (B,) int64, the random streams of the images that are presented next.
-    """
+    def passes(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
+        dropout.keys = stdb.sample_keys(ids, epoch)
+        yield partial(present, images)
 
-    def __init__(self, network: nn.Module, seed: int) -> None:
-        self.seed, self.keys = seed, torch.zeros(0, dtype=torch.int64)
-        dropouts = [m for m in network.modules() if isinstance(m, nn.Dropout)]
-        for number, module in enumerate(dropouts):
-            module.forward = partial(self._drop, module, number)  # type: ignore[method-assign]
+    def validate(_: int) -> Row:
+        return {"accuracy/validation": evaluate_ann(worker, ann, validation, params.batch_size)}
 
-    def _drop(self, module: nn.Dropout, number: int, x: Tensor) -> Tensor:
-        if not module.training or module.p == 0:
-            return x
-        return x * dropout_mask(self.keys, self.seed, number, module.p, x.shape, x.dtype)
+    optimizer = torch.optim.SGD(
+        ann.parameters(),
+        lr=params.learning_rate,
+        momentum=params.momentum,
+        weight_decay=params.weight_decay,
+        fused=True,
+    )
+    return fit(worker, Task(ann, model, passes, optimizer, validate), train, params)
 
 
 if __name__ == "__main__":

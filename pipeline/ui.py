@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from pipeline.tracking import EXPERIMENT, tracking_uri, without_secrets
+from pipeline.tracking.origin import EXPERIMENT, tracking_uri, without_secrets
 
 HOST, PORT = "127.0.0.1", 5000
 PATIENCE = 180.0  # seconds until the server answers
@@ -73,7 +73,7 @@ def port_of(arguments: list[str]) -> int:
 
 
 @contextmanager
-def serving(uri: str, port: int) -> Iterator[subprocess.Popen]:
+def serving(uri: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """MLflow's server, from when it answers; nothing of it is left afterwards."""
     command = (
         *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)),
@@ -98,7 +98,7 @@ def serving(uri: str, port: int) -> Iterator[subprocess.Popen]:
         end(server)
 
 
-def wait_for(server: subprocess.Popen, address: str) -> None:
+def wait_for(server: subprocess.Popen[bytes], address: str) -> None:
     """Until the server answers; an error where it ends before it does."""
     deadline = time.monotonic() + PATIENCE
     while server.poll() is None and time.monotonic() < deadline:
@@ -110,7 +110,7 @@ def wait_for(server: subprocess.Popen, address: str) -> None:
     raise UiError(f"MLflow's server did not start (status {server.returncode}); it says why above")
 
 
-def end(server: subprocess.Popen) -> None:
+def end(server: subprocess.Popen[bytes]) -> None:
     """The server and all its processes."""
     try:
         server.terminate()
@@ -123,7 +123,7 @@ def end(server: subprocess.Popen) -> None:
 
 
 def page_of(address: str) -> str:
-    """Of the pipeline's runs; the start page where there are none yet."""
+    """Address of the page of the pipeline's runs; the start page where there are none yet."""
     call = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={EXPERIMENT}"
     try:
         with urlopen(call, timeout=30) as answer:

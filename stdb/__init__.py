@@ -13,7 +13,7 @@ import os
 # it when it makes its first tensor; whoever has set it is left alone.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from .architectures import ARCHITECTURES, ResidualBlock, build
+from .architectures import ARCHITECTURES, ResidualBlock, build, build_network
 from .balancing import balance_thresholds, residual_layers
 from .calibration import logit_scale, scaled_losses
 from .conversion import ConversionError, convert
@@ -24,7 +24,7 @@ from .graph import Graph, Node
 from .interop.authors import AuthorsNetwork, import_authors
 from .interop.export import export_program
 from .interop.nir import to_nir
-from .interop.saving import build_network, load, save
+from .interop.saving import load, save
 from .memory import largest_chunk, training_memory
 from .network import SpikingNetwork
 from .neuron import SpikingNeuron, simulate_neuron

@@ -5,8 +5,10 @@ of that many channels followed by ReLU and dropout; ``A`` is 2×2 average poolin
 dropout before it (paper §4.1, §4.2).
 """
 
+import importlib
 import math
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -53,7 +55,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the shortcut to the second convolution's output, before the nonlinearity."""
-        return self.relu2(self.conv2(self.dropout(self.relu1(self.conv1(x)))) + self.shortcut(x))
+        inner = self.conv2(self.dropout(self.relu1(self.conv1(x))))
+        y: Tensor = self.relu2(inner + self.shortcut(x))
+        return y
 
 
 def build(
@@ -115,6 +119,24 @@ def build(
     layers["output"] = nn.Linear(features, num_classes, bias=False)
     network = nn.Sequential(layers)
     initialise(network)
+    return network
+
+
+def build_network(architecture: str, **arguments: Any) -> nn.Module:
+    """``stdb.build``, or a function of your own, ``module:function``, of the same first arguments.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+    if ":" not in architecture:
+        return build(architecture, **arguments)
+    module, _, function = architecture.partition(":")
+    try:
+        own = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"architecture is {architecture!r}: {error}") from error
+    names = ("in_channels", "image_size", "num_classes")
+    network: nn.Module = own(**{name: arguments[name] for name in names})
     return network
 
 

@@ -108,7 +108,7 @@ class BackwardWalk:
         values: dict[int, Value],
         grads: dict[int, Gradient],
     ) -> None:
-        """From the gradient of an operator's value to those of its weights and its inputs."""
+        """Go on from the gradient of an operator's value to those of its weights and inputs."""
         node, site = self.graph.nodes[i], self.sites[i]
         if node.operator.learns:
             grad = site.lowered(dense(grad))
@@ -149,7 +149,7 @@ class BackwardWalk:
         values: dict[int, Value],
         grads: dict[int, Gradient],
     ) -> None:
-        """From the gradient of a layer's spikes to that of its current."""
+        """Go on from the gradient of a layer's spikes to that of its current."""
         (source,) = self.graph.nodes[i].inputs
         current = None
         if self.sites[i].module.needs_membrane:
@@ -226,8 +226,8 @@ class BackwardWalk:
     def _previous_spikes(self, i: int, chunk: Chunk) -> Tensor:
         """(M,) whether each neuron spiked in the step before the chunk."""
         if i in chunk.membrane:
-            return chunk.membrane[i] > self.presentation.threshold[i]
-        return chunk.last_spike[i] == chunk.start
+            return torch.gt(chunk.membrane[i], self.presentation.threshold[i])
+        return torch.eq(chunk.last_spike[i], chunk.start)
 
 
 def _pass_on(grads: dict[int, Gradient], i: int, grad: Gradient) -> None:

@@ -69,7 +69,7 @@ def balance_thresholds(
     snn.eval()
     try:
         batches = _present(snn, images, batch_size, sample_ids, _Room(memory))
-        found = {}
+        thresholds = {}
         labels = snn.graph.labels
         for position, i in enumerate(snn.graph.neurons):
             if labels[i] in keep_at_one:
@@ -90,16 +90,16 @@ def balance_thresholds(
                         "threshold can be balanced; it is dead or has diverged: present more "
                         "steps, or look at the ANN's weights and the layers below it"
                     )
-            found[labels[i]] = value
+            thresholds[labels[i]] = value
             last = position == len(snn.graph.neurons) - 1
             for batch in batches:
                 batch.finish(i, value, timesteps, last)
             if progress is not None:
                 progress(labels[i], value)
-        snn.set_thresholds(found, balanced=set(found) - keep_at_one)
+        snn.set_thresholds(thresholds, balanced=set(thresholds) - keep_at_one)
     finally:
         snn.train(training)
-    return found
+    return thresholds
 
 
 def residual_layers(snn: SpikingNetwork) -> set[str]:
@@ -123,8 +123,8 @@ def _percentile(
     ``like`` gives device and dtype where there are none.
     """
     if percentile == 100:
-        found = [current.max().to(like) for current in currents]
-        largest = torch.stack(found).max() if found else like.new_full((), -math.inf)
+        maxima = [current.max().to(like) for current in currents]
+        largest = torch.stack(maxima).max() if maxima else like.new_full((), -math.inf)
         return float(largest if reduce is None else reduce(largest, "max"))
     # floats above 0 are in the order of their bits; the upper ones make a histogram
     counts = torch.zeros(1 << (31 - DROPPED_BITS), dtype=torch.int64, device=like.device)

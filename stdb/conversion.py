@@ -1,7 +1,8 @@
 """Conversion: an ANN's module tree becomes a spiking network, weights where they are.
 
 The tree is traced to the graph of its operators (:mod:`stdb.rewriting`); each ReLU becomes a
-spiking neuron. What has no spiking counterpart is refused with the layer's name and what to do about it.
+spiking neuron. What has no spiking counterpart is refused with the layer's name and what to do
+about it.
 """
 
 import copy

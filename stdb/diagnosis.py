@@ -132,11 +132,11 @@ def diagnose(
         sample_ids = torch.arange(len(images), device=images.device)
     counts: dict[str, Tensor] = {}
 
-    def count(presentation: Presentation, name: str, spikes: Value) -> None:
+    def count(_: Presentation, name: str, spikes: Value) -> None:
         if name == INPUT:
             return
-        found = spikes.counts() if isinstance(spikes, Spikes) else dense(spikes).sum(0)
-        counts[name] = counts[name] + found if name in counts else found
+        spike_counts = spikes.counts() if isinstance(spikes, Spikes) else dense(spikes).sum(0)
+        counts[name] = counts[name] + spike_counts if name in counts else spike_counts
 
     was_training = ann.training, snn.training
     ann.eval()
@@ -159,15 +159,17 @@ def diagnose(
         ann.train(was_training[0])
         snn.train(was_training[1])
     thresholds = snn.thresholds
-    return [found.row(label, thresholds[label], timesteps) for label, found in sums.items()]
+    return [
+        layer_sums.row(label, thresholds[label], timesteps) for label, layer_sums in sums.items()
+    ]
 
 
 def _activations(ann: nn.Module, images: Tensor, snn: SpikingNetwork) -> dict[str, Tensor]:
     """What the ANN's ReLUs give, by the name of the spiking layer in the same place."""
-    found: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
 
-    def keep(label: str) -> Callable:
-        return lambda module, inputs, output: found.__setitem__(label, output)
+    def keep(label: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: activations.__setitem__(label, output)
 
     hooks = [
         ann.get_submodule(snn.graph.nodes[i].name).register_forward_hook(keep(label))
@@ -178,4 +180,4 @@ def _activations(ann: nn.Module, images: Tensor, snn: SpikingNetwork) -> dict[st
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return activations

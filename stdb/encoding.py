@@ -81,5 +81,5 @@ def encoder_of(name: str, seed: int) -> Encoder:
     """The encoder of this name in ``ENCODERS``; one that draws random numbers gets the seed."""
     kind = ENCODERS[name]
     draws = any(field.name == "seed" for field in fields(kind))
-    made: Encoder = kind(seed) if draws else kind()
+    made: Encoder = kind(seed=seed) if draws else kind()
     return made

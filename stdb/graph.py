@@ -98,7 +98,7 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.leaves = tuple(leaves)
 
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+    def is_leaf_module(self, module: nn.Module, _: str) -> bool:
         """Whether what a module does is one operation."""
         if isinstance(module, nn.Sequential | ResidualBlock):
             return False

@@ -125,7 +125,9 @@ class SpikingNetwork(nn.Module):
         return presentation.integrate(counts)
 
     @torch.no_grad()
-    def logits_over_time(self, images: Tensor | Presentation, timesteps: int, **options) -> Tensor:
+    def logits_over_time(
+        self, images: Tensor | Presentation, timesteps: int, **options: Any
+    ) -> Tensor:
         """U_t of the output layer after every step at once: (T, B, classes).
 
         The output only accumulates, so one presentation gives the accuracy at every t.

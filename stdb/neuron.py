@@ -54,7 +54,7 @@ class SpikingNeuron(nn.Module):
         learned_over = self.threshold.requires_grad and self.surrogate.over_threshold
         return self.surrogate.needs_membrane or self.leak.requires_grad or learned_over
 
-    def forward(self, current: Tensor) -> Tensor:
+    def forward(self, _: Tensor) -> Tensor:
         """Not used: a spiking layer needs time, which the SpikingNetwork gives it."""
         raise RuntimeError("a spiking neuron has no meaning outside SpikingNetwork.forward")
 

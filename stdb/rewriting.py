@@ -29,12 +29,11 @@ class ConversionError(ValueError):
 MODULES: dict[type[nn.Module], Operator] = {
     nn.Conv2d: Convolution(),
     nn.Linear: FullyConnected(),
-    nn.AvgPool2d: AveragePool(),
-    nn.Flatten: Flatten(),
     nn.ReLU: Neuron(),
+    nn.AvgPool2d: AveragePool(),
     nn.Dropout: Dropout(),
+    nn.Flatten: Flatten(),
 }
-ALLOWED = "Conv2d, Linear, ReLU, AvgPool2d, Dropout, Flatten, Identity and sums of branches"
 
 _NORM = "train without it (stdb.build gives networks that do), or fold it into the weights"
 _POOL = "use nn.AvgPool2d and train again"
@@ -96,7 +95,7 @@ class Rewriting:
             self.nodes.append(node)
 
 
-Rule = Callable[[Rewriting, fx.Node], Node]
+Rule = Callable[[Rewriting, fx.Node], Node | int]
 
 
 def rewrite(net: nn.Module) -> tuple[list[Node], int | None]:
@@ -130,6 +129,11 @@ def rewrite(net: nn.Module) -> tuple[list[Node], int | None]:
     return rewriting.nodes, None if result is None else rewriting.index.get(result)
 
 
+def _allowed() -> str:
+    """What there is a rule for, in a message's words."""
+    return f"{', '.join(kind.__name__ for kind in MODULES)}, Identity and sums of branches"
+
+
 def _rewrite_call(rewriting: Rewriting, call: fx.Node) -> Node | int:
     """One traced operation as a node, or the node that it passes on."""
     if call.op == "call_module":
@@ -137,14 +141,14 @@ def _rewrite_call(rewriting: Rewriting, call: fx.Node) -> Node | int:
     where = f"{call.name} (in forward)"
     if call.op == "get_attr":
         raise ConversionError(
-            f"layer {where} is a parameter used outside a layer; allowed: {ALLOWED}"
+            f"layer {where} is a parameter used outside a layer; allowed: {_allowed()}"
         )
     if call.target in CALLS:
         return CALLS[call.target](rewriting, call)
     name = getattr(call.target, "__name__", str(call.target))
     raise ConversionError(
         f"{where} calls {name}, which has no spiking form; "
-        f"{CALL_REMEDIES.get(call.target, f'allowed: {ALLOWED}')}"
+        f"{CALL_REMEDIES.get(call.target, f'allowed: {_allowed()}')}"
     )
 
 
@@ -159,7 +163,9 @@ def _rewrite_module(rewriting: Rewriting, call: fx.Node) -> Node | int:
     if type(module) in MODULES:
         _check_module(name, module)
         return Node(name, MODULES[type(module)], rewriting.sources(call), path=name)
-    remedy = next((r for t, r in REMEDIES.items() if isinstance(module, t)), f"allowed: {ALLOWED}")
+    remedy = next(
+        (r for t, r in REMEDIES.items() if isinstance(module, t)), f"allowed: {_allowed()}"
+    )
     raise ConversionError(
         f"layer {name} is a {type(module).__name__}, which has no spiking form; {remedy}"
     )
@@ -220,7 +226,7 @@ def _view(rewriting: Rewriting, call: fx.Node) -> Node:
     return Node(call.name, Flatten(), rewriting.sources(call))
 
 
-def _relu(rewriting: Rewriting, call: fx.Node) -> Node:
+def _relu(_: Rewriting, call: fx.Node) -> Node:
     raise ConversionError(
         f"{call.name} (in forward) is a functional relu, which cannot carry a spiking neuron's "
         "state; make it an nn.ReLU module of its own"

@@ -132,7 +132,7 @@ class Events:
 
     @property
     def _work(self) -> int:
-        """Of a pass over the lists, for :func:`.kernels.parallel.run`."""
+        """Work of a pass over the lists, for :func:`.kernels.parallel.run`."""
         return self.starts.size + 8 * self.total
 
     @cached_property

@@ -52,8 +52,8 @@ class SpikeStatistics:
             if presentation.t == 0:
                 self.images += spikes.shape[1]
             self.timesteps = max(self.timesteps, presentation.t + spikes.shape[0])
-            found = (dense(spikes).frac() != 0).any()
-            self.analogue = found if self.analogue is None else self.analogue | found
+            analogue = (dense(spikes).frac() != 0).any()
+            self.analogue = analogue if self.analogue is None else self.analogue | analogue
         if isinstance(spikes, Spikes):
             total = spikes.map()
         else:

@@ -41,6 +41,8 @@ class Surrogate:
     #: the latest spikes
     needs_membrane: ClassVar[bool] = True
     needs_ages: ClassVar[bool] = False
+    #: whether β has a meaning
+    uses_beta: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:
@@ -85,6 +87,8 @@ class STDB(Surrogate):
 
 class Linear(Surrogate):
     """Eq. 13: α·max(0, 1 − |U − V|). β is not used."""
+
+    uses_beta = False
 
     def of_membrane(self, membrane: Tensor, threshold: float) -> Tensor:
         """Evaluate Eq. 13 elementwise."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from benchmarks import row
@@ -55,21 +54,20 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-def small_row(folder: Path, minutes: float) -> row.Row:
+def small_row(images, folder: Path, minutes: float, *more: str) -> row.Row:
     folder.mkdir(exist_ok=True)
-    params = yaml.safe_load((ROOT / "presets/cpu-vgg5-cifar10.yaml").read_text())
-    row.override(params, SMALL)
-    return row.Row(folder, minutes, 2, params)
+    preset = ROOT / "presets/cpu-vgg5-cifar10.yaml"
+    return row.Row(folder, minutes, 2, row.parameters(preset, images, [*SMALL, *more]))
 
 
-def test_a_row_goes_on_where_it_was_stopped(images, tmp_path, capsys):
+def test_a_row_goes_on_where_it_was_stopped(images, tmp_path):
     """A step at a time, as if every call ran out of minutes at once: the same figures."""
-    row.run(small_row(tmp_path / "whole", 60), images)
+    small_row(images, tmp_path / "whole", 60).run()
     calls = 0
     while not (tmp_path / "parts/results.json").exists():
         calls += 1
         try:
-            row.run(small_row(tmp_path / "parts", 0), images)
+            small_row(images, tmp_path / "parts", 0).run()
         except row.OutOfTimeError:
             continue
     whole, parts = (
@@ -83,11 +81,31 @@ def test_a_row_goes_on_where_it_was_stopped(images, tmp_path, capsys):
     assert head == "| ANN, % | converted, T = 6 | T = 4 | STDB |"
 
 
-def test_a_row_with_other_parameters_is_refused(images, tmp_path):
-    """Instead of going on in what was made with others."""
-    small_row(tmp_path / "row", 0).save()
-    params = yaml.safe_load((ROOT / "presets/cpu-vgg5-cifar10.yaml").read_text())
-    with pytest.raises(SystemExit, match="other parameters"):
-        row.Row(tmp_path / "row", 0, 2, params)
-    with pytest.raises(SystemExit, match=r"stdb.nothing is not in the preset"):
-        row.override(params, ["stdb.nothing=1"])
+def test_every_parameter_reaches_a_row(images, tmp_path):
+    """Those that an earlier driver ignored without a word have an effect, each."""
+    changes = (
+        *("stdb.images=8", "stdb.temporal_gradient=false", "stdb.from_scratch=true"),
+        *("stdb.threshold_scale=0.3", "data.grayscale=true"),
+    )
+    fast = "stdb.learning_rate=0.01"
+    plain = small_row(images, tmp_path / "plain", 60, fast)
+    plain.run()
+    for change in changes:
+        other = small_row(images, tmp_path / change.partition("=")[0], 60, fast, change)
+        other.run()
+        assert other.done["stdb 0"] != plain.done["stdb 0"], change
+
+
+def test_a_row_with_other_parameters_is_refused(images, tmp_path, capsys):
+    """Instead of going on in what was made with others; and what one process cannot do."""
+    small_row(images, tmp_path / "row", 60).once("images", dict)
+    command = ["cpu-vgg5-cifar10", str(images), "--out", str(tmp_path / "row")]
+    for more, message in (
+        ([], "has other parameters"),
+        (["--set", "stdb.nothing=1"], "--set has nothing; allowed: timesteps"),
+        (["--set", "stdb.alpha=-1"], "stdb.alpha is -1; allowed: greater than 0"),
+        (["--set", "data.stream=true"], "data.stream is true; allowed here"),
+        (["--set", "cluster.workers=2"], "cluster.workers is 2; allowed here: auto, 1"),
+    ):
+        assert row.main([*command, *more]) == 1
+        assert message in capsys.readouterr().err

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.pipeline.conftest import ROOT, Repository, make_repository
+from tests.pipeline.support import ROOT, Repository, make_repository
 
 
 @pytest.mark.slow

@@ -180,8 +180,8 @@ def _position(name: str) -> int:
 def _architecture(weights: Mapping[str, Tensor], layers: list[str]) -> str:
     """Its name, by the channels of a VGG's convolutions or the number of a ResNet's blocks."""
     if "pre_process.0.weight" in weights:
-        found = (re.match(r"layer(\d)\.(\d+)\.", name) for name in layers)
-        places = {(int(m[1]), m[2]) for m in found if m}
+        matches = (re.match(r"layer(\d)\.(\d+)\.", name) for name in layers)
+        places = {(int(m[1]), m[2]) for m in matches if m}
         groups = [sum(group == g for group, _ in places) for g in (1, 2, 3, 4)]
         for name, blocks in RESNET.items():
             if blocks == groups:

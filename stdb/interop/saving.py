@@ -7,37 +7,17 @@ where none was). The metadata are one JSON object under the key ``config``, with
 ``classes`` (names) and whatever else was given to :func:`save`.
 """
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ..architectures import build
+from ..architectures import build_network
 from ..conversion import convert
 from ..encoding import ENCODERS
 from ..network import SpikingNetwork
 from ..surrogate import SURROGATES
 
 NEEDED = ("network", "encoder", "surrogate", "timesteps", "classes")
-
-
-def build_network(architecture: str, **arguments: Any) -> nn.Module:
-    """``stdb.build``, or a function of your own, ``module:function``, of the same first arguments.
-
-    Raises:
-        ValueError: there is no such module or function.
-    """
-    if ":" not in architecture:
-        return build(architecture, **arguments)
-    module, _, function = architecture.partition(":")
-    try:
-        own = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"architecture is {architecture!r}: {error}") from error
-    names = ("in_channels", "image_size", "num_classes")
-    return own(**{name: arguments[name] for name in names})
 
 
 def save(
@@ -67,6 +47,11 @@ def save(
     if type(snn.encoder) not in encoders:
         raise ValueError(
             f"the encoder is a {type(snn.encoder).__name__}; allowed: {', '.join(ENCODERS)}"
+        )
+    if type(neuron.surrogate) not in surrogates:
+        raise ValueError(
+            f"the surrogate is a {type(neuron.surrogate).__name__}; "
+            f"allowed: {', '.join(SURROGATES)}"
         )
     config = {
         "network": network,

@@ -37,7 +37,7 @@ def count_bits(first, last, bits, images_per_step, per_image, counts):
 def list_bits(
     first, last, bits, images_per_step, pixels, channel_count, offsets, starts, ends, channels
 ):
-    """List the set bits of images: channels[starts[n, p] : ends[n, p]] are pixel p's channel_count."""
+    """List the set bits of images, pixel after pixel."""
     stride = bits.shape[1]
     flat = bits.reshape(-1)
     per_image = pixels * channel_count
@@ -147,7 +147,7 @@ def flatten_events(
     new_channels,
     new_values,
 ):
-    """(P, C) → channel_count-first places c·P + p of one pixel."""
+    """(P, C) → channels-first places c·P + p of one pixel."""
     for n in range(first, last):
         e = starts[n, 0]
         new_starts[n, 0] = e

@@ -67,7 +67,7 @@ class Operator(Protocol):
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
     ) -> Gradient:
-        """∂L/∂ of the input at ``position``, of shape (C, H, W) or (n,); maybe in ``grad``'s memory.
+        """∂L/∂ of the input at ``position``, of this shape; maybe in ``grad``'s memory.
 
         Inputs are asked for in order, those that nothing learns below are not.
         """
@@ -102,7 +102,8 @@ def per_image(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     y = operator(x.flatten(0, 1))
     if y.dim() == 4:
         y = y.contiguous(memory_format=torch.channels_last)
-    return y.unflatten(0, x.shape[:2])
+    whole: Tensor = y.unflatten(0, x.shape[:2])
+    return whole
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -25,7 +25,8 @@ class Convolution(Operator):
 
     def plain(self, module: nn.Conv2d, *inputs: Tensor) -> Tensor:
         """The module itself."""
-        return module(inputs[0])
+        y: Tensor = module(inputs[0])
+        return y
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """The product: of events where they are few, else dense."""
@@ -56,7 +57,8 @@ class Convolution(Operator):
         x = images.new_empty(1).expand(len(images), *shape)  # only its shape is looked at
         weight = module.weight.to(grad.dtype, memory_format=torch.channels_last)
         grad_x, _ = _convolution_backward(module, images, x, weight, (True, False))
-        return grad_x.to(module.weight.dtype).unflatten(0, grad.shape[:2])
+        below: Tensor = grad_x.to(module.weight.dtype).unflatten(0, grad.shape[:2])
+        return below
 
     def backward_weight(
         self, module: nn.Module, grad: Tensor, x: Value, total: Tensor | None
@@ -78,7 +80,7 @@ class Convolution(Operator):
     def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
         """How many outputs each input drives: borders and strides make them differ."""
         groups = module.groups  # within one, all inputs drive all outputs
-        return conv2d_input(
+        driven: Tensor = conv2d_input(
             (1, groups, *shape[1:]),
             targets.new_ones(groups, 1, *module.kernel_size),
             targets.new_full((1, groups, *targets.shape[1:]), module.out_channels // groups),
@@ -87,6 +89,7 @@ class Convolution(Operator):
             module.dilation,
             groups,
         )[0].repeat_interleave(shape[0] // groups, 0)
+        return driven
 
     @staticmethod
     def _events(module: nn.Conv2d, x: Value) -> Events | None:

@@ -20,7 +20,8 @@ class FullyConnected(Operator):
 
     def plain(self, module: nn.Linear, *inputs: Tensor) -> Tensor:
         """The module itself."""
-        return module(inputs[0])
+        y: Tensor = module(inputs[0])
+        return y
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """The product: of events where they are few, else dense."""
@@ -36,7 +37,8 @@ class FullyConnected(Operator):
     ) -> Gradient:
         """∂L/∂O, given ∂L/∂I."""
         grad, weight = dense(grad), site.module.weight
-        return (grad @ weight.to(grad.dtype)).to(weight.dtype)
+        below: Tensor = (grad @ weight.to(grad.dtype)).to(weight.dtype)
+        return below
 
     def backward_weight(
         self, module: nn.Module, grad: Tensor, x: Value, total: Tensor | None

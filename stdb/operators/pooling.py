@@ -18,7 +18,8 @@ class AveragePool(Operator):
 
     def plain(self, module: nn.AvgPool2d, *inputs: Tensor) -> Tensor:
         """The module itself."""
-        return module(inputs[0])
+        y: Tensor = module(inputs[0])
+        return y
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """The average: of events where they are few, else dense."""
@@ -37,7 +38,7 @@ class AveragePool(Operator):
             return PooledGradient(grad, size)
         images = grad.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         blank = torch.empty_like(images[:, :, :1, :1]).expand(len(images), *shape)
-        grad_x: Tensor = torch.ops.aten.avg_pool2d_backward(
+        grad_x = torch.ops.aten.avg_pool2d_backward(
             images,
             blank,  # only its shape and layout are looked at
             pair(module.kernel_size),
@@ -47,7 +48,8 @@ class AveragePool(Operator):
             module.count_include_pad,
             module.divisor_override,
         )
-        return grad_x.unflatten(0, grad.shape[:2])
+        spread: Tensor = grad_x.unflatten(0, grad.shape[:2])
+        return spread
 
     def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
         """A pixel drives what its window drives; one outside all windows drives nothing."""

@@ -12,13 +12,11 @@ from playwright.sync_api import expect
 
 from tests import browser
 from tests.browser import card, row_of, section, select, show_charts, unfold
-from tests.pipeline.conftest import copy_of
-from tests.pipeline.test_pipeline import STAGES
-from tests.pipeline.test_ui import address_of, ui
+from tests.pipeline.support import STAGES, address_of, copy_of, ui
 
 pytestmark = pytest.mark.browser
 expect.set_options(timeout=browser.PATIENCE)
-ACCURACIES = ["ann", "converted", "converted_long", "stdb", "stdb_validation"]
+ACCURACIES = ["ann", "converted", "scaled", "stdb", "stdb_validation"]
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]
 
 
@@ -48,7 +46,7 @@ def chromium(path):
 def repository(path, finished, tmp_path_factory):
     """Where the pipeline ran a second time, with another α."""
     repository = copy_of(finished, tmp_path_factory.mktemp("second") / "repository")
-    repository.set("alpha: 0.3", "alpha: 0.4")
+    repository.set(stdb={"alpha": 0.4})
     repository.repro()
     return repository
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoints import STALE, Checkpoints
+from pipeline.jobs.checkpoints import STALE, Checkpoints
 
 
 @pytest.fixture(params=["a path", "a URL"])

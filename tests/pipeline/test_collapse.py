@@ -3,8 +3,8 @@
 import pytest
 from scipy.stats import binom
 
-from pipeline.evaluation import chance, collapse
-from tests.pipeline.conftest import copy_of
+from pipeline.learning.evaluation import chance, collapse
+from tests.pipeline.support import copy_of
 
 ROWS = [
     {"layer": "conv1", "threshold": 0.5, "rate": 0.2, "correlation": 0.9, "dead": 0.1,
@@ -36,7 +36,7 @@ def test_the_first_layer_that_is_ill_is_named():
 def test_a_stage_that_falls_to_chance_level_says_where(finished, tmp_path):
     """Thresholds out of reach: every layer is silent, the lowest one is named."""
     repository = copy_of(finished, tmp_path / "repository")
-    repository.set("scales: [0.2, 0.3]", "scales: [1.0e+6]")
+    repository.set(evaluate_converted={"scales": [1.0e6]})
     said = repository.run("python", "-m", "pipeline.evaluate_converted").stdout
     assert "is at chance level for 10 classes; layer by layer" in said
     assert "the first layer that is ill: conv1 fires 0.00% of the steps" in said

@@ -15,11 +15,20 @@ import torch
 import torchvision
 from PIL import Image
 
-import pipeline.sources
-from pipeline.data import DataError, Files, augment, load_split, normalise, save_split, shares, some
+import pipeline.data.sources
+from pipeline.data import (
+    DataError,
+    Files,
+    augment,
+    load_split,
+    normalise,
+    save_split,
+    subset,
+    worker_batches,
+)
+from pipeline.data.sources import read_source
 from pipeline.params import load_params
 from pipeline.prepare_data import split
-from pipeline.sources import read_source
 
 ROOT = Path(__file__).parents[2]
 
@@ -246,25 +255,25 @@ def test_a_split_survives_its_file(tmp_path):
 def test_some_samples_are_drawn_by_seed(streamed):
     """Of a split in memory or in files; all where there are not as many."""
     for part in (splits["train"] for splits in streamed):
-        drawn = [some(part, 4, seed).ids.tolist() for seed in (0, 0, 1)]
+        drawn = [subset(part, 4, seed).ids.tolist() for seed in (0, 0, 1)]
         assert drawn[0] == drawn[1] != drawn[2]
         assert len(set(drawn[0])) == 4
-        assert some(part, None, 0) is some(part, 10_000, 0) is part
+        assert subset(part, None, 0) is subset(part, 10_000, 0) is part
 
 
 def test_shares_are_disjoint_and_complete():
     """Workers see every image once."""
     for world in (1, 2, 4, 30):
-        batches = [batch for rank in range(world) for batch in shares(450, 16, rank, world)]
+        batches = [batch for rank in range(world) for batch in worker_batches(450, 16, rank, world)]
         assert sorted(torch.cat(batches).tolist()) == list(range(450))
 
 
 def test_shares_are_of_the_same_batches_for_any_number_of_workers():
     """So that products round alike."""
-    alone = [batch.tolist() for batch in shares(450, 16, 0, 1)]
+    alone = [batch.tolist() for batch in worker_batches(450, 16, 0, 1)]
     assert [len(batch) for batch in alone] == [16] * 28 + [2]
     for world in (2, 3, 40):
-        found = [b.tolist() for rank in range(world) for b in shares(450, 16, rank, world)]
+        found = [b.tolist() for rank in range(world) for b in worker_batches(450, 16, rank, world)]
         assert sorted(found) == sorted(alone)
 
 
@@ -327,7 +336,7 @@ def test_what_is_too_large_for_the_memory_is_streamed(tmp_path, monkeypatch):
     there = params(source="folder", path=str(tmp_path / "images"), image_size=8)
     size = 36 * 3 * 8 * 8
     for limit, dimensions in ((size, 4), (size - 1, 1)):
-        monkeypatch.setattr(pipeline.sources, "IN_MEMORY", limit)
+        monkeypatch.setattr(pipeline.data.sources, "IN_MEMORY", limit)
         (images, _), _, _ = read_source(there)
         assert images.ndim == dimensions
 
@@ -343,7 +352,7 @@ def test_a_streamed_archive_is_unpacked_once(tmp_path, monkeypatch):
     assert list(Path("data/unpacked").iterdir()) == []
     names = read_source(params(**there, stream=True))[0][0]
     assert all(Path(name).is_file() for name in names)
-    monkeypatch.setattr(pipeline.sources, "_unpack", None)  # it would fail
+    monkeypatch.setattr(pipeline.data.sources, "_unpack", None)  # it would fail
     assert np.array_equal(read_source(params(**there, stream=True))[0][0], names)
 
 

@@ -15,7 +15,7 @@ import vl_convert
 import yaml
 
 from pipeline.write_plots_page import PAGE, VEGA_LITE
-from tests.pipeline.conftest import copy_of
+from tests.pipeline.support import copy_of
 
 PLOTS = {  # title → names of the axes, where they differ from plot to plot
     "Accuracy after every time step": {"time steps", "test accuracy"},
@@ -80,6 +80,28 @@ def test_metrics_show_has_what_the_stages_measured(committed):
         "energy_nj.ann": rounded(converted["ann"]["energy_pj"] / 1000),
         "energy_nj.stdb": rounded(tuned["energy_pj"] / 1000),
     }
+
+
+def test_mlflow_and_dvc_call_an_accuracy_the_same(finished):
+    """Same name, same number; MLflow's run has the one that networks were chosen by, too."""
+    client = mlflow.MlflowClient(f"sqlite:///{finished.root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("stdb").experiment_id
+    first = f"tags.kind = 'execution' and attributes.start_time <= {finished.end}"
+    (above,) = client.search_runs([experiment], first)
+    logged = {
+        key.removeprefix("accuracy/"): value
+        for key, value in above.data.metrics.items()
+        if key.startswith("accuracy/")
+    }
+    assert (
+        logged.pop("stdb_validation") == read(finished, "finetune_stdb")["accuracy"]["validation"]
+    )
+    assert logged == read(finished, "summary")["accuracy"]
+    energy = {
+        name: above.data.metrics[f"energy/{name}_pj"] / 1000
+        for name in read(finished, "summary")["energy_nj"]
+    }
+    assert energy == pytest.approx(read(finished, "summary")["energy_nj"])
 
 
 def test_metrics_diff_compares_with_the_commit(experiment):

@@ -3,63 +3,20 @@
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.pipeline.conftest import Started, copy_of
-
-STAGE = [sys.executable, "-m", "pipeline.finetune_stdb"]
-RESULTS = ("models/snn.safetensors", "metrics/finetune_stdb.json", "plots/finetune_stdb.csv")
-
-
-@pytest.fixture(scope="module")
-def long(finished, tmp_path_factory):
-    """A fine-tuning of some seconds, with checkpoints within epochs."""
-    repository = copy_of(finished, tmp_path_factory.mktemp("long") / "repository")
-    repository.set("epochs: 1\n", "epochs: 30\n")
-    repository.set("checkpoint_steps: 200", "checkpoint_steps: 3")
-    return repository
-
-
-@pytest.fixture(scope="module")
-def undisturbed(long, tmp_path_factory) -> Callable[[int], dict[str, bytes]]:
-    """How it ends with so many workers."""
-    found: dict[int, dict[str, bytes]] = {}
-
-    def of(workers: int) -> dict[str, bytes]:
-        if workers not in found:
-            whole = copy_of(long, tmp_path_factory.mktemp("whole") / "repository")
-            whole.set("workers: auto", f"workers: {workers}")
-            whole.run(*STAGE)
-            found[workers] = results(whole)
-        return found[workers]
-
-    return of
-
-
-def results(repository) -> dict[str, bytes]:
-    return {name: (repository.root / name).read_bytes() for name in RESULTS}
-
-
-def checkpoints(repository) -> list[str]:
-    """The names of the states that there are, in order; later ones have greater numbers."""
-    return sorted(p.name for p in (repository.root / ".results").glob("finetune_stdb-*/state-*.pt"))
-
-
-def wait_for_progress(repository, before: list[str], started: Started) -> None:
-    """Until the stage has written a state, or is done."""
-    deadline = time.monotonic() + 600
-    while checkpoints(repository)[-1:] == before[-1:]:
-        if started.process.poll() is not None:
-            assert started.process.returncode == 0, started.says()
-            return
-        assert time.monotonic() < deadline, started.says()
-        time.sleep(0.02)
+from tests.pipeline.support import (
+    FINETUNE,
+    Started,
+    checkpoints,
+    copy_of,
+    results,
+    wait_for_progress,
+)
 
 
 def kill(started: Started, whom: str) -> None:
@@ -82,7 +39,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(long, undisturbed, tmp_p
     moments = random.Random(0)
     for attempt in range(3):
         there = checkpoints(repository)
-        started = Started(repository, tmp_path / f"{attempt}.log", STAGE)
+        started = Started(repository, tmp_path / f"{attempt}.log", FINETUNE)
         wait_for_progress(repository, there, started)
         time.sleep(moments.uniform(0.0, 0.3))
         assert started.process.poll() is None, started.says()
@@ -90,7 +47,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(long, undisturbed, tmp_p
         started.wait_until_gone(30)
         assert ("goes on after epoch" in started.says()) == (attempt > 0)
         assert results(repository) == before
-    last = repository.run(*STAGE).stdout
+    last = repository.run(*FINETUNE).stdout
     assert "goes on after epoch" in last
     assert results(repository) == undisturbed(1)
     assert not list((repository.root / ".results").glob("finetune_stdb-*"))
@@ -105,13 +62,12 @@ def test_a_soak_of_kills(long, undisturbed, tmp_path, workers, kills):
     Where it ends before all kills came, it ends as it should, and starts again.
     """
     repository = copy_of(long, tmp_path / "repository")
-    repository.set("workers: auto", f"workers: {workers}")
-    repository.set("restarts: 3", "restarts: 100")
+    repository.set(cluster={"workers": workers, "restarts": 100})
     expected, moments, started, left = undisturbed(workers), random.Random(workers), None, kills
     while left:
         starting = left % 4 == 0
         if started is None:
-            started, there = Started(repository, tmp_path / f"{left}.log", STAGE), None
+            started, there = Started(repository, tmp_path / f"{left}.log", FINETUNE), None
         if not starting:
             wait_for_progress(repository, there or checkpoints(repository), started)
         time.sleep(moments.uniform(0.0, 8.0 if starting else 0.4))
@@ -129,7 +85,7 @@ def test_a_soak_of_kills(long, undisturbed, tmp_path, workers, kills):
         if whom != "worker":
             started.wait_until_gone(60)
             started = None
-    started = started or Started(repository, tmp_path / "last.log", STAGE)
+    started = started or Started(repository, tmp_path / "last.log", FINETUNE)
     assert started.process.wait(600) == 0, started.says()
     assert ("a worker was lost" in "".join(p.read_text() for p in tmp_path.glob("*.log"))) == (
         workers > 1
@@ -142,7 +98,7 @@ def test_a_soak_of_kills(long, undisturbed, tmp_path, workers, kills):
 def test_one_ctrl_c_ends_it_and_leaves_nothing_but_the_checkpoint(long, tmp_path, workers):
     """Within 15 seconds: no process, no temporary folder, no run in state RUNNING."""
     repository = copy_of(long, tmp_path / "repository")
-    repository.set("workers: auto", f"workers: {workers}")
+    repository.set(cluster={"workers": workers})
     outs, folders = repository.bytes_of_outs(), set(Path(tempfile.gettempdir()).glob("ray-*"))
     command = ["dvc", "repro", "--single-item", "finetune_stdb"]
     started = Started(repository, tmp_path / "log", command)
@@ -165,8 +121,8 @@ def test_one_ctrl_c_ends_it_and_leaves_nothing_but_the_checkpoint(long, tmp_path
 def test_sigterm_ends_a_stage_in_order(long, tmp_path, workers):
     """What schedulers such as Slurm send before they kill."""
     repository = copy_of(long, tmp_path / "repository")
-    repository.set("workers: auto", f"workers: {workers}")
-    started = Started(repository, tmp_path / "log", STAGE)
+    repository.set(cluster={"workers": workers})
+    started = Started(repository, tmp_path / "log", FINETUNE)
     wait_for_progress(repository, [], started)
     started.process.terminate()
     assert started.process.wait(15) == 130
@@ -178,13 +134,12 @@ def test_sigterm_ends_a_stage_in_order(long, tmp_path, workers):
 def test_a_changed_parameter_begins_afresh_and_a_finished_job_is_not_trained_again(long, tmp_path):
     """The checkpoints of one job are no other's; after its outs are made there are none."""
     repository = copy_of(long, tmp_path / "repository")
-    started = Started(repository, tmp_path / "log", STAGE)
+    started = Started(repository, tmp_path / "log", FINETUNE)
     wait_for_progress(repository, [], started)
     kill(started, "group")
     started.wait_until_gone(30)
     there = checkpoints(repository)
-    repository.set("alpha: 0.3", "alpha: 0.4")
-    repository.set("epochs: 30\n", "epochs: 1\n")
+    repository.set(stdb={"alpha": 0.4, "epochs": 1})
     output = repository.run("dvc", "repro", "finetune_stdb").stdout
     assert "goes on after" not in output
     assert checkpoints(repository) == there  # fresh ones of another job are left alone

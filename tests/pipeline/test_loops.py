@@ -2,119 +2,56 @@
 
 import copy
 import dataclasses
-import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import pipeline.balance_thresholds
-import pipeline.evaluate_converted
-import pipeline.evaluation
-import pipeline.finetune_stdb
-import pipeline.train_ann
-import pipeline.training
+import pipeline.learning.evaluation
+import pipeline.learning.finetuning
 import stdb
-from pipeline.data import normalise, save_split
-from pipeline.evaluation import evaluate_ann, evaluate_snn, fitting_logit_scale
-from pipeline.network import build_ann, build_snn, load_weights, save_weights
-from pipeline.params import NetworkParams, StdbParams, load_params
-from pipeline.prepare_data import split
-from pipeline.sources import read_source
-from pipeline.training import order
-from tests.pipeline.conftest import ROOT
-
-PARAMS = load_params(ROOT / "params.yaml")
-NETWORK = NetworkParams(
-    architecture="vgg5", width=0.1, hidden=16, dropout=0.3, classifier_dropout=0.5
-)
-STDB = PARAMS.stdb.model_copy(
-    update={
-        **{"timesteps": 3, "epochs": 1, "batch_size": 24, "learning_rate": 1e-3, "milestones": []},
-        "logit_scale": 1.0,
-    }
-)
-THRESHOLDS = {"conv1": 2.0, "conv2": 0.7, "conv3": 0.6, "fc1": 0.5, "fc2": 0.4}
+from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
+from pipeline.data import normalise
+from pipeline.files import ANN, DATA
+from pipeline.learning.evaluation import evaluate_ann, evaluate_snn, fitting_logit_scale
+from pipeline.learning.finetuning import fitting_chunk
+from pipeline.learning.fit import order
+from pipeline.learning.networks import build_ann, load_weights, save_weights
+from pipeline.params import StdbParams
+from tests.pipeline.support import NETWORK, PARAMS, STDB, make_files, starting, worker
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
+    """A repository's files, as earlier stages leave them, and its splits."""
     return make_files(tmp_path_factory.mktemp("files"))
 
 
-def make_files(folder):
-    """Prepared splits, an ANN and thresholds, as earlier stages leave them."""
-    data = PARAMS.data.model_copy(update={"train_limit": 60})
-    parts = split(data, *read_source(data))
-    for name, part in parts.items():
-        save_split(part, folder / f"{name}.safetensors")
-    torch.manual_seed(3)
-    ann = build_ann(NETWORK, parts["train"])
-    save_weights(ann.state_dict(), folder / "ann.safetensors")
-    rows = [{"layer": n, "threshold": v, "balanced": True} for n, v in THRESHOLDS.items()]
-    (folder / "thresholds.json").write_text(json.dumps({"layers": rows}))
-    return folder, parts
-
-
-def given(folder) -> dict:
-    """What every loop is told."""
-    return {
-        "data": str(folder),
-        "weights": str(folder / "ann.safetensors"),
-        "thresholds": str(folder / "thresholds.json"),
-        "network": NETWORK.model_dump(),
-        "readers": 0,
-    }
-
-
 @pytest.fixture
-def run(monkeypatch, files):
-    """Run a stage's loop as the one worker of a job; returns what it reports last."""
-    reported = []
-
-    def run(module, loop, kept=None, **config):
-        monkeypatch.setattr(module, "setup", lambda config: (0, 1, torch.device("cpu")))
-        for place in (module, pipeline.training):
-            monkeypatch.setattr(
-                place, "report", lambda state, rows=(): reported.append(copy.deepcopy(state))
-            )
-        loop({**given(files[0]), **config})
-        if kept is not None:
-            kept.extend(reported)
-        return reported[-1]
-
-    monkeypatch.setattr(pipeline.training, "resume", lambda device: None)
-    for module in (pipeline.train_ann, pipeline.finetune_stdb):
-        monkeypatch.setattr(module, "data_parallel", lambda network: network)
-    return run
+def alone(files):
+    """A plain worker on these files."""
+    return worker(files[0])
 
 
-def finetune(run, params: StdbParams, scale=0.5, kept=None):
-    module = pipeline.finetune_stdb
-    return run(module, module.train_loop, kept, stdb=params.model_dump(), scale=scale)
+def run(files, loop, **sections):
+    """Run a stage's loop as the one worker of a job; returns the state that it keeps last."""
+    one = worker(files[0], **sections)
+    loop(one)
+    return one.states[-1]
 
 
-def starting(files, params: StdbParams, scale=0.5):
-    """The spiking network that fine-tuning begins with, built by hand."""
-    folder, parts = files
-    ann = build_ann(NETWORK, parts["train"])
-    load_weights(ann, folder / "ann.safetensors")
-    for module in ann.modules():
-        if isinstance(module, torch.nn.Dropout) and params.dropout is not None:
-            module.p = params.dropout
-    snn = build_snn(ann, params, params.seed)
-    snn.set_thresholds(THRESHOLDS)
-    snn.scale_thresholds(scale)
-    return snn
+def finetune(files, params: StdbParams = STDB):
+    return run(files, finetune_stdb.train_loop, stdb_params=params)
 
 
 @pytest.mark.parametrize(
     ("truncate", "windows"), [(None, [5]), (5, [5]), (9, [5]), (2, [2, 2, 1]), (1, [1] * 5)]
 )
-def test_truncated_bptt_adds_up_the_gradients_of_its_windows(run, files, truncate, windows):
+def test_truncated_bptt_adds_up_the_gradients_of_its_windows(files, truncate, windows):
     """Two steps of Adam on the windows of §2.2, written out, give the stage's weights exactly."""
     params = STDB.model_copy(update={"timesteps": 5, "truncate": truncate, "seed": 4})
-    state = finetune(run, params)
+    state = finetune(files, params)
     snn, train = starting(files, params), files[1]["train"]
     snn.train()
     optimizer = torch.optim.Adam(
@@ -135,7 +72,7 @@ def test_truncated_bptt_adds_up_the_gradients_of_its_windows(run, files, truncat
     assert not torch.equal(start["conv1.weight"], state["best_network"]["conv1.weight"])
 
 
-def test_the_scale_of_the_logits_is_that_of_the_least_loss(files):
+def test_the_scale_of_the_logits_is_that_of_the_least_loss(files, alone):
     """Over all images of a split, on a fine grid."""
     snn, split = starting(files, STDB).eval(), files[1]["validation"]
     with torch.no_grad():
@@ -147,30 +84,31 @@ def test_the_scale_of_the_logits_is_that_of_the_least_loss(files):
     losses = {s: float(F.cross_entropy(logits.double() * s, labels)) for s in scales}
     best = min(losses, key=losses.get)
     assert 0.01 < best < 0.7
-    assert fitting_logit_scale(snn, known, 9, 16, 0, 1) == pytest.approx(best, rel=0.1)
+    assert fitting_logit_scale(alone, snn, known, 9, 16) == pytest.approx(best, rel=0.1)
 
 
-def test_the_output_is_scaled_before_the_fine_tuning(run, files, monkeypatch):
+def test_the_output_is_scaled_before_the_fine_tuning(files, monkeypatch):
     """By the parameter; auto: as fits validation; random weights are left as they are."""
-    monkeypatch.setattr(pipeline.finetune_stdb, "fitting_logit_scale", lambda *arguments: 0.125)
     still = STDB.model_copy(update={"learning_rate": 1e-30})
     start = starting(files, still).net.state_dict()
+    finetuning = pipeline.learning.finetuning
+    monkeypatch.setattr(finetuning, "fitting_logit_scale", lambda *arguments: 0.125)
     for scale, factor in (("auto", 0.125), (0.5, 0.5), (1.0, 1.0)):
-        found = finetune(run, still.model_copy(update={"logit_scale": scale}))["network"]
+        found = finetune(files, still.model_copy(update={"logit_scale": scale}))["network"]
         assert torch.equal(found["output.weight"], factor * start["output.weight"])
         assert torch.equal(found["fc2.weight"], start["fc2.weight"])
     scratch = still.model_copy(update={"from_scratch": True})
     one, auto = (
-        finetune(run, scratch.model_copy(update={"logit_scale": scale}))["network"]
+        finetune(files, scratch.model_copy(update={"logit_scale": scale}))["network"]
         for scale in (1.0, "auto")
     )
     assert torch.equal(one["output.weight"], auto["output.weight"])
 
 
-def test_windows_of_truncated_bptt_change_the_result(run):
+def test_windows_of_truncated_bptt_change_the_result(files):
     """Were truncate ignored, all of these would be equal."""
     found = [
-        finetune(run, STDB.model_copy(update={"timesteps": 5, "truncate": n}))["best_network"]
+        finetune(files, STDB.model_copy(update={"timesteps": 5, "truncate": n}))["best_network"]
         for n in (None, 2, 1)
     ]
     first = [state["conv1.weight"] for state in found]
@@ -201,85 +139,82 @@ def test_windows_of_truncated_bptt_change_the_result(run):
     ],
     ids=str,
 )
-def test_every_parameter_of_the_fine_tuning_has_an_effect(run, change):
+def test_every_parameter_of_the_fine_tuning_has_an_effect(files, change):
     """A parameter that is checked and tracked and then not used would be a lie."""
     before, after = (
-        finetune(run, params)["network"] for params in (STDB, STDB.model_copy(update=change))
+        finetune(files, params)["network"] for params in (STDB, STDB.model_copy(update=change))
     )
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_the_temporal_gradient_has_an_effect(run):
+def test_the_temporal_gradient_has_an_effect(files):
     """Without the leak path the gradient of more than one step is another one."""
     base = STDB.model_copy(update={"timesteps": 6, "alpha": 1.0})
     with_path, without = (
-        finetune(run, base.model_copy(update={"temporal_gradient": on}))["network"]
+        finetune(files, base.model_copy(update={"temporal_gradient": on}))["network"]
         for on in (True, False)
     )
     assert not torch.equal(with_path["conv1.weight"], without["conv1.weight"])
 
 
-def test_chunks_change_memory_only(run):
+def test_chunks_change_memory_only(files):
     """One time step at once, or all of them: the same weights."""
     base = STDB.model_copy(update={"timesteps": 5})
     whole, single = (
-        finetune(run, base.model_copy(update={"chunk": chunk}))["network"] for chunk in (None, 1)
+        finetune(files, base.model_copy(update={"chunk": chunk}))["network"] for chunk in (None, 1)
     )
     for name, value in whole.items():
         torch.testing.assert_close(value, single[name], rtol=0, atol=1e-5)
 
 
-def test_the_fine_tuning_reports_the_best_networks_accuracy(run, files):
+def test_the_fine_tuning_reports_the_best_networks_accuracy(files):
     """The test accuracy is that of the weights that are kept, measured once more here."""
-    state = finetune(run, STDB)
+    state = finetune(files, STDB)
     snn, test = starting(files, STDB), files[1]["test"]
     snn.net.load_state_dict(state["best_network"])
-    again = evaluate_snn(snn, test, 3, 50, 0, 1)
+    again = evaluate_snn(worker(files[0]), snn, test, 3, 50)
     assert vars(again) == state["test"]
     assert state["curve"][:3] == again.accuracy
     assert len(state["curve"]) == 16
 
 
-def test_an_interrupted_fine_tuning_ends_where_a_whole_one_ends(run, monkeypatch):
+def test_an_interrupted_fine_tuning_ends_where_a_whole_one_ends(files):
     """From any step of any epoch: all epochs have their dropout, order and log."""
-    kept = []
-    monkeypatch.setattr(pipeline.training, "checkpoint_due", lambda step: step == 2)
     params = STDB.model_copy(update={"epochs": 3, "batch_size": 16, "dropout": 0.5})
-    whole = copy.deepcopy(finetune(run, params, kept=kept))
-    within = [state for state in kept if "step" in state]
+    often = PARAMS.cluster.model_copy(update={"checkpoint_steps": 2})
+    whole = worker(files[0], params, cluster=often)
+    finetune_stdb.train_loop(whole)
+    end = whole.states[-1]
+    within = [state for state in whole.states if "step" in state]
     assert [(state["epoch"], state["step"]) for state in within] == [(0, 2), (1, 2), (2, 2)]
     for state in within:
-        monkeypatch.setattr(pipeline.training, "resume", lambda device, s=state: copy.deepcopy(s))
-        resumed = finetune(run, params)
-        assert resumed["history"] == whole["history"]
-        for name, value in whole["network"].items():
-            assert torch.equal(value, resumed["network"][name]), (state["epoch"], name)
+        resumed = worker(files[0], params, cluster=often)
+        resumed.states.append(copy.deepcopy(state))
+        finetune_stdb.train_loop(resumed)
+        assert resumed.states[-1]["history"] == end["history"]
+        for name, value in end["network"].items():
+            again = resumed.states[-1]["network"][name]
+            assert torch.equal(value, again), (state["epoch"], name)
 
 
-def test_from_scratch_nothing_of_the_ann_is_left(run, files, tmp_path):
-    """Other weights and thresholds of the ANN give the same network; another seed another one."""
-    params = STDB.model_copy(update={"from_scratch": True})
-    first = finetune(run, params, scale=1.0)["network"]
-    parts = files[1]
+def test_from_scratch_nothing_of_the_ann_is_left(files, tmp_path):
+    """Other weights and no thresholds of the ANN give the same network; another seed another."""
+    params = STDB.model_copy(update={"from_scratch": True, "threshold_scale": 1.0})
+    first = finetune(files, params)["network"]
+    shutil.copytree(files[0] / DATA, tmp_path / DATA)
     torch.manual_seed(99)
-    save_weights(build_ann(NETWORK, parts["train"]).state_dict(), tmp_path / "ann.safetensors")
-    module = pipeline.finetune_stdb
-    paths = {"weights": str(tmp_path / "ann.safetensors"), "thresholds": "none"}
-    again = run(module, module.train_loop, stdb=params.model_dump(), scale=1.0, **paths)["network"]
+    (tmp_path / ANN.parent).mkdir()
+    save_weights(build_ann(NETWORK, files[1]["train"]).state_dict(), tmp_path / ANN)
+    again = finetune((tmp_path, files[1]), params)["network"]
     assert all(torch.equal(value, again[name]) for name, value in first.items())
-    other = finetune(run, params.model_copy(update={"seed": 5}), scale=1.0)["network"]
+    other = finetune(files, params.model_copy(update={"seed": 5}))["network"]
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
 
 
-def balance(run, params: StdbParams, **changes):
-    module = pipeline.balance_thresholds
+def balance(files, params: StdbParams, **changes):
     own = PARAMS.balance_thresholds.model_copy(update={"timesteps": 10, "images": 20} | changes)
-    return run(
-        module,
-        module.balance_loop,
-        balance_thresholds=own.model_dump(),
-        stdb=params.model_dump(),
-    )["thresholds"]
+    loop = balance_thresholds.balance_loop
+    return run(files, loop, stdb_params=params, balance_thresholds=own)["thresholds"]
 
 
 UNTRACKED_BY_BALANCING = {
@@ -303,92 +238,95 @@ UNTRACKED_BY_BALANCING = {
 
 
 @pytest.mark.parametrize("name", UNTRACKED_BY_BALANCING)
-def test_balancing_depends_on_no_parameter_that_it_does_not_track(run, name):
+def test_balancing_depends_on_no_parameter_that_it_does_not_track(files, name):
     """dvc.yaml lists encoder and precision of stdb: nothing else may change the thresholds."""
     changed = STDB.model_copy(update={name: UNTRACKED_BY_BALANCING[name]})
-    assert balance(run, changed) == balance(run, STDB)
+    assert balance(files, changed) == balance(files, STDB)
 
 
-def test_balancing_depends_on_what_it_tracks(run):
+def test_balancing_depends_on_what_it_tracks(files):
     """What is tracked reaches Algorithm 1; the batch size does not matter."""
-    first = balance(run, STDB)
-    assert balance(run, STDB.model_copy(update={"precision": "bf16"})) != first
-    assert balance(run, STDB.model_copy(update={"encoder": "direct"})) != first
-    assert balance(run, STDB, timesteps=40) != first
-    assert balance(run, STDB, images=45) != first
-    assert balance(run, STDB, seed=1) != first
-    assert balance(run, STDB, batch_size=7) == pytest.approx(first, rel=1e-5)
+    first = balance(files, STDB)
+    assert balance(files, STDB.model_copy(update={"precision": "bf16"})) != first
+    assert balance(files, STDB.model_copy(update={"encoder": "direct"})) != first
+    assert balance(files, STDB, timesteps=40) != first
+    assert balance(files, STDB, images=45) != first
+    assert balance(files, STDB, seed=1) != first
+    assert balance(files, STDB, batch_size=7) == pytest.approx(first, rel=1e-5)
 
 
-def evaluate(run, params: StdbParams):
-    module = pipeline.evaluate_converted
+def evaluate(files, params: StdbParams):
     own = PARAMS.evaluate_converted.model_copy(update={"timesteps": 6, "scales": [1.0, 0.3, 0.6]})
-    return run(
-        module,
-        module.evaluate_loop,
-        evaluate_converted=own.model_dump(),
-        stdb=params.model_dump(),
-    )
+    loop = evaluate_converted.evaluate_loop
+    return run(files, loop, stdb_params=params, evaluate_converted=own)
 
 
 @pytest.mark.parametrize(
     "name", sorted(set(UNTRACKED_BY_BALANCING) - {"timesteps", "leak", "seed"})
 )
-def test_evaluation_depends_on_no_parameter_that_it_does_not_track(run, name):
+def test_evaluation_depends_on_no_parameter_that_it_does_not_track(files, name):
     """dvc.yaml lists T, leak, encoder, precision, seed: nothing else may change the metrics."""
     changed = STDB.model_copy(update={name: UNTRACKED_BY_BALANCING[name]})
-    assert evaluate(run, changed) == evaluate(run, STDB)
+    assert evaluate(files, changed) == evaluate(files, STDB)
 
 
-def test_evaluation_takes_the_scale_that_is_best_on_validation(run, files):
+def test_evaluation_takes_the_scale_that_is_best_on_validation(files, alone):
     """Each scale measured here again, the first of the best is the one; curves are its own."""
-    state, parts = evaluate(run, STDB), files[1]
+    state, parts = evaluate(files, STDB), files[1]
     snn = starting(files, STDB)
     accuracy = {}
     for scale in (1.0, 0.3, 0.6):
         snn.scale_thresholds(scale)
-        accuracy[scale] = evaluate_snn(snn, parts["validation"], 3, 128, 0, 1).accuracy[-1]
+        accuracy[scale] = evaluate_snn(alone, snn, parts["validation"], 3, 128).accuracy[-1]
     assert state["scale"] == max(accuracy, key=accuracy.get)
     snn.scale_thresholds(state["scale"])
-    assert state["reduced"] == vars(evaluate_snn(snn, parts["test"], 3, 128, 0, 1))
+    assert state["reduced"] == vars(evaluate_snn(alone, snn, parts["test"], 3, 128))
     snn.scale_thresholds(1.0)
-    assert state["long"] == vars(evaluate_snn(snn, parts["test"], 6, 128, 0, 1))
+    assert state["long"] == vars(evaluate_snn(alone, snn, parts["test"], 6, 128))
 
 
-def test_a_long_evaluation_says_how_far_it_is(files, monkeypatch, capsys):
+def share_of_two(files, rank):
+    """One of two workers whose sums are not added up."""
+    one = worker(files[0])
+    one.rank, one.world = rank, 2
+    one.all_reduce = lambda value, op="sum": value
+    return one
+
+
+def test_a_long_evaluation_says_how_far_it_is(files, alone, monkeypatch, capsys):
     """Every so many seconds; the first worker, for all of them."""
-    monkeypatch.setattr(pipeline.evaluation, "SAY_EVERY", -1.0)
+    monkeypatch.setattr(pipeline.learning.evaluation, "SAY_EVERY", -1.0)
     snn, test = starting(files, STDB), files[1]["test"]
-    evaluate_snn(snn, test, 3, len(test) // 2, 0, 1)
+    evaluate_snn(alone, snn, test, 3, len(test) // 2)
     assert f"T = 3: {len(test) // 2} of {len(test)} images presented" in capsys.readouterr().out
-    evaluate_snn(snn, test, 3, len(test) // 2, 1, 2)
+    evaluate_snn(share_of_two(files, 1), snn, test, 3, len(test) // 2)
     assert capsys.readouterr().out == ""
 
 
-def test_the_shares_of_the_workers_add_up_to_the_whole_evaluation(files):
+def test_the_shares_of_the_workers_add_up_to_the_whole_evaluation(files, alone):
     """Accuracy and spikes are exact counts: two halves, and any batch size, give the whole."""
     snn, test = starting(files, STDB), files[1]["test"]
-    whole = evaluate_snn(snn, test, 3, 128, 0, 1)
-    assert vars(evaluate_snn(snn, test, 3, 7, 0, 1)) == vars(whole)
-    halves = [evaluate_snn(snn, test, 3, 128, rank, 2).accuracy for rank in range(2)]
+    whole = evaluate_snn(alone, snn, test, 3, 128)
+    assert vars(evaluate_snn(alone, snn, test, 3, 7)) == vars(whole)
+    both = [share_of_two(files, rank) for rank in range(2)]
+    halves = [evaluate_snn(one, snn, test, 3, 128).accuracy for one in both]
     assert [a + b for a, b in zip(*halves, strict=True)] == pytest.approx(whole.accuracy)
     ann = build_ann(NETWORK, test)
-    parts = [evaluate_ann(ann, test, 16, rank, 2) for rank in range(2)]
-    assert sum(parts) == pytest.approx(evaluate_ann(ann, test, 128, 0, 1))
+    parts = [evaluate_ann(one, ann, test, 16) for one in both]
+    assert sum(parts) == pytest.approx(evaluate_ann(alone, ann, test, 128))
 
 
-def test_weights_of_ones_own_stand_in_for_the_training(run, files):
+def test_weights_of_ones_own_stand_in_for_the_training(files):
     """train_ann.weights: nothing is trained, the file's network is evaluated and passed on."""
     folder, parts = files
-    params = PARAMS.train_ann.model_copy(update={"weights": str(folder / "ann.safetensors")})
-    module = pipeline.train_ann
-    state = run(module, module.train_loop, train_ann=params.model_dump())
+    params = PARAMS.train_ann.model_copy(update={"weights": str(folder / ANN)})
+    state = run(files, train_ann.train_loop, train_ann=params)
     ann = build_ann(NETWORK, parts["train"])
-    load_weights(ann, folder / "ann.safetensors")
+    load_weights(ann, folder / ANN)
     assert state["history"] == []
     for name, value in ann.state_dict().items():
         assert torch.equal(value, state["best_network"][name])
-    assert state["test"] == evaluate_ann(ann, parts["test"], 64, 0, 1)
+    assert state["test"] == evaluate_ann(worker(folder), ann, parts["test"], 64)
 
 
 def test_the_anns_energy_is_a_multiply_accumulate_at_every_synapse(files):
@@ -406,14 +344,14 @@ def test_the_anns_energy_is_a_multiply_accumulate_at_every_synapse(files):
 def test_a_training_that_will_not_fit_is_said_before_it_starts(files, capsys):
     """The chunk shrinks first, which changes no result; where that is not enough, a warning."""
     snn, shape = starting(files, STDB), files[1]["train"].shape
-    choose = pipeline.finetune_stdb.fitting_chunk
     params = STDB.model_copy(update={"timesteps": 100})
-    assert choose(snn, params, shape, 1, 1 << 40) == 10  # about 256 images at once
+    one = worker(files[0], params)
+    assert fitting_chunk(one, snn, shape, 1 << 40) == 10  # about 256 images at once
     assert "a training step takes about 0.1 GB of 1099.5 GB free" in capsys.readouterr().out
     little = stdb.training_memory(snn, shape, 100, 24, 4)
-    assert choose(snn, params, shape, 1, little) in (2, 4, 5)
+    assert fitting_chunk(one, snn, shape, little) in (2, 4, 5)
     assert "warning" not in capsys.readouterr().out
-    assert choose(snn, params, shape, 1, 1000) == 1
+    assert fitting_chunk(one, snn, shape, 1000) == 1
     assert "warning: a training step takes about" in capsys.readouterr().out
-    one = params.model_copy(update={"micro_batch": 1, "chunk": 3})
-    assert choose(snn, one, shape, 1, 1 << 40) == 3
+    small = params.model_copy(update={"micro_batch": 1, "chunk": 3})
+    assert fitting_chunk(worker(files[0], small), snn, shape, 1 << 40) == 3

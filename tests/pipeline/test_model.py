@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,16 +17,17 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-import pipeline.registry
-import pipeline.tracking
 import stdb
 from pipeline.data import normalise
-from pipeline.tracking import Tracker
-from tests.pipeline.test_tracking import database, started  # noqa: F401
+from pipeline.tracking import tracker as trackers
+from pipeline.tracking.messages import About, End, Log, Model, Start
+from pipeline.tracking.registry import REQUIREMENTS
+from pipeline.tracking.tracker import Tracker
+from tests.pipeline.support import free_port, mlflow_process
 
 NETWORK = {"architecture": "vgg5", "in_channels": 1, "image_size": 8, "num_classes": 4,
            "width": 0.1, "hidden": 8}  # fmt: skip
-ABOUT = {"timesteps": 6, "classes": list("abcd"), "architecture": "vgg5"}
+ABOUT = About(accuracy=0.5, timesteps=6, classes=list("abcd"), architecture="vgg5")
 NAME = "stdb-digits"
 LOAD = """
 import sys, mlflow, numpy as np
@@ -53,11 +53,12 @@ def network(tmp_path):
 
 def register(client, path: Path, images, accuracy: float):
     """As finetune_stdb does at its end."""
-    keeper = started(f"{accuracy}")
-    keeper.model(str(path), NAME, images[:1].tolist(), ABOUT | {"accuracy": accuracy})
-    assert client.get_run(keeper.run_id).info.status == "RUNNING"
-    keeper.end("FINISHED", interrupted=False)
-    return keeper
+    process = mlflow_process(f"{accuracy}")
+    about = ABOUT.model_copy(update={"accuracy": accuracy})
+    process.model(Model(path=str(path), name=NAME, example=images[:1].tolist(), about=about))
+    assert client.get_run(process.run_id).info.status == "RUNNING"
+    process.end(End(status="FINISHED"))
+    return process
 
 
 def elsewhere(folder: Path) -> dict[str, str]:
@@ -67,7 +68,7 @@ def elsewhere(folder: Path) -> dict[str, str]:
     return kept | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "PATH": path}
 
 
-def test_a_clean_process_gets_probabilities(database, network, tmp_path):  # noqa: F811
+def test_a_clean_process_gets_probabilities(database, network, tmp_path):
     """By the alias alone: those of the network here, each image alike in any company."""
     snn, path, images = network
     register(database, path, images, 0.5)
@@ -89,7 +90,7 @@ def test_a_clean_process_gets_probabilities(database, network, tmp_path):  # noq
     np.testing.assert_allclose(found["short"], short, atol=1e-6)
 
 
-def test_the_champion_is_the_best_on_validation(database, network):  # noqa: F811
+def test_the_champion_is_the_best_on_validation(database, network):
     """A worse network is registered and changes nothing; one as good or better takes over."""
     _, path, images = network
     champions = []
@@ -101,19 +102,19 @@ def test_the_champion_is_the_best_on_validation(database, network):  # noqa: F81
     assert tags == {"accuracy.validation": "0.5", "timesteps": "6"}
 
 
-def test_the_registry_says_what_a_model_is(database, network):  # noqa: F811
+def test_the_registry_says_what_a_model_is(database, network):
     """How to load it, how good each version is; the execution's own run leads to it.
 
     What somebody wrote there stays.
     """
     _, path, images = network
-    keeper = register(database, path, images, 0.5)
+    process = register(database, path, images, 0.5)
     assert f"models:/{NAME}@champion" in database.get_registered_model(NAME).description
     version = database.get_model_version(NAME, "1")
     assert version.description.startswith("vgg5, T = 6: 50.00% on validation; commit ")
     made, shown = (
         [model.model_id for model in database.get_run(run).outputs.model_outputs]
-        for run in (keeper.run_id, keeper.parent_id)
+        for run in (process.run_id, process.parent_id)
     )
     assert made == shown
     assert database.get_logged_model(made[0]).tags["mlflow.source.name"] == "dvc repro work"
@@ -122,7 +123,7 @@ def test_the_registry_says_what_a_model_is(database, network):  # noqa: F811
     assert database.get_registered_model(NAME).description == "ours"
 
 
-def test_a_model_says_what_it_takes_and_needs(database, network):  # noqa: F811
+def test_a_model_says_what_it_takes_and_needs(database, network):
     """Signature, example, pinned requirements of its own."""
     _, path, images = network
     register(database, path, images, 0.5)
@@ -131,28 +132,23 @@ def test_a_model_says_what_it_takes_and_needs(database, network):  # noqa: F811
     assert (given.shape, given.type) == ((-1, 1, 8, 8), np.dtype("uint8"))
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}@champion"))
     needed = (folder / "requirements.txt").read_text().split()
-    assert [line.partition("==")[0] for line in needed] == sorted(pipeline.registry.REQUIREMENTS)
+    assert [line.partition("==")[0] for line in needed] == sorted(REQUIREMENTS)
     assert all("==" in line for line in needed)
     assert info.metadata["classes"] == list("abcd")
     assert (folder / "code" / "stdb" / "network.py").exists()
 
 
-def test_a_registry_that_fails_is_said_and_the_run_goes_on(database, tmp_path, capfd):  # noqa: F811
+def test_a_registry_that_fails_is_said_and_the_run_goes_on(database, tmp_path, capfd):
     """Accuracy and figures are still logged."""
-    keeper = started("a")
-    keeper.model(str(tmp_path / "missing"), NAME, [[[[0]]]], ABOUT | {"accuracy": 0.5})
+    process = mlflow_process("a")
+    missing = str(tmp_path / "missing")
+    process.model(Model(path=missing, name=NAME, example=[[[[0]]]], about=ABOUT))
     assert "did not take the model" in capfd.readouterr().err
-    keeper.log([("accuracy/test", 0.5, 1, 0)])
-    keeper.end("FINISHED", interrupted=False)
-    run = database.get_run(keeper.run_id)
+    process.log(Log(entries=[("accuracy/test", 0.5, 1, 0)]))
+    process.end(End(status="FINISHED"))
+    run = database.get_run(process.run_id)
     assert run.data.metrics["accuracy/test"] == 0.5
     assert run.info.status == "FINISHED"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @contextmanager
@@ -181,7 +177,7 @@ def running(command: list[str], folder: Path, address: str, **environment: str):
 
 
 @pytest.mark.slow
-def test_a_server_answers_a_post_of_images(database, network, tmp_path):  # noqa: F811
+def test_a_server_answers_a_post_of_images(database, network, tmp_path):
     """`mlflow models serve` on the champion."""
     snn, path, images = network
     register(database, path, images, 0.5)
@@ -204,10 +200,12 @@ def test_a_server_answers_a_post_of_images(database, network, tmp_path):  # noqa
 def log_one_of_each(folder: Path, path: Path, images) -> Tracker:
     """As a stage does: a metric, a figure, a model."""
     (folder / "curve.png").write_bytes(b"picture")
-    tracker = Tracker("finetune_stdb", {"stdb.alpha": 0.3}, {}, "k")
+    tracker = Tracker(
+        Start(stage="finetune_stdb", job="finetune_stdb-k", params={"stdb.alpha": 0.3})
+    )
     tracker.log({"accuracy/test": 0.75})
     tracker.figure(folder / "curve.png")
-    tracker.model(path, NAME, images[:1].tolist(), ABOUT | {"accuracy": 0.5})
+    tracker.model(path, NAME, images[:1].tolist(), ABOUT)
     tracker.end("FINISHED")
     return tracker
 
@@ -279,12 +277,12 @@ def test_a_server_with_passwords_and_artefacts_in_s3(network, tmp_path, monkeypa
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "key",
         "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
     }
-    monkeypatch.setattr(pipeline.tracking, "PATIENCE", 300.0)  # a busy machine
+    monkeypatch.setattr(trackers, "PATIENCE", 300.0)  # a busy machine
     with running(command, tmp_path, f"{uri}/health", **environment):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-wrong-password")
-        tracker = Tracker("finetune_stdb", {}, {}, "k")
+        tracker = Tracker(Start(stage="finetune_stdb", job="finetune_stdb-k", params={}))
         tracker.end("FINISHED")
         assert tracker.run_id is None
         said = capfd.readouterr().err

@@ -9,16 +9,16 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.checkpoints import Checkpoints
-from pipeline.distributed import ENVIRONMENT, check_nodes
-from pipeline.stage import StageError
-from tests.pipeline.conftest import Started, copy_of
-from tests.pipeline.test_interruption import (  # noqa: F401
-    STAGE,
+from pipeline.environment import RAY
+from pipeline.errors import StageError
+from pipeline.jobs.checkpoints import Checkpoints
+from pipeline.jobs.cluster import check_nodes
+from tests.pipeline.support import (
+    FINETUNE,
+    Started,
     checkpoints,
-    long,
+    copy_of,
     results,
-    undisturbed,
     wait_for_progress,
 )
 
@@ -38,7 +38,7 @@ SOON = {
 @pytest.fixture
 def cluster(monkeypatch):
     """Two nodes of one core each, on this machine."""
-    for key, value in {**ENVIRONMENT, **SOON}.items():
+    for key, value in {**RAY, **SOON}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -82,7 +82,7 @@ def test_what_a_node_does_not_see_is_refused(joined, tmp_path, monkeypatch):
 
 
 def start(repository, cluster, log) -> Started:
-    started = Started(repository, log, STAGE, RAY_ADDRESS=cluster.address, **SOON)
+    started = Started(repository, log, FINETUNE, RAY_ADDRESS=cluster.address, **SOON)
     wait_for_progress(repository, [], started)
     return started
 
@@ -95,10 +95,10 @@ def wait_for(started: Started, text: str, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def test_a_lost_node_is_replaced(cluster, long, undisturbed, tmp_path):  # noqa: F811
+def test_a_lost_node_is_replaced(cluster, long, undisturbed, tmp_path):
     """The job waits for another one and ends with the same bytes as an undisturbed run."""
     repository = copy_of(long, tmp_path / "repository")
-    repository.set("workers: auto", "workers: 2")
+    repository.set(cluster={"workers": 2})
     expected = undisturbed(2)
     started = start(repository, cluster, tmp_path / "log")
     cluster.remove_node(cluster.second, allow_graceful=False)
@@ -109,11 +109,10 @@ def test_a_lost_node_is_replaced(cluster, long, undisturbed, tmp_path):  # noqa:
     assert checkpoints(repository) == []
 
 
-def test_an_elastic_job_goes_on_with_fewer_workers_and_grows_again(cluster, long, tmp_path):  # noqa: F811
+def test_an_elastic_job_goes_on_with_fewer_workers_and_grows_again(cluster, long, tmp_path):
     """From two to one when a node dies, and to two when there is another."""
     repository = copy_of(long, tmp_path / "repository")
-    repository.set("workers: auto", "workers: [1, 2]")
-    repository.set("epochs: 30\n", "epochs: 3000\n")
+    repository.set(stdb={"epochs": 3000}, cluster={"workers": [1, 2]})
     started = start(repository, cluster, tmp_path / "log")
     cluster.remove_node(cluster.second, allow_graceful=False)
     wait_for(started, ", 1 worker(s)", 300)

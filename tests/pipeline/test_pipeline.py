@@ -11,16 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.pipeline.conftest import Started, copy_of, make_repository
-
-STAGES = [
-    "prepare_data",
-    "train_ann",
-    "balance_thresholds",
-    "evaluate_converted",
-    "finetune_stdb",
-    "report",
-]
+from tests.pipeline.support import STAGES, Started, copy_of, make_repository
 
 
 def test_every_out_is_made_and_tracked(finished):
@@ -128,7 +119,7 @@ def test_mlflow_has_a_run_for_the_execution_and_one_below_it_per_stage(finished)
 def test_a_bad_parameter_is_refused_before_anything_starts(changed, before, after, message):
     """The message names key, value and what is allowed; earlier outs are untouched."""
     outs = changed.bytes_of_outs()
-    changed.set(before, after)
+    changed.write_wrong(before, after)
     start = time.monotonic()
     result = changed.run("python", "-m", "pipeline.finetune_stdb", check=False)
     assert result.returncode == 1
@@ -141,7 +132,7 @@ def test_a_bad_parameter_is_refused_before_anything_starts(changed, before, afte
 def test_diverging_training_is_an_error(changed):
     """A loss that is not finite: message, non-zero exit, earlier outs untouched, run FAILED."""
     outs = changed.bytes_of_outs()
-    changed.set("learning_rate: 0.05", "learning_rate: 1.0e+30")
+    changed.set(train_ann={"learning_rate": 1.0e30})
     result = changed.repro(check=False)
     assert result.returncode != 0
     assert "the training diverged" in result.stdout + result.stderr
@@ -154,7 +145,7 @@ def test_diverging_training_is_an_error(changed):
 
 def test_more_workers_than_cores_is_an_error(changed):
     """The message says how many there are."""
-    changed.set("workers: auto", "workers: 99")
+    changed.set(cluster={"workers": 99})
     result = changed.run("python", "-m", "pipeline.balance_thresholds", check=False)
     assert result.returncode == 1
     assert "cluster.workers is 99" in result.stderr
@@ -175,7 +166,7 @@ def test_two_runs_from_scratch_are_equal(finished, tmp_path):
 def test_only_what_depends_on_a_change_runs_again(finished, tmp_path):
     """α reaches the fine-tuning and nothing before it."""
     changed = copy_of(finished, tmp_path / "changed")
-    changed.set("alpha: 0.3", "alpha: 0.4")
+    changed.set(stdb={"alpha": 0.4})
     ran = [
         line.split("'")[1]
         for line in changed.repro().stdout.splitlines()
@@ -191,7 +182,7 @@ def test_two_workers_learn_what_one_learns(finished, tmp_path, monkeypatch):
     With Ray's authentication by token, and without: that is the user's to choose.
     """
     two = copy_of(finished, tmp_path / "two")
-    two.set("workers: auto", "workers: 2")
+    two.set(cluster={"workers": 2})
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     output = two.run("python", "-m", "pipeline.balance_thresholds").stdout
     assert "2 CPU worker(s)" in output
@@ -213,8 +204,7 @@ def test_two_workers_learn_what_one_learns(finished, tmp_path, monkeypatch):
 def test_make_repro_has_one_ray_for_all_stages_and_leaves_nothing(finished, tmp_path):
     """Both stages join it; afterwards there is no process and no folder of Ray's."""
     copied = copy_of(finished, tmp_path / "copy")
-    copied.set("workers: auto", "workers: 2")
-    copied.set("percentile: 100.0", "percentile: 99.9")
+    copied.set(balance_thresholds={"percentile": 99.9}, cluster={"workers": 2})
     folders = set(Path(tempfile.gettempdir()).glob("ray-*"))
     started = Started(
         copied, tmp_path / "log", [sys.executable, "-m", "pipeline.repro", "evaluate_converted"]

@@ -7,11 +7,11 @@ import torch
 import yaml
 
 from pipeline.data import Split
-from pipeline.network import build_ann, build_snn
-from pipeline.paper import TABLE_1
+from pipeline.learning.networks import build_ann, build_snn
 from pipeline.params import load_params
 from pipeline.preset import main
-from tests.pipeline.conftest import ROOT
+from pipeline.reporting.paper import TABLE_1
+from tests.pipeline.support import ROOT
 
 PRESETS = {path.stem: path for path in sorted((ROOT / "presets").glob("*.yaml"))}
 SHAPES = {"cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "folder": (3, 224, 1000)}

@@ -12,10 +12,10 @@ import yaml
 from PIL import Image
 
 from pipeline.data import DataError
+from pipeline.data.sources import read_source
 from pipeline.params import Params, ParamsError, load_params
 from pipeline.prepare_data import split
-from pipeline.sources import read_source
-from tests.pipeline.conftest import ROOT
+from tests.pipeline.support import ROOT
 
 TEXT = (ROOT / "params.yaml").read_text()
 VALUES = yaml.safe_load(TEXT)

@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from pipeline.paper import TABLE_1, nearest
 from pipeline.params import load_params
-from pipeline.report import as_html, markdown_table, with_interval
-from tests.pipeline.conftest import ROOT
+from pipeline.reporting.page import as_html, markdown_table, with_interval
+from pipeline.reporting.paper import TABLE_1, nearest
+from tests.pipeline.support import ROOT
 
 FIGURES = [
     "accuracy_by_timestep",

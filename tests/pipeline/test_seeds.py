@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pipeline.seeds import main, table
-from tests.pipeline.conftest import copy_of
+from tests.pipeline.support import copy_of
 
 
 def test_the_table_has_mean_and_standard_deviation():

@@ -17,19 +17,26 @@ import yaml
 from ray.tune.schedulers import TrialScheduler
 from safetensors.torch import load_file
 
-import pipeline.trial
-from pipeline.apply_best import apply
-from pipeline.checkpoints import Checkpoints
-from pipeline.distributed import work_for
-from pipeline.params import ParamsError, load_params
-from pipeline.pareto import candidates, choose, front
-from pipeline.stage import StageError
+import pipeline.sweeps.trial
+from pipeline.errors import ParamsError, StageError
+from pipeline.files import ANN
+from pipeline.overlays import apply
+from pipeline.params import load_params
 from pipeline.sweep import plan_trials
-from pipeline.sweep_params import BudgetParams, ResourceParams, load_sweep, settings
-from pipeline.tune import ACCURACY, Budget, Halving
-from tests.pipeline.conftest import ROOT, Started, copy_of
-from tests.pipeline.test_loops import STDB, THRESHOLDS, given, make_files
-from tests.pipeline.test_stage import NOT_IN_RESULT, needed
+from pipeline.sweeps.front import candidates, choose, front
+from pipeline.sweeps.space import BudgetParams, ResourceParams, load_sweep, settings
+from pipeline.sweeps.tuner import ACCURACY, Budget, Halving
+from tests.pipeline.support import (
+    LAYER_THRESHOLDS,
+    ROOT,
+    STDB,
+    Started,
+    copy_of,
+    covered,
+    make_files,
+    needed,
+    worker,
+)
 
 BASE = load_params(ROOT / "params.yaml").stdb
 TEXT = (ROOT / "sweep/params.yaml").read_text()
@@ -114,9 +121,7 @@ def test_a_sweep_depends_on_the_code_that_makes_its_result():
         stages = yaml.safe_load((ROOT / folder / "dvc.yaml").read_text())["stages"]
         (stage,) = stages.values()
         deps = set(stage["deps"])
-        code = {path for path in needed("pipeline/sweep.py") if not path.startswith("stdb")}
-        assert code - deps - NOT_IN_RESULT.get("sweep", set()) == set()
-        assert "stdb" in deps
+        assert [file for file in needed("pipeline/sweep.py") if not covered(file, deps)] == []
         assert not any("test" in path for path in deps)
 
 
@@ -249,30 +254,28 @@ def test_a_trial_finds_its_threshold_scale_on_the_trained_network(tmp_path, monk
     files = make_files(tmp_path)
     seen, thresholds = {}, {}
 
-    def scale(snn, *arguments):
+    def scale(worker, snn, *arguments):
         seen.update(snn.net.state_dict())
         thresholds.update(snn.thresholds)
         return 0.35
 
-    monkeypatch.setattr(pipeline.trial, "best_scale", scale)
-    rows = []
-    work_for(Checkpoints(str(tmp_path / "states"), "trial", "0"), None, 0, rows.extend)
+    trial = pipeline.sweeps.trial
+    monkeypatch.setattr(trial, "best_scale", scale)
     params = STDB.model_copy(update={"threshold_scale": None})
-    shared = {"stdb": params.model_dump(), "train_images": 30, "seed": 0}
-    evaluation = load_params(ROOT / "params.yaml").evaluate_converted.model_dump()
-    config = given(files[0]) | shared | {"evaluate_converted": evaluation}
-    learned = []
-    tune = pipeline.trial.fine_tune
+    rows, learned = [], []
+    one = worker(files[0], params)
+    one.send = rows.extend
+    tune = trial.fine_tune
 
-    def fine_tune(config, *arguments):
-        learned.append(config["scale"])
-        return tune(config, *arguments)
+    def fine_tune(worker, scale, *arguments):
+        learned.append(scale)
+        return tune(worker, scale, *arguments)
 
-    monkeypatch.setattr(pipeline.trial, "fine_tune", fine_tune)
-    pipeline.trial.learn(config, 0, 1, torch.device("cpu"))
-    for name, weight in load_file(files[0] / "ann.safetensors").items():
+    monkeypatch.setattr(trial, "fine_tune", fine_tune)
+    trial.run_trial_training(one, images=30, seed=0)
+    for name, weight in load_file(files[0] / ANN).items():
         assert torch.equal(seen[name], weight), name
-    assert thresholds == pytest.approx(THRESHOLDS)
+    assert thresholds == pytest.approx(LAYER_THRESHOLDS)
     assert learned == [0.35]
     assert [row["epoch"] for row in rows] == [1]
     assert rows[0]["timesteps"] == params.timesteps

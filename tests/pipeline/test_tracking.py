@@ -1,34 +1,103 @@
 """MLflow is a view: what is logged, where from, and that its absence stops nothing."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import mlflow
 import pytest
 
-import pipeline.tracking
-from pipeline.keeper import Keeper
-from pipeline.tracking import (
+from pipeline.tracking import tracker as trackers
+from pipeline.tracking.messages import (
+    About,
+    Child,
+    ChildEnd,
+    Dataset,
+    End,
+    Entry,
+    Figure,
+    Log,
+    Message,
+    Model,
+    Start,
+    Summary,
+    entries,
+    from_line,
+    to_line,
+)
+from pipeline.tracking.mlflow_process import MlflowProcess
+from pipeline.tracking.origin import (
     GENERATED,
-    Reporter,
-    Tracker,
     execution,
     provenance,
     this_process,
     without_secrets,
 )
+from pipeline.tracking.tracker import Reporter, Tracker
+from tests.pipeline.support import free_port, mlflow_process
+
+
+def begun(**message) -> Start:
+    """The first message of a stage."""
+    return Start(stage="work", job="work-k", **{"params": {}, **message})
+
+
+SET = Dataset(name="digits", digest="ab", path="x", context="test", profile={"shape": [1, 8, 8]})
+ABOUT = About(accuracy=0.5, timesteps=3, classes=["a", "b"], architecture="vgg5")
+ENTRIES: list[Entry] = [("accuracy/test", 0.1 + 0.2, 1_700_000_000_123, 7), ("loss", 5e-324, 0, 0)]
+MESSAGES = [
+    begun(
+        params={"stdb.clip": None, "stdb.milestones": [0.6, 0.8], "network.architecture": "vgg5"},
+        inputs={"a.txt": "0123"},
+        everything={"stdb.learn_leaks": False},
+        datasets=[SET],
+        searches=True,
+        process="here 1 1",
+        execution="here 2 2",
+    ),
+    Log(entries=ENTRIES),
+    Log(entries=ENTRIES, child="trial-1"),
+    Figure(path="plots/ä.png"),
+    Summary(entries=ENTRIES, text="**T = 3**\n\n| a |\r\n\u2028", page="index.html"),
+    Model(path="snn.safetensors", name="stdb-digits", example=[[[[0, 255]]]], about=ABOUT),
+    Child(name="trial-1", params={"alpha": 0.3}),
+    ChildEnd(name="trial-1", status="FAILED"),
+    End(status="FAILED", interrupted=True),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.kind)
+def test_a_message_is_the_same_behind_the_pipe(message):
+    """Of every kind, on one line, whatever is in it."""
+    line = to_line(message)
+    assert line.index("\n") == len(line) - 1
+    assert from_line(line) == message
+
+
+def test_every_kind_of_message_goes_through_the_pipe():
+    """So that a new one is among those above."""
+    assert {type(message) for message in MESSAGES} == set(get_args(Message))
+
+
+def test_metrics_that_are_no_number_go_through_the_pipe():
+    """A loss that diverged is what somebody wants to see."""
+    values = {"nan": math.nan, "up": math.inf, "down": -math.inf}
+    read = from_line(to_line(Log(entries=entries(values, 3))))
+    assert isinstance(read, Log)
+    found = {key: value for key, value, _, _ in read.entries}
+    assert math.isnan(found.pop("nan"))
+    assert found == {"up": math.inf, "down": -math.inf}
 
 
 @pytest.fixture
 def nobody(monkeypatch):
     """A tracking server that does not answer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    uri = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
 
@@ -36,7 +105,7 @@ def nobody(monkeypatch):
 def test_a_server_that_does_not_answer_is_said_once_and_soon(nobody, capfd):
     """The work goes on without MLflow after seconds, with one line for all that is not logged."""
     start = time.monotonic()
-    tracker = Tracker("work", {"stdb.alpha": 0.3}, {}, "k")
+    tracker = Tracker(begun(params={"stdb.alpha": 0.3}))
     tracker.log({"accuracy": 0.5})
     tracker.figure(Path("x.png"))
     assert time.monotonic() - start < 1  # nobody waits for it
@@ -62,7 +131,9 @@ def test_a_run_has_parameters_origin_and_metrics_by_epoch(tmp_path, monkeypatch)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("DVC_STAGE", "work")
-    tracker = Tracker("work", {"stdb.alpha": 0.3, "data.path": None}, {"a.txt": "0123"}, "k")
+    tracker = Tracker(
+        begun(params={"stdb.alpha": 0.3, "data.path": None}, inputs={"a.txt": "0123"})
+    )
     rows = [{"epoch": e, "loss": 1 / e, "accuracy": e / 600} for e in range(1, 601)]
     Reporter(tracker.run_id)(rows[:1])
     Reporter(tracker.run_id)(rows[1:])
@@ -106,27 +177,6 @@ def test_without_git_the_origin_is_none(tmp_path, monkeypatch):
     assert provenance()["git.commit"] == "none"
 
 
-@pytest.fixture
-def database(tmp_path, monkeypatch):
-    """An empty MLflow of its own."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    return mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-
-
-def started(key: str, execution: str = "", datasets=()) -> Keeper:
-    """What the process of a tracker does at its start, in this one."""
-    keeper = Keeper()
-    tags = {"job": f"work-{key}", "process": this_process()}
-    above = {
-        "process": execution or this_process(),
-        "params": {"stdb.alpha": 0.3},
-        "searches": False,
-    }
-    keeper.start("work", {}, {}, tags, above, list(datasets))
-    return keeper
-
-
 def killed(client, run_id: str) -> None:
     """As if the process had been killed: another one may have its number now."""
     host, number, _ = client.get_run(run_id).data.tags["process"].split(" ")
@@ -135,20 +185,20 @@ def killed(client, run_id: str) -> None:
 
 def test_an_interrupted_run_is_gone_on_in_by_its_own_job_and_closed_by_others(database):
     """A kill leaves a run RUNNING; the next stage that starts finds out that nobody runs it."""
-    mine, others, alive = (started(key).run_id for key in ("a", "b", "c"))
+    mine, others, alive = (mlflow_process(key).run_id for key in ("a", "b", "c"))
     killed(database, mine)
     killed(database, others)
-    again = started("a")
+    again = mlflow_process("a")
     assert again.run_id == mine
     assert database.get_run(others).info.status == "FAILED"
     assert database.get_run(alive).info.status == "RUNNING"
-    again.end("FAILED", interrupted=True)
+    again.end(End(status="FAILED", interrupted=True))
     assert database.get_run(mine).info.status == "FAILED"
-    third = started("a")
+    third = mlflow_process("a")
     assert third.run_id == mine
     assert database.get_run(mine).info.status == "RUNNING"
-    third.end("FINISHED", interrupted=False)
-    assert started("a").run_id != mine
+    third.end(End(status="FINISHED"))
+    assert mlflow_process("a").run_id != mine
 
 
 def parent(client, run_id: str):
@@ -162,37 +212,35 @@ def commit() -> str:
 
 def test_the_stages_of_one_execution_lie_below_one_run(database):
     """Which has all parameters and ends as its last stage does; another execution has its own."""
-    first = started("a", "here 1 1")
+    first = mlflow_process("a", execution="here 1 1")
     above = parent(database, first.run_id)
     assert above.info.status == "RUNNING"
     assert above.data.params == {"stdb.alpha": "0.3"}
     assert above.info.run_name == commit()
-    first.end("FINISHED", interrupted=False)
+    first.end(End(status="FINISHED"))
     assert parent(database, first.run_id).info.status == "FINISHED"
-    second = started("b", "here 1 1")
+    second = mlflow_process("b", execution="here 1 1")
     assert second.parent_id == first.parent_id
     assert parent(database, second.run_id).info.status == "RUNNING"
-    second.end("FAILED", interrupted=False)
+    second.end(End(status="FAILED"))
     assert parent(database, second.run_id).info.status == "FAILED"
-    assert started("a", "here 2 2").parent_id != first.parent_id
+    assert mlflow_process("a", execution="here 2 2").parent_id != first.parent_id
 
 
-def stage_of(execution: str, name: str, searches: bool) -> Keeper:
-    keeper = Keeper()
+def stage_of(execution: str, name: str, searches: bool) -> MlflowProcess:
     params = {"network.architecture": "vgg5", "stdb.timesteps": 8}
-    above = {"process": execution, "params": params, "searches": searches}
-    tags = {"job": f"{name}-a", "process": this_process()}
-    keeper.start(name, {}, {}, tags, above, [])
-    return keeper
+    return mlflow_process(
+        "a", stage=name, execution=execution, everything=params, searches=searches
+    )
 
 
 def test_an_execution_is_named_after_network_t_and_commit(database):
     """What tells runs apart comes first; MLflow's columns Source and Version say where from."""
-    keeper = stage_of("here 1 1", "work", searches=False)
-    above = parent(database, keeper.run_id)
+    process = stage_of("here 1 1", "work", searches=False)
+    above = parent(database, process.run_id)
     assert above.info.run_name == f"vgg5 T=8 {commit()}"
     assert above.data.tags["mlflow.source.name"] == "dvc repro"
-    tags = database.get_run(keeper.run_id).data.tags
+    tags = database.get_run(process.run_id).data.tags
     assert tags["mlflow.source.name"] == "dvc repro work"
     assert tags["mlflow.source.git.commit"] == provenance()["git.commit"]
 
@@ -206,7 +254,7 @@ def test_an_execution_that_searches_t_is_not_named_after_one(database):
 
 def test_the_experiment_says_how_to_read_it(database):
     """To somebody who sees the pages for the first time."""
-    started("a")
+    mlflow_process("a")
     tags = database.get_experiment_by_name("stdb").tags
     assert "Select two to compare" in tags["mlflow.note.content"]
 
@@ -214,17 +262,17 @@ def test_the_experiment_says_how_to_read_it(database):
 def test_an_execution_is_named_after_its_dvc_experiment(database, monkeypatch):
     """As `dvc exp show` names it."""
     monkeypatch.setenv("DVC_EXP_NAME", "brave-newt")
-    assert parent(database, started("a").run_id).info.run_name == "brave-newt"
+    assert parent(database, mlflow_process("a").run_id).info.run_name == "brave-newt"
 
 
 def test_an_execution_that_goes_on_after_a_kill_is_the_same(database):
     """`dvc repro` again goes on in the interrupted stage's run and in the run above it."""
-    first = started("a", f"{socket.gethostname()} 1 1")  # a process that has ended
+    first = mlflow_process("a", execution=f"{socket.gethostname()} 1 1")  # a process that has ended
     killed(database, first.run_id)
-    second = started("a", "here 2 2")
+    second = mlflow_process("a", execution="here 2 2")
     assert (second.run_id, second.parent_id) == (first.run_id, first.parent_id)
     assert database.get_run(second.parent_id).info.status == "RUNNING"
-    third = started("b", "here 2 2")
+    third = mlflow_process("b", execution="here 2 2")
     assert third.parent_id == first.parent_id
 
 
@@ -233,10 +281,10 @@ def test_the_execution_is_the_dvc_above_a_stage(tmp_path):
     assert execution() == this_process()
     script = tmp_path / "dvc"  # stands in for dvc: a Python script of that name
     script.write_text(
-        "import os, subprocess\n"
+        "import os, subprocess, sys\n"
         "print(os.getpid(), flush=True)\n"
-        'subprocess.run("true; python -c \'from pipeline.tracking import execution;"\n'
-        '               "print(execution())\'", shell=True)\n'
+        "code = 'from pipeline.tracking.origin import execution; print(execution())'\n"
+        "subprocess.run(f'true; {sys.executable} -c \"{code}\"', shell=True)\n"
     )
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     pid, found = ran.stdout.splitlines()
@@ -245,10 +293,15 @@ def test_the_execution_is_the_dvc_above_a_stage(tmp_path):
 
 def test_data_sets_are_logged_with_their_digests(database):
     """To the stage and to the execution; MLflow's pages list them."""
-    row = {"name": "digits test", "digest": "ab" * 32, "path": "data/prepared/test.safetensors",
-           "context": "test", "profile": {"images": 450}}  # fmt: skip
-    keeper = started("a", datasets=[row])
-    for run_id in (keeper.run_id, keeper.parent_id):
+    row = Dataset(
+        name="digits test",
+        digest="ab" * 32,
+        path="data/prepared/test.safetensors",
+        context="test",
+        profile={"images": 450},
+    )
+    process = mlflow_process("a", datasets=[row])
+    for run_id in (process.run_id, process.parent_id):
         (used,) = database.get_run(run_id).inputs.dataset_inputs
         assert used.dataset.name == "digits test"
         assert used.dataset.digest == "ab" * 6
@@ -259,44 +312,63 @@ def test_data_sets_are_logged_with_their_digests(database):
 def test_the_machine_is_watched(database, monkeypatch):
     """Processor and memory by time, as MLflow does it."""
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
-    keeper = started("a")
+    process = mlflow_process("a")
     deadline = time.monotonic() + 30
     found: dict = {}
     while "system/cpu_utilization_percentage" not in found and time.monotonic() < deadline:
         time.sleep(0.5)
-        found = database.get_run(keeper.run_id).data.metrics
-    keeper.end("FINISHED", interrupted=False)
+        found = database.get_run(process.run_id).data.metrics
+    process.end(End(status="FINISHED"))
     assert 0 <= found["system/cpu_utilization_percentage"] <= 100
     assert "system/system_memory_usage_megabytes" in found
 
 
 def test_a_run_is_closed_also_where_something_was_not_taken(database, tmp_path, capfd):
     """It does not stay RUNNING because a picture was missing."""
-    tracker = Tracker("work", {}, {}, "k")
+    tracker = Tracker(begun())
     tracker.figure(tmp_path / "missing.png")
     tracker.log({"accuracy/test": 0.5})
     tracker.end("FINISHED")
-    assert capfd.readouterr().err.count("warning: MLflow") == 1
+    said = capfd.readouterr().err
+    assert said.count("warning: ") == 1
+    assert "missing.png" in said
     assert database.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_an_error_of_our_own_is_no_outage(database, capfd):
+    """Its traceback is shown, once; what comes after it is silent, and the run is closed."""
+    tracker = Tracker(begun())
+    rows = [{"epoch": 1, "accuracy": 0.5}]
+    for _ in range(3):
+        tracker.child_rows("never begun", rows)
+    tracker.log({"accuracy/test": 0.5})
+    tracker.end("FINISHED")
+    said = capfd.readouterr().err
+    assert said.count("warning: ") == said.count("Traceback (most recent call last)") == 1
+    assert said.rstrip().endswith("KeyError: 'never begun'")
+    assert "does not answer" not in said
+    run = database.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert "accuracy/test" not in run.data.metrics
 
 
 def test_a_run_of_another_machine_or_experiment_is_left_alone(database, monkeypatch):
     """Nobody here knows whether it is alive; an experiment's run is no other's."""
-    first = started("a").run_id
+    first = mlflow_process("a").run_id
     database.set_tag(first, "process", "elsewhere 1 1")
-    second = started("a").run_id
+    second = mlflow_process("a").run_id
     assert second != first
     assert database.get_run(first).info.status == "RUNNING"
     killed(database, second)
     monkeypatch.setenv("DVC_EXP_NAME", "another")
-    assert started("a").run_id != second
+    assert mlflow_process("a").run_id != second
 
 
 def test_no_password_of_an_address_is_shown(monkeypatch, capfd):
     """Neither in what is said nor in what is kept."""
     assert without_secrets("at https://me:s3cret@host/x, a@b") == "at https://***@host/x, a@b"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
-    tracker = Tracker("work", {}, {}, "k")
+    tracker = Tracker(begun())
     Reporter("some-run")([{"epoch": 1, "accuracy": 0.5}])
     assert tracker.run_id is None
     said = "".join(capfd.readouterr())
@@ -307,7 +379,7 @@ def test_no_password_of_an_address_is_shown(monkeypatch, capfd):
 
 def test_a_stage_that_dies_takes_its_tracker_with_it(database):
     """The process ends when nobody can tell it anything any more; the run stays RUNNING."""
-    tracker = Tracker("work", {}, {}, "k")
+    tracker = Tracker(begun())
     run_id = tracker.run_id
     tracker._messages.put(None)  # as the end of this process would
     assert tracker._process.wait(20) == 0
@@ -320,8 +392,8 @@ def test_a_slow_mlflow_is_not_waited_for(nobody, monkeypatch, capfd):
         server.bind(("127.0.0.1", 0))
         server.listen()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setattr(pipeline.tracking, "PATIENCE", 0.5)
-        tracker = Tracker("work", {}, {}, "k")
+        monkeypatch.setattr(trackers, "PATIENCE", 0.5)
+        tracker = Tracker(begun())
         for step in range(20_000):  # more than a pipe holds
             tracker.log({"accuracy": 0.5}, step)
         start = time.monotonic()

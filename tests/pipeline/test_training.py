@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-import pipeline.distributed
-import pipeline.training
 from pipeline.data import Files, Split, augment, normalise
+from pipeline.errors import DivergenceError
+from pipeline.jobs.checkpoints import Checkpoints
+from pipeline.jobs.worker import Worker
+from pipeline.learning.dropout import SampleDropout
+from pipeline.learning.fit import Task, backward, fit, learning_rate, order
 from pipeline.params import Schedule
-from pipeline.train_ann import SampleDropout
-from pipeline.training import DivergenceError, _backward, fit, learning_rate, order
-from stdb.encoding import sample_keys
+from stdb import sample_keys
+from tests.pipeline.support import PARAMS
 
 
 def schedule(**changes) -> Schedule:
@@ -47,17 +49,22 @@ def tiny() -> nn.Module:
     )
 
 
-class Job:
-    """Stands in for Ray Train: keeps what is reported, gives what is to be resumed."""
+class Job(Worker):
+    """A worker that keeps what is reported, and is given what is to be resumed."""
 
-    def __init__(self, monkeypatch) -> None:
+    def __init__(self, folder, world=1, checkpoint_steps=None, report_every=0.0) -> None:
+        cluster = PARAMS.cluster.model_copy(update={"checkpoint_steps": checkpoint_steps})
+        params = PARAMS.model_copy(update={"cluster": cluster})
+        checkpoints = Checkpoints(str(folder), "a_stage", "test")
+        super().__init__(params, "a_stage", checkpoints, world=world, report_every=report_every)
         self.reports: list[dict] = []
         self.rows: list[list[dict]] = []
         self.start: dict | None = None
-        monkeypatch.setattr(pipeline.training, "report", self.report)
-        monkeypatch.setattr(pipeline.training, "resume", lambda device: self.start)
 
-    def report(self, state, rows=()) -> None:
+    def resume(self):
+        return self.start
+
+    def checkpoint(self, state, rows=()) -> None:
         file = io.BytesIO()
         torch.save(state, file)
         file.seek(0)
@@ -66,20 +73,17 @@ class Job:
 
 
 @pytest.fixture
-def job(monkeypatch) -> Job:
-    return Job(monkeypatch)
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
+
+
+def half(epoch):
+    """A validation that finds nothing."""
+    return {"accuracy/validation": 0.0}
 
 
 def train(
-    network,
-    params,
-    *,
-    split=None,
-    windows=None,
-    validate=None,
-    world=1,
-    clip=None,
-    micro_batch=None,
+    job, network, params, *, split=None, passes=None, validate=None, clip=None, micro_batch=None
 ):
     """fit() with Adam, whose state has to survive too."""
     optimizer = torch.optim.Adam(network.parameters(), lr=params.learning_rate)
@@ -88,14 +92,11 @@ def train(
         dropout.keys = sample_keys(ids, epoch)
         yield lambda: network(pixels)
 
-    if windows is None:
-        dropout, windows = SampleDropout(network, params.seed), simple
-
-    return fit(
-        "a_stage", network, network, windows, optimizer, split or images(), params,
-        validate or (lambda epoch: {"accuracy/validation": epoch / 100}), 0, world, clip,
-        micro_batch,
-    )  # fmt: skip
+    if passes is None:
+        dropout, passes = SampleDropout(network, params.seed), simple
+    validate = validate or (lambda epoch: {"accuracy/validation": epoch / 100})
+    task = Task(network, network, passes, optimizer, validate, clip, micro_batch)
+    return fit(job, task, split or images(), params)
 
 
 def weights(network) -> dict:
@@ -108,7 +109,7 @@ def test_nan_weights_are_a_divergence_at_the_first_step(job):
     with torch.no_grad():
         network[1].weight[0, 0] = math.nan
     with pytest.raises(DivergenceError, match=r"loss nan.* in epoch 1, step 1: .*learning_rate"):
-        train(network, schedule())
+        train(job, network, schedule())
     assert job.reports == []
 
 
@@ -116,7 +117,7 @@ def test_a_divergence_later_names_its_epoch_and_step_and_leaves_the_weights(job)
     """The step that diverges is not taken, and the message says which it was."""
     network, steps, before = tiny(), [], {}
 
-    def windows(pixels, ids, epoch):
+    def passes(pixels, ids, epoch):
         steps.append(epoch)
         broken = epoch == 2 and steps.count(2) == 2
         before.clear()
@@ -124,7 +125,7 @@ def test_a_divergence_later_names_its_epoch_and_step_and_leaves_the_weights(job)
         yield lambda: network(pixels) * (math.inf if broken else 1.0)
 
     with pytest.raises(DivergenceError, match="in epoch 2, step 2:"):
-        train(network, schedule(), windows=windows)
+        train(job, network, schedule(), passes=passes)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
@@ -132,11 +133,11 @@ def test_a_gradient_that_is_not_finite_is_a_divergence_although_the_loss_is(job)
     """√0 has a finite value and an infinite gradient; the optimiser must not see it."""
     network = tiny()
 
-    def windows(pixels, ids, epoch):
+    def passes(pixels, ids, epoch):
         yield lambda: network(pixels) + (network[1].weight[0, 0] * 0).abs().sqrt()
 
     with pytest.raises(DivergenceError, match=r"loss \d.*, gradient norm nan"):
-        train(network, schedule(), windows=windows)
+        train(job, network, schedule(), passes=passes)
 
 
 def test_the_best_epoch_is_kept_as_it_was(job):
@@ -148,7 +149,7 @@ def test_the_best_epoch_is_kept_as_it_was(job):
         seen[epoch] = weights(network)
         return {"accuracy/validation": accuracies[epoch]}
 
-    state = train(network, schedule(), validate=validate)
+    state = train(job, network, schedule(), validate=validate)
     assert (state["best"], state["best_epoch"]) == (0.9, 2)
     assert [row["accuracy/validation"] for row in state["history"]] == list(accuracies.values())
     for name, value in state["best_network"].items():
@@ -157,10 +158,10 @@ def test_the_best_epoch_is_kept_as_it_was(job):
 
 
 @pytest.mark.parametrize("every", [-1.0, 1e9])
-def test_every_epoch_is_reported_once(job, monkeypatch, every):
+def test_every_epoch_is_reported_once(tmp_path, every):
     """Whether reports come each epoch or share a wait, no row is lost or doubled."""
-    monkeypatch.setattr(pipeline.distributed._job, "report_every", every)
-    state = train(tiny(), schedule())
+    job = Job(tmp_path, report_every=every)
+    state = train(job, tiny(), schedule())
     assert len(job.reports) == (4 if every < 0 else 1)
     rows = [row for part in job.rows for row in part]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -168,23 +169,22 @@ def test_every_epoch_is_reported_once(job, monkeypatch, every):
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_an_interrupted_training_ends_where_a_whole_one_ends(job, monkeypatch, after):
+def test_an_interrupted_training_ends_where_a_whole_one_ends(tmp_path, after):
     """Resumed after any epoch: weights, optimiser, dropout, rates and history are bit for bit."""
-    monkeypatch.setattr(pipeline.distributed._job, "report_every", -1.0)
-    whole = copy.deepcopy(train(tiny(), schedule()))
+    job = Job(tmp_path, report_every=-1.0)
+    whole = copy.deepcopy(train(job, tiny(), schedule()))
     job.start = job.reports[after - 1]
     assert job.start["epoch"] == after
     assert_ends_as(whole, job, after, schedule())
 
 
 @pytest.mark.parametrize("report", range(5))
-def test_an_epoch_that_was_interrupted_goes_on_at_its_step(job, monkeypatch, report):
+def test_an_epoch_that_was_interrupted_goes_on_at_its_step(tmp_path, report):
     """Checkpoints after every second step: the same end, and the log of the epoch is whole."""
     params = schedule(batch_size=4)  # five steps an epoch
-    whole = copy.deepcopy(train(tiny(), params))
-    job.reports.clear()
-    monkeypatch.setattr(pipeline.training, "checkpoint_due", lambda step: step % 2 == 0)
-    train(tiny(), params)
+    whole = copy.deepcopy(train(Job(tmp_path), tiny(), params))
+    job = Job(tmp_path, checkpoint_steps=2)
+    train(job, tiny(), params)
     within = [state for state in job.reports if "step" in state]
     assert len(within) == 2 * 4
     job.start = within[report * len(within) // 5]
@@ -197,7 +197,7 @@ def assert_ends_as(whole, job, after, params):
     network = tiny()
     with torch.no_grad():
         network[1].weight.zero_()  # whatever it was, the checkpoint wins
-    resumed = train(network, params)
+    resumed = train(job, network, params)
     assert [row["epoch"] for part in job.rows for row in part] == list(range(after + 1, 5))
     assert resumed["history"] == whole["history"]
     for key in ("network", "best_network"):
@@ -215,14 +215,11 @@ def test_the_learning_rate_of_an_epoch_reaches_the_optimiser(job, monkeypatch):
         optimizer, "step", lambda: (used.append(optimizer.param_groups[0]["lr"]), step())
     )
 
-    def windows(pixels, ids, epoch):
+    def passes(pixels, ids, epoch):
         yield lambda: network(pixels)
 
     params = schedule(milestones=[0.75, 0.5], batch_size=10)
-    state = fit(
-        "a_stage", network, network, windows, optimizer, images(), params,
-        lambda epoch: {"accuracy/validation": 0.0}, 0, 1,
-    )  # fmt: skip
+    state = fit(job, Task(network, network, passes, optimizer, half), images(), params)
     assert used == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
     assert [row["learning_rate"] for row in state["history"]] == pytest.approx(used[::2])
 
@@ -258,11 +255,11 @@ def test_training_sees_the_images_of_its_order_with_their_ids(job):
     """Pixels, ids and epoch belong together; each step has the batch that order() says."""
     split, network, seen = images(), tiny(), []
 
-    def windows(pixels, ids, epoch):
+    def passes(pixels, ids, epoch):
         seen.append((pixels, ids, epoch))
         yield lambda: network(pixels)
 
-    train(network, schedule(epochs=2), split=split, windows=windows)
+    train(job, network, schedule(epochs=2), split=split, passes=passes)
     expected = [(batch, e) for e in (1, 2) for batch in order(20, 8, 0, e)]
     assert len(seen) == len(expected) == 4
     for (pixels, ids, epoch), (batch, e) in zip(seen, expected, strict=True):
@@ -275,11 +272,11 @@ def test_augmentation_reaches_the_training(job):
     """With augment the images are those of augment() for this seed and epoch."""
     split, network, seen = images(), tiny(), []
 
-    def windows(pixels, ids, epoch):
+    def passes(pixels, ids, epoch):
         seen.append(pixels)
         yield lambda: network(pixels)
 
-    train(network, schedule(epochs=1, augment=True, seed=5), split=split, windows=windows)
+    train(job, network, schedule(epochs=1, augment=True, seed=5), split=split, passes=passes)
     batch = order(20, 8, 5, 1)[0]
     assert torch.equal(seen[0], normalise(augment(split.images[batch], split.ids[batch], 5, 1)))
     assert not torch.equal(seen[0], normalise(split.images[batch]))
@@ -293,14 +290,11 @@ def test_clip_bounds_the_gradient_and_the_log_has_it_unclipped(job):
         before = weights(network)
         optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
 
-        def windows(pixels, ids, epoch, network=network):
+        def passes(pixels, ids, epoch, network=network):
             yield lambda: network(pixels)
 
         params = schedule(epochs=1, batch_size=20, learning_rate=1.0, milestones=[])
-        state = fit(
-            "a_stage", network, network, windows, optimizer, images(), params,
-            lambda epoch: {"accuracy/validation": 0.0}, 0, 1, clip,
-        )  # fmt: skip
+        state = fit(job, Task(network, network, passes, optimizer, half, clip), images(), params)
         moved = torch.cat([(v - before[k]).flatten() for k, v in network.state_dict().items()])
         norms[clip] = (moved.norm().item(), state["history"][0]["gradient_norm/all"])
     assert norms[None][0] == pytest.approx(norms[None][1], rel=1e-4)
@@ -314,13 +308,14 @@ def test_the_mean_of_the_workers_gradients_is_that_of_the_global_batch(count, wo
     network, split = tiny().eval(), images(count)
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
 
-    def windows(pixels, ids, epoch):
+    def passes(pixels, ids, epoch):
         yield lambda: network(pixels)
 
     def gradients(rank, of):
         share = split.take(torch.arange(rank, count, of))
         optimizer.zero_grad()
-        _backward(network, windows, normalise(share.images), share, 1, of / count, None)
+        task = Task(network, network, passes, optimizer, half)
+        backward(task, normalise(share.images), share, 1, of / count)
         return torch.cat([p.grad.flatten() for p in network.parameters()])
 
     mean = torch.stack([gradients(rank, world) for rank in range(world)]).mean(0)
@@ -333,8 +328,8 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(job, micro_batch
     torch.manual_seed(0)
     whole = tiny().eval()
     parts = copy.deepcopy(whole)
-    one = train(whole, schedule())
-    other = train(parts, schedule(), micro_batch=micro_batch)
+    one = train(job, whole, schedule())
+    other = train(job, parts, schedule(), micro_batch=micro_batch)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     for a, b in zip(one["history"], other["history"], strict=True):
@@ -342,10 +337,11 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(job, micro_batch
         assert a["accuracy/train"] == b["accuracy/train"]
 
 
-def test_fewer_images_in_a_batch_than_workers_is_refused(job):
+def test_fewer_images_in_a_batch_than_workers_is_refused(tmp_path):
     """A worker without an image would have no gradient; the message names key and value."""
+    job = Job(tmp_path, world=9)
     with pytest.raises(ValueError, match=r"a_stage\.batch_size is 8; allowed: .*the 9 workers"):
-        train(tiny(), schedule(), world=9)
+        train(job, tiny(), schedule())
     assert job.reports == []
 
 
@@ -354,7 +350,7 @@ def test_train_metrics_are_means_over_the_images_that_were_seen(job):
     network, split = tiny().eval(), images()
     network[3].p = 0.0
     params = schedule(epochs=1, learning_rate=1e-30, milestones=[])
-    row = train(network, params, split=split)["history"][0]
+    row = train(job, network, params, split=split)["history"][0]
     seen = torch.cat(order(20, 8, 0, 1))
     logits = network(normalise(split.images[seen]))
     labels = split.labels[seen]
@@ -372,8 +368,8 @@ def test_a_training_from_files_is_one_from_memory(job, tmp_path):
     torch.manual_seed(7)
     memory = tiny().eval()
     streamed = copy.deepcopy(memory)
-    one = train(memory, schedule(batch_size=4, augment=True), split=split)
-    other = train(streamed, schedule(batch_size=4, augment=True), split=files)
+    one = train(job, memory, schedule(batch_size=4, augment=True), split=split)
+    other = train(job, streamed, schedule(batch_size=4, augment=True), split=files)
     for name, value in memory.state_dict().items():
         assert torch.equal(value, streamed.state_dict()[name]), name
     assert [row["loss/train"] for row in one["history"]] == [

@@ -1,45 +1,16 @@
 """`make ui`: what it says, what it refuses, and that nothing of it is left."""
 
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.ui import UiError, wait_for
-from tests.pipeline.conftest import ROOT, Repository, Started
-from tests.pipeline.test_model import free_port
-
-NO_SCREEN = {"DISPLAY": "", "WAYLAND_DISPLAY": "", "BROWSER": "true"}  # opens no browser
-
-
-@contextmanager
-def ui(repository, log, port=None):
-    """The command of `make ui` in a repository; ctrl-C at the end, and nothing is left."""
-    command = [sys.executable, "-m", "pipeline.ui", str(port or free_port())]
-    started = Started(repository, log, command, **NO_SCREEN)
-    try:
-        yield started
-    finally:
-        if started.process.poll() is None:
-            started.process.send_signal(signal.SIGINT)
-        started.wait_until_gone(60)
-
-
-def address_of(started) -> str:
-    """The address that it prints once the server answers."""
-    deadline = time.monotonic() + 180
-    while not (found := re.search(r"^MLflow: (\S+) \(ctrl-C ends it\)$", started.says(), re.M)):
-        assert started.process.poll() is None, started.says()
-        assert time.monotonic() < deadline, started.says()
-        time.sleep(0.1)
-    return found[1]
+from tests.pipeline.support import NO_SCREEN, ROOT, Repository, address_of, free_port, ui
 
 
 def refused(*arguments: str, folder, **environment: str) -> str:

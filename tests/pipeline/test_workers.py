@@ -1,21 +1,22 @@
 """One, two or three workers: the same thresholds, spikes, masks and counts, the same gradients."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-import pipeline.balance_thresholds
-import pipeline.evaluate_converted
-import pipeline.finetune_stdb
-import pipeline.train_ann
-import pipeline.training
 import stdb
+from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
 from pipeline.data import Split, normalise
-from pipeline.training import _backward
-from tests.pipeline.test_loops import PARAMS, STDB, given, make_files, starting
+from pipeline.learning.fit import Task, backward
+from tests.pipeline.support import (
+    NETWORK,
+    PARAMS,
+    STDB,
+    KeptWorker,
+    make_files,
+    starting,
+)
 
 WORLDS = [1, 2, 3]
 SEEDS = [0, 1, 2]
@@ -44,44 +45,29 @@ def work(rank: int, world: int, files, folder) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store-{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    results, last = {}, {}
-    modules = [
-        pipeline.balance_thresholds, pipeline.evaluate_converted, pipeline.finetune_stdb,
-        pipeline.train_ann, pipeline.training,
-    ]  # fmt: skip
-    for module in modules:
-        module.setup = lambda config: (rank, world, torch.device("cpu"))
-        module.report = lambda state, rows=(): last.update(state)
-        module.resume = lambda device: None
-        module.data_parallel = partial(parallel, world)
+    results = {}
 
-    def job(name: str, loop, **config) -> None:
-        last.clear()
-        loop({**given(files[0]), **config})
-        results[name] = dict(last)
+    def job(name: str, loop, **sections) -> None:
+        params = PARAMS.model_copy(update={"network": NETWORK, "stdb": STDB, **sections})
+        worker = GlooWorker(params, files[0], rank=rank, world=world)
+        loop(worker)
+        results[name] = worker.states[-1]
 
-    balance = pipeline.balance_thresholds.balance_loop
     for percentile in (100.0, 99.0):
         chosen = BALANCING.model_copy(update={"percentile": percentile})
-        job(
-            f"balance {percentile}", balance,
-            balance_thresholds=chosen.model_dump(), stdb=STDB.model_dump(),
-        )  # fmt: skip
+        loop = balance_thresholds.balance_loop
+        job(f"balance {percentile}", loop, balance_thresholds=chosen)
     evaluation = PARAMS.evaluate_converted.model_copy(
         update={"timesteps": 12, "scales": [0.3, 0.6], "batch_size": 64}
     )
-    job(
-        "evaluate", pipeline.evaluate_converted.evaluate_loop,
-        evaluate_converted=evaluation.model_dump(), stdb=STDB.model_dump(),
-    )  # fmt: skip
+    job("evaluate", evaluate_converted.evaluate_loop, evaluate_converted=evaluation)
     for seed in SEEDS if world == 1 else SEEDS[:1]:
         params = TRAINING.model_copy(update={"seed": seed})
         with recording() as drawn:
-            tune = pipeline.finetune_stdb.train_loop
-            job(f"finetune {seed}", tune, stdb=params.model_dump(), scale=0.5)
+            job(f"finetune {seed}", finetune_stdb.train_loop, stdb=params)
         results[f"drawn {seed}"] = drawn
         ann = ANN.model_copy(update={"seed": seed})
-        job(f"ann {seed}", pipeline.train_ann.train_loop, train_ann=ann.model_dump())
+        job(f"ann {seed}", train_ann.train_loop, train_ann=ann)
     results["gradients"] = gradients(rank, world, files)
     torch.save(results, folder / f"{world}-{rank}.pt")
     dist.destroy_process_group()
@@ -92,12 +78,22 @@ def parallel(world: int, network):
     return network if world == 1 else torch.nn.parallel.DistributedDataParallel(network)
 
 
+class GlooWorker(KeptWorker):
+    """A worker in a process that Ray did not start."""
+
+    def data_parallel(self, network):
+        return parallel(self.world, network)
+
+    def resume(self):
+        return None
+
+
 class recording:  # noqa: N801
     """Keeps input spikes and dropout masks of a training, by the random stream of the sample."""
 
     def __enter__(self) -> dict:
         self.drawn: dict = {}
-        self.encode, self.mask = stdb.PoissonEncoder.__call__, stdb.network.Presentation.mask
+        self.encode, self.mask = stdb.PoissonEncoder.__call__, stdb.Presentation._draw_mask
         drawn, encode, mask = self.drawn, self.encode, self.mask
 
         def encoding(encoder, images, start, stop, keys):
@@ -107,19 +103,19 @@ class recording:  # noqa: N801
                     drawn[key, "input", t] = spikes[t - start, b].to(torch.int8)
             return spikes
 
-        def masking(presentation, i, shape):
-            masks = mask(presentation, i, shape)
+        def masking(presentation, i, number, shape):
+            masks = mask(presentation, i, number, shape)
             if masks is not None:
                 for b, key in enumerate(presentation.keys.tolist()):
                     drawn[key, "mask", i] = masks[b] > 0
             return masks
 
         stdb.PoissonEncoder.__call__ = encoding
-        stdb.network.Presentation.mask = masking
+        stdb.Presentation._draw_mask = masking
         return drawn
 
     def __exit__(self, *_) -> None:
-        stdb.PoissonEncoder.__call__, stdb.network.Presentation.mask = self.encode, self.mask
+        stdb.PoissonEncoder.__call__, stdb.Presentation._draw_mask = self.encode, self.mask
 
 
 def gradients(rank: int, world: int, files) -> dict:
@@ -135,12 +131,14 @@ def gradients(rank: int, world: int, files) -> dict:
     split = Split(pixels, train.labels, train.ids, train.classes)
     model = parallel(world, snn)
 
-    def windows(images, ids, epoch):
+    def passes(images, ids, epoch):
         yield lambda: model(snn.present(images, sample_ids=ids, epoch=epoch), params.timesteps)
 
     snn.train()
     share = split.take(torch.arange(rank, 45, world))
-    _backward(model, windows, normalise(share.images), share, 1, world / 45, None)
+    optimizer = torch.optim.SGD(snn.net.parameters(), lr=1.0)
+    task = Task(snn.net, model, passes, optimizer, lambda epoch: {})
+    backward(task, normalise(share.images), share, 1, world / 45)
     return {name: p.grad for name, p in snn.net.named_parameters() if p.requires_grad}
 
 

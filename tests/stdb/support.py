@@ -51,6 +51,7 @@ class LiteralNeuron(nn.Module):
             return torch.where(self.latest > -torch.inf, s, 0.0)
         if self.kind == "linear":
             return self.alpha * torch.clamp(1 - distance.abs(), min=0)
+        assert self.kind == "exponential", self.kind
         return self.alpha * torch.exp(-self.beta * distance.abs())
 
     def forward(self, current: Tensor) -> Tensor:

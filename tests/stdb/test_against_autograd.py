@@ -71,7 +71,7 @@ def close(actual, expected, what, tolerance=TOLERANCE):
     assert error <= tolerance * max(1e-12, float(expected.abs().max())), f"{what}: off by {error}"
 
 
-def compare(
+def compare(  # noqa: PLR0913 (what hypothesis draws)
     net, train, *, seed=0, direct=False, chunk=None, windows=None, leak=1.0, kind="stdb",
     alpha=0.3, beta=0.05, over_threshold=False, temporal_gradient=True, learn="Vλ",
 ):  # fmt: skip

@@ -120,7 +120,7 @@ def test_a_nir_file_runs_in_snntorch(trained, tmp_path):
     assert float((total.argmax(1) == logits.argmax(1)).float().mean()) >= 0.99
 
 
-def interpreted(graph, train, dt):
+def interpreted(graph, train, dt):  # noqa: C901 (a case for each of NIR's nodes)
     """A NIR graph run step by step from NIR's equations (forward Euler), reset by subtraction."""
     from nir import IF, LIF, AvgPool2d, Conv2d, Flatten, I, Input, Linear, Output
 

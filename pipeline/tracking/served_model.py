@@ -9,7 +9,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import torch
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 import stdb
 
@@ -23,7 +23,12 @@ class SpikingClassifier(PythonModel):
         if torch.cuda.is_available():
             self.snn.cuda()
 
-    def predict(self, context, model_input, params=None):  # MLflow would read type hints
+    def predict(  # type: ignore[no-untyped-def]  # MLflow would read type hints
+        self,
+        context,  # noqa: ARG002 (MLflow knows it by this name)
+        model_input,
+        params=None,
+    ):
         """Class probabilities.
 
         Args:

@@ -7,13 +7,15 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import stdb
-from pipeline.data import Samples, normalise, shares
-from pipeline.distributed import total
+from pipeline.data import Samples, normalise
+from pipeline.jobs.worker import Worker
+from pipeline.params import EvaluateConvertedParams
 from stdb import first_confident, logit_scale, scaled_losses
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # at which leaving early is looked at
@@ -41,6 +43,15 @@ class Evaluation:
     confusion: list[list[int]]
     exits: dict[float, tuple[float, float]]
 
+    def spiking(self) -> dict[str, Any]:
+        """What a metrics file says of the spikes after T steps."""
+        return {
+            "spikes_per_neuron": self.spikes,
+            "synaptic_operations": self.operations,
+            "energy_pj": self.energy,
+            "energy_delay": self.energy * len(self.accuracy),
+        }
+
 
 def longest(timesteps: int) -> int:
     """How far the accuracy of a network for so many steps is shown: also beyond them."""
@@ -48,24 +59,19 @@ def longest(timesteps: int) -> int:
 
 
 @torch.no_grad()
-def evaluate_ann(ann: nn.Module, split: Samples, batch_size: int, rank: int, world: int) -> float:
+def evaluate_ann(worker: Worker, ann: nn.Module, split: Samples, batch_size: int) -> float:
     """Accuracy of an ANN."""
     device = next(ann.parameters()).device
     ann.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in split.stream(shares(len(split), batch_size, rank, world), device):
+    for batch in split.stream(worker.batches(len(split), batch_size), device):
         correct += (ann(normalise(batch.images)).argmax(1) == batch.labels).sum()
-    return total(correct).item() / len(split)
+    return worker.all_reduce(correct).item() / len(split)
 
 
 @torch.no_grad()
 def evaluate_snn(
-    snn: stdb.SpikingNetwork,
-    split: Samples,
-    timesteps: int,
-    batch_size: int,
-    rank: int,
-    world: int,
+    worker: Worker, snn: stdb.SpikingNetwork, split: Samples, timesteps: int, batch_size: int
 ) -> Evaluation:
     """Accuracy after every step and spikes of every layer; one presentation gives them all."""
     device = next(snn.parameters()).device
@@ -74,14 +80,14 @@ def evaluate_snn(
     correct = torch.zeros(timesteps, dtype=torch.int64, device=device)
     confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
     exits = torch.zeros(len(CONFIDENCES), 2, dtype=torch.int64, device=device)
-    positions = shares(len(split), batch_size, rank, world)
+    positions = worker.batches(len(split), batch_size)
     said = time.monotonic()
     with stdb.record_spikes(snn) as statistics:
         for number, batch in enumerate(split.stream(positions, device)):
-            if rank == 0 and time.monotonic() - said > SAY_EVERY:
+            if time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
-                shown = number * batch_size * world
-                print(f"  T = {timesteps}: {shown} of {len(split)} images presented", flush=True)
+                shown = number * batch_size * worker.world
+                worker.say(f"T = {timesteps}: {shown} of {len(split)} images presented")
             images = normalise(batch.images)
             logits = snn.logits_over_time(images, timesteps, sample_ids=batch.ids)
             decided = logits.argmax(2)  # (T, B)
@@ -90,33 +96,52 @@ def evaluate_snn(
             pairs = batch.labels * classes + decided[-1]
             confusion += torch.bincount(pairs, minlength=classes**2)
             exits += _exits(logits.softmax(2), right)
-    _merge(statistics, snn, split.shape, device)
-    accuracy = (total(correct).double() / len(split)).tolist()
+    _merge(worker, statistics, split.shape)
+    accuracy = (worker.all_reduce(correct).double() / len(split)).tolist()
     operations = sum(statistics.synaptic_operations().values())
-    means = (total(exits).double() / len(split)).tolist()
+    means = (worker.all_reduce(exits).double() / len(split)).tolist()
     return Evaluation(
         accuracy,
         statistics.spikes_per_neuron(),
         statistics.energy(),
         operations,
-        total(confusion).view(classes, classes).tolist(),
+        worker.all_reduce(confusion).view(classes, classes).tolist(),
         {c: (steps, right) for c, (steps, right) in zip(CONFIDENCES, means, strict=True)},
     )
 
 
 @torch.no_grad()
 def fitting_logit_scale(
-    snn: stdb.SpikingNetwork, split: Samples, timesteps: int, batch_size: int, rank: int, world: int
+    worker: Worker, snn: stdb.SpikingNetwork, split: Samples, timesteps: int, batch_size: int
 ) -> float:
     """The factor of U_T with which softmax(U_T) is as sure of a split as it is right."""
     device = next(snn.parameters()).device
     snn.eval()
     losses = torch.zeros_like(scaled_losses(torch.zeros(1, 2), torch.zeros(1).long()))
     losses = losses.to(device)
-    for batch in split.stream(shares(len(split), batch_size, rank, world), device):
+    for batch in split.stream(worker.batches(len(split), batch_size), device):
         logits = snn(normalise(batch.images), timesteps, sample_ids=batch.ids)
         losses += scaled_losses(logits, batch.labels)
-    return logit_scale(total(losses))
+    return logit_scale(worker.all_reduce(losses))
+
+
+def best_scale(
+    worker: Worker,
+    snn: stdb.SpikingNetwork,
+    validation: Samples,
+    timesteps: int,
+    params: EvaluateConvertedParams,
+) -> float:
+    """The threshold scale at which the converted network is most accurate after so many steps."""
+    accuracies: dict[float, float] = {}
+    for scale in params.scales:
+        snn.scale_thresholds(scale)
+        evaluation = evaluate_snn(worker, snn, validation, timesteps, params.batch_size)
+        accuracies[scale] = evaluation.accuracy[-1]
+        worker.say(
+            f"scale {scale:<5} T = {timesteps}: validation {accuracies[scale]:.1%}",
+        )
+    return max(accuracies, key=lambda scale: accuracies[scale])
 
 
 def _exits(probabilities: Tensor, right: Tensor) -> Tensor:
@@ -140,8 +165,10 @@ def diagnose(
     device = next(snn.parameters()).device
     few = split.take(torch.arange(min(DIAGNOSED, len(split)), device=split.labels.device))
     few = few.to(device)
-    found = stdb.diagnose(ann.to(device), snn, normalise(few.images), timesteps, sample_ids=few.ids)
-    return [vars(row) | {"hint": row.hint} for row in found]
+    layers = stdb.diagnose(
+        ann.to(device), snn, normalise(few.images), timesteps, sample_ids=few.ids
+    )
+    return [vars(row) | {"hint": row.hint} for row in layers]
 
 
 def chance(classes: int, images: int) -> float:
@@ -150,7 +177,7 @@ def chance(classes: int, images: int) -> float:
     return guess + 2 * math.sqrt(guess * (1 - guess) / images)
 
 
-def collapse(accuracy: float, classes: int, images: int, rows: Sequence[dict]) -> str:
+def collapse(accuracy: float, classes: int, images: int, rows: Sequence[dict[str, Any]]) -> str:
     """The diagnosis as text, where an accuracy is at chance level; else empty."""
     if accuracy > chance(classes, images):
         return ""
@@ -167,18 +194,16 @@ def collapse(accuracy: float, classes: int, images: int, rows: Sequence[dict]) -
     return "\n".join([*lines, *([f"  the first layer that is ill: {first}"] if first else [])])
 
 
-def _merge(
-    statistics: stdb.SpikeStatistics,
-    snn: stdb.SpikingNetwork,
-    shape: tuple[int, int, int],
-    device: torch.device,
-) -> None:
+def _merge(worker: Worker, statistics: stdb.SpikeStatistics, shape: tuple[int, int, int]) -> None:
     """Sum the workers' spike counts; one that had no batch counts nothing."""
-    statistics.images = int(total(torch.tensor(statistics.images, device=device)))
+    snn = statistics.network
+    device = next(snn.parameters()).device
+    images = torch.tensor(statistics.images, device=device)
+    statistics.images = int(worker.all_reduce(images))
     shapes = snn.shapes(shape)
     for i, name in {0: "input", **snn.graph.labels}.items():
         nothing = torch.zeros(shapes[i], dtype=torch.float64, device=device)
-        statistics.maps[name] = total(statistics.maps.get(name, nothing))
+        statistics.maps[name] = worker.all_reduce(statistics.maps.get(name, nothing))
 
 
 def spike_metrics(spikes: dict[str, float]) -> dict[str, float]:

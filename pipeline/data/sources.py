@@ -7,14 +7,18 @@ A source gives its images as (N, C, H, W) uint8, or, where they are too many for
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data import DataError, read_image
-from pipeline.params import DataParams
-from pipeline.tracking import root
+from pipeline.data.images import read_image
+from pipeline.errors import DataError
+from pipeline.files import root
+
+if TYPE_CHECKING:
+    from pipeline.params import DataParams
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images or names of files, labels (N,)
 
@@ -22,17 +26,12 @@ IN_MEMORY = 4 << 30  # bytes of pixels; with ``data.stream: auto`` larger data s
 UNPACKED = Path("data/unpacked")
 
 
-def read_source(params: DataParams) -> tuple[Arrays, Arrays | None, list[str]]:
+def read_source(params: "DataParams") -> tuple[Arrays, Arrays | None, list[str]]:
     """The source's training images, its test images if it has any, and the names of the classes."""
-    if params.source == "digits":
-        return _digits()
-    if params.source == "folder":
-        assert params.path is not None
-        return _folder(root() / params.path, params)
-    return _torchvision(params)
+    return SOURCES[params.source](params)
 
 
-def _digits() -> tuple[Arrays, None, list[str]]:
+def _digits(_: "DataParams") -> tuple[Arrays, None, list[str]]:
     """scikit-learn's 1,797 handwritten digits, 8×8 pixels of 17 grey levels; no download."""
     from sklearn.datasets import load_digits
 
@@ -41,7 +40,7 @@ def _digits() -> tuple[Arrays, None, list[str]]:
     return (images, digits.target), None, [str(name) for name in digits.target_names]
 
 
-def _torchvision(params: DataParams) -> tuple[Arrays, Arrays, list[str]]:
+def _torchvision(params: "DataParams") -> tuple[Arrays, Arrays, list[str]]:
     from torchvision import datasets
 
     dataset = {
@@ -81,7 +80,13 @@ def _by_hand(dataset: Any, folder: Path) -> str:
 # -- class folders ---------------------------------------------------------------------------------
 
 
-def _folder(path: Path, params: DataParams) -> tuple[Arrays, Arrays | None, list[str]]:
+def _folder_or_archive(params: "DataParams") -> tuple[Arrays, Arrays | None, list[str]]:
+    """What ``data.path`` names."""
+    assert params.path is not None
+    return _folder(root() / params.path, params)
+
+
+def _folder(path: Path, params: "DataParams") -> tuple[Arrays, Arrays | None, list[str]]:
     """Class folders, or ``train`` and ``test`` with class folders each; folder or archive."""
     if not path.exists():
         raise DataError(f"data.path is {path}, which does not exist")
@@ -122,7 +127,7 @@ def _class_folders(place: Path) -> tuple[list[Path], np.ndarray, list[str]]:
     return names, np.asarray(labels), [folder.name for folder in folders]
 
 
-def _read(names: list[Path], place: Path, params: DataParams) -> np.ndarray:
+def _read(names: list[Path], place: Path, params: "DataParams") -> np.ndarray:
     """The images of these files, (N, C, H, W) uint8; their names where they are to be streamed."""
     channels = 1 if params.grayscale else 3
     first = read_image(names[0], channels, params.image_size)
@@ -149,7 +154,7 @@ def _read(names: list[Path], place: Path, params: DataParams) -> np.ndarray:
     return images
 
 
-def _check(names: list[Path], params: DataParams) -> None:
+def _check(names: list[Path], params: "DataParams") -> None:
     """Find out before a training, not in it, that a file is no image; reads their heads."""
     from PIL import Image
 
@@ -170,7 +175,7 @@ def _check(names: list[Path], params: DataParams) -> None:
 # -- archives --------------------------------------------------------------------------------------
 
 
-def _archive(path: Path, params: DataParams) -> tuple[Arrays, Arrays | None, list[str]]:
+def _archive(path: Path, params: "DataParams") -> tuple[Arrays, Arrays | None, list[str]]:
     """What is in an archive; it stays unpacked where its images are too many for the memory."""
     state = path.stat()
     unpacked = root() / UNPACKED
@@ -180,9 +185,9 @@ def _archive(path: Path, params: DataParams) -> tuple[Arrays, Arrays | None, lis
         with tempfile.TemporaryDirectory(dir=unpacked) as temporary:
             inside = Path(temporary) / "all"
             _unpack(path, inside)
-            found = _folder(_inside(inside), params)
-            if found[0][0].ndim == 4:
-                return found
+            contents = _folder(_inside(inside), params)
+            if contents[0][0].ndim == 4:
+                return contents
             inside.rename(folder)
     return _folder(_inside(folder), params)
 
@@ -215,3 +220,11 @@ def _inside(folder: Path) -> Path:
     """Skip a single folder around everything."""
     inside = [entry for entry in folder.iterdir() if not _ignored(entry)]
     return _inside(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
+
+
+Source = Callable[["DataParams"], tuple[Arrays, Arrays | None, list[str]]]
+SOURCES: dict[str, Source] = {
+    "digits": _digits,
+    **dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "cifar100"), _torchvision),
+    "folder": _folder_or_archive,
+}

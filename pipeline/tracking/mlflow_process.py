@@ -1,4 +1,4 @@
-"""MLflow's side of a stage: the process that takes a :class:`pipeline.tracking.Tracker`'s messages.
+"""MLflow's side of a stage: the process that takes a :class:`.tracker.Tracker`'s messages.
 
     network, T, commit              one execution of the pipeline: all parameters, the final figures
     ├── prepare_data
@@ -14,20 +14,35 @@ import json
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from pipeline.registry import register
-from pipeline.tracking import (
+from pipeline.environment import MLFLOW, set_default_environment
+from pipeline.files import root
+from pipeline.tracking.messages import (
+    Child,
+    ChildEnd,
+    Dataset,
+    End,
+    Figure,
+    Log,
+    Message,
+    Model,
+    Start,
+    Summary,
+    from_line,
+)
+from pipeline.tracking.origin import (
     EXPERIMENT,
-    Entry,
     is_gone,
-    log_entries,
     provenance,
-    root,
     tracking_uri,
     without_secrets,
 )
+from pipeline.tracking.registry import register
+from pipeline.tracking.tracker import log_entries
 
 QUIET = ("alembic", "mlflow", "mlflow.system_metrics")
 PARAMS_AT_ONCE = 100  # MLflow's limit
@@ -40,23 +55,20 @@ converted by threshold balancing, and fine-tuned by STDB. `accuracy/` is that of
 `spikes/` are per neuron and image, `energy/` is per image. Runs are named after network, T and
 commit, or after their DVC experiment.
 """
+# whose exceptions say that MLflow, its database or its store does not answer
+OUTSIDE = ("mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3", "alembic", "botocore", "boto3")
 
 
-def keep() -> None:
-    """What the process does: take messages from its input until it ends."""
-    keeper = Keeper()
+def main() -> None:
+    """Take messages from standard input until it ends."""
+    set_default_environment(MLFLOW)
+    process = MlflowProcess()
     for line in sys.stdin:
-        name, *arguments = json.loads(line)
-        try:
-            if not keeper.failed or (name == "end" and keeper.run_id):
-                getattr(keeper, name)(*arguments)
-        except Exception as error:
-            if not keeper.failed:
-                warn(f"MLflow at {tracking_uri()} does not answer, going on without: {error}")
-            keeper.failed = True
-        if name == "start":
+        message = from_line(line)
+        process.take(message)
+        if isinstance(message, Start):
             with suppress(BrokenPipeError):  # where the stage was killed meanwhile
-                os.write(sys.stdout.fileno(), f"{keeper.run_id}\n".encode())
+                os.write(sys.stdout.fileno(), f"{process.run_id}\n".encode())
 
 
 def warn(text: str) -> None:
@@ -64,8 +76,19 @@ def warn(text: str) -> None:
     print(f"warning: {without_secrets(text)}", file=sys.stderr, flush=True)
 
 
-class Keeper:
-    """MLflow's side of a :class:`Tracker`; its methods are the messages."""
+def report(error: Exception, otherwise: str) -> None:
+    """An outage in one line, ``otherwise``; an error of our own with its traceback."""
+    outside = type(error).__module__.partition(".")[0] in OUTSIDE
+    missing = isinstance(error, FileNotFoundError)  # a file that we said there is
+    if outside or (isinstance(error, OSError) and not missing):
+        warn(f"MLflow at {tracking_uri()} {otherwise}: {error}")
+    else:
+        lines = "".join(traceback.format_exception(error))
+        warn(f"a fault of this program, going on without MLflow:\n{lines.rstrip()}")
+
+
+class MlflowProcess:
+    """MLflow's side of a :class:`.tracker.Tracker`."""
 
     def __init__(self) -> None:
         self.run_id = self.parent_id = ""
@@ -73,15 +96,28 @@ class Keeper:
         self.failed = False  # said once; MLflow is a view, and its failure stops nothing
         self.monitor: Any = None
 
-    def start(
-        self,
-        stage: str,
-        params: dict[str, Any],
-        inputs: dict[str, str],
-        tags: dict[str, str],
-        execution: dict[str, Any],
-        datasets: list[dict[str, Any]],
-    ) -> None:
+    def take(self, message: Message) -> None:
+        """Do what a message says; after a failure, which is reported once, only the end."""
+        if self.failed and not (isinstance(message, End) and self.run_id):
+            return
+        takers: dict[type[Any], Callable[[Any], None]] = {
+            Start: self.start,
+            Log: self.log,
+            Figure: self.figure,
+            Summary: self.summary,
+            Model: self.model,
+            Child: self.child,
+            ChildEnd: self.child_end,
+            End: self.end,
+        }
+        try:
+            takers[type(message)](message)
+        except Exception as error:
+            if not self.failed:
+                report(error, "does not answer, going on without")
+            self.failed = True
+
+    def start(self, message: Start) -> None:
         """Open the stage's run, or go on in the one that was interrupted, below its parent."""
         import mlflow
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -90,11 +126,11 @@ class Keeper:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.client = client = mlflow.MlflowClient(tracking_uri=tracking_uri())
         self.experiment_id = self._experiment()
-        tags |= provenance()
+        tags = {"job": message.job, "process": message.process} | provenance()
         self.tags = dict(tags)
-        self.source = self._source(f"dvc repro {stage}")
+        self.source = self._source(f"dvc repro {message.stage}")
         self.run_id = self._unfinished_run(tags)
-        self.parent_id = self._parent(stage, execution)
+        self.parent_id = self._parent(message)
         below = {"mlflow.parentRunId": self.parent_id}
         if self.run_id:
             client.update_run(self.run_id, status="RUNNING")
@@ -103,12 +139,12 @@ class Keeper:
                 client.set_tag(self.run_id, key, value)
         else:
             tags |= below | self.source
-            tags |= {f"input.{path}": value for path, value in inputs.items()}
-            run = client.create_run(self.experiment_id, run_name=stage, tags=tags)
+            tags |= {f"input.{path}": value for path, value in message.inputs.items()}
+            run = client.create_run(self.experiment_id, run_name=message.stage, tags=tags)
             self.run_id = run.info.run_id
-            self._log_params(self.run_id, params)
+            self._log_params(self.run_id, message.params)
         for run_id in (self.run_id, self.parent_id):
-            self._log_datasets(run_id, datasets)
+            self._log_datasets(run_id, message.datasets)
         self.monitor = SystemMetricsMonitor(
             self.run_id, resume_logging=True, tracking_uri=tracking_uri()
         )
@@ -117,9 +153,9 @@ class Keeper:
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self.client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
-            return found.experiment_id
+        experiment = self.client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None:
+            return experiment.experiment_id
         local = tracking_uri().startswith("sqlite")
         place = (root() / "mlartifacts").as_uri() if local else None
         try:
@@ -127,40 +163,40 @@ class Keeper:
                 EXPERIMENT, artifact_location=place, tags={"mlflow.note.content": PURPOSE}
             )
         except MlflowException:  # perhaps another process was faster
-            found = self.client.get_experiment_by_name(EXPERIMENT)
-            if found is None:
+            experiment = self.client.get_experiment_by_name(EXPERIMENT)
+            if experiment is None:
                 raise
-            return found.experiment_id
+            return experiment.experiment_id
 
     def _unfinished_run(self, tags: dict[str, str]) -> str:
         """The run of this job that was interrupted, to go on in; or "".
 
         A kill leaves it RUNNING; those of other jobs are closed, and so are parents.
         """
-        found = ""
+        unfinished = ""
         running = self._search("attributes.status = 'RUNNING'")
         stopped = self._search("tags.interrupted = 'true'")
         for run in [*running, *stopped]:
             if run.info.status == "RUNNING" and not is_gone(run.data.tags.get("process", "")):
                 continue
             same = all(run.data.tags.get(k) == tags[k] for k in ("job", "dvc.experiment"))
-            if same and not found:
-                found = run.info.run_id
+            if same and not unfinished:
+                unfinished = run.info.run_id
             elif run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "FAILED")
-        return found
+        return unfinished
 
-    def _parent(self, stage: str, execution: dict[str, Any]) -> str:
+    def _parent(self, message: Start) -> str:
         """The run of this execution: the one there is, that of the interrupted run, or a new one.
 
-        ``execution`` has ``process``, which runs the pipeline, all ``params``, and whether the
-        stage ``searches`` some of them; the execution is then named after it.
+        Where the stage searches some of the parameters, it is named after the stage.
         """
-        mine = {"process": execution["process"], "dvc.experiment": self.tags["dvc.experiment"]}
-        name = self._name(execution["params"], stage if execution["searches"] else "")
+        params = message.everything or message.params
+        mine = {"process": message.execution, "dvc.experiment": self.tags["dvc.experiment"]}
+        name = self._name(params, message.stage if message.searches else "")
         own = " and ".join(f"tags.`{key}` = '{value}'" for key, value in mine.items())
-        if found := self._search(f"{own} and tags.kind = 'execution'"):
-            parent = found[0].info.run_id
+        if parents := self._search(f"{own} and tags.kind = 'execution'"):
+            parent = parents[0].info.run_id
         elif self.run_id and (earlier := self._parent_of(self.run_id)):
             parent = earlier
             self.client.set_tag(parent, "process", mine["process"])
@@ -169,13 +205,13 @@ class Keeper:
             tags = mine | origin | self._source("dvc repro") | {"kind": "execution"}
             run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
             parent = run.info.run_id
-            self._log_params(parent, execution["params"])
-        renamed = name if execution["searches"] else None  # stages above a sweep did not know of it
+            self._log_params(parent, params)
+        renamed = name if message.searches else None  # stages above a sweep did not know of it
         self.client.update_run(parent, status="RUNNING", name=renamed)
-        return parent
+        return str(parent)
 
     def _name(self, params: dict[str, Any], sweep: str) -> str:
-        """Of an execution: what tells it from others in lists and legends."""
+        """Name of an execution: what tells it from others in lists and legends."""
         if (experiment := self.tags["dvc.experiment"]) != "workspace":
             return experiment
         commit = self.tags["git.commit"][:7] + "-dirty" * (self.tags["git.dirty"] == "true")
@@ -200,75 +236,71 @@ class Keeper:
         except MlflowException:  # somebody has deleted it
             return ""
 
-    def _search(self, text: str) -> list:
+    def _search(self, text: str) -> list[Any]:
         return list(self.client.search_runs([self.experiment_id], text))
 
-    def _log_datasets(self, run_id: str, datasets: list[dict[str, Any]]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+    def _log_datasets(self, run_id: str, datasets: list[Dataset]) -> None:
+        from mlflow import entities
 
         given = [
-            DatasetInput(
-                Dataset(
-                    row["name"], row["digest"][:DIGEST], "local", json.dumps({"uri": row["path"]}),
-                    profile=json.dumps(row["profile"]),
+            entities.DatasetInput(
+                entities.Dataset(
+                    one.name, one.digest[:DIGEST], "local", json.dumps({"uri": one.path}),
+                    profile=json.dumps(one.profile),
                 ),
-                [InputTag("mlflow.data.context", row["context"])],
+                [entities.InputTag("mlflow.data.context", one.context)],
             )
-            for row in datasets
+            for one in datasets
         ]  # fmt: skip
         if given:
             self.client.log_inputs(run_id, given)
 
-    def log(self, entries: list[Entry]) -> None:
+    def log(self, message: Log) -> None:
         """Metrics."""
-        log_entries(self.client, self.run_id, entries)
+        run_id = self.run_id if message.child is None else self.children[message.child]
+        log_entries(self.client, run_id, message.entries)
 
-    def figure(self, path: str) -> None:
+    def figure(self, message: Figure) -> None:
         """An artefact."""
-        self.client.log_artifact(self.run_id, path)
+        self.client.log_artifact(self.run_id, message.path)
 
-    def summary(self, entries: list[Entry], text: str, page: str) -> None:
+    def summary(self, message: Summary) -> None:
         """The execution's final figures, its description, and a page, to the parent run."""
-        log_entries(self.client, self.parent_id, entries)
-        self.client.set_tag(self.parent_id, "mlflow.note.content", text)
-        self.client.log_artifact(self.parent_id, page)
+        log_entries(self.client, self.parent_id, message.entries)
+        self.client.set_tag(self.parent_id, "mlflow.note.content", message.text)
+        self.client.log_artifact(self.parent_id, message.page)
 
-    def model(self, path: str, name: str, example: list, about: dict[str, Any]) -> None:
-        """Log the network as a registered model (:func:`pipeline.registry.register`)."""
+    def model(self, message: Model) -> None:
+        """Log the network as a registered model (:func:`.registry.register`)."""
         from mlflow.entities import LoggedModelOutput
 
         commit = self.tags["git.commit"]
         try:
-            logged = register(
-                self.client, self.run_id, path, name, example, about, self.source, commit
-            )
+            logged = register(self.client, self.run_id, message, self.source, commit)
             self.client.log_outputs(self.parent_id, [LoggedModelOutput(logged, step=0)])
         except Exception as error:
-            warn(f"MLflow at {tracking_uri()} did not take the model: {error}")
+            report(error, "did not take the model")
         finally:
             self.client.update_run(self.run_id, status="RUNNING")
 
-    def child(self, name: str, params: dict[str, Any]) -> None:
+    def child(self, message: Child) -> None:
         """Open a run below the stage's, or the one of this name that there is."""
-        found = self._search(
+        name = message.name
+        earlier = self._search(
             f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{name}'"
         )
-        if found:
-            self.children[name] = found[0].info.run_id
+        if earlier:
+            self.children[name] = earlier[0].info.run_id
             self.client.update_run(self.children[name], status="RUNNING")
             return
         tags = {**self.tags, "mlflow.parentRunId": self.run_id}
         run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
         self.children[name] = run.info.run_id
-        self._log_params(run.info.run_id, params)
+        self._log_params(run.info.run_id, message.params)
 
-    def child_log(self, name: str, entries: list[Entry]) -> None:
-        """A child's metrics."""
-        log_entries(self.client, self.children[name], entries)
-
-    def child_end(self, name: str, status: str) -> None:
+    def child_end(self, message: ChildEnd) -> None:
         """Close a child."""
-        self.client.set_terminated(self.children.pop(name), status)
+        self.client.set_terminated(self.children.pop(message.name), message.status)
 
     def _log_params(self, run_id: str, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
@@ -277,14 +309,14 @@ class Keeper:
         for start in range(0, len(entries), PARAMS_AT_ONCE):
             self.client.log_batch(run_id, params=entries[start : start + PARAMS_AT_ONCE])
 
-    def end(self, status: str, interrupted: bool) -> None:
+    def end(self, message: End) -> None:
         """Close the stage's run, its children, and the parent with it."""
         if self.monitor is not None:
             self.monitor.finish()
         for name in list(self.children):
-            self.child_end(name, "FAILED")
-        if interrupted:
+            self.child_end(ChildEnd(name=name, status="FAILED"))
+        if message.interrupted:
             self.client.set_tag(self.run_id, "interrupted", "true")
         for run_id in (self.run_id, self.parent_id):
             if run_id:
-                self.client.set_terminated(run_id, status)
+                self.client.set_terminated(run_id, message.status)

@@ -1,4 +1,4 @@
-"""The network of params.yaml: built, loaded from and saved to safetensors, made spiking."""
+"""Networks as params.yaml and earlier stages' files say: built, loaded, saved, made spiking."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import stdb
 from pipeline.data import Samples
+from pipeline.errors import StageError
+from pipeline.files import ANN, THRESHOLDS, read_json, writing
 from pipeline.params import NetworkParams, StdbParams
-from pipeline.stage import StageError, writing
 
 
 def recipe(params: NetworkParams, data: Samples) -> dict[str, Any]:
@@ -33,13 +34,10 @@ def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
 
 def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetwork:
     """The ANN converted as ``stdb`` says: encoder, surrogate, leak."""
-    encoder: stdb.PoissonEncoder | stdb.DirectEncoder = (
-        stdb.PoissonEncoder(seed) if params.encoder == "poisson" else stdb.DirectEncoder()
-    )
     surrogate = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
     return stdb.convert(
         ann,
-        encoder,
+        stdb.encoder_of(params.encoder, seed),
         surrogate,
         params.leak,
         temporal_gradient=params.temporal_gradient,
@@ -101,3 +99,36 @@ def load_weights(network: nn.Module, path: Path) -> None:
             + more
         )
     network.load_state_dict(state)
+
+
+def load_thresholds(snn: stdb.SpikingNetwork, path: Path) -> None:
+    """Set a network's thresholds to the balanced ones; an error if they are another network's."""
+    try:
+        layers = read_json(path)["layers"]
+        snn.set_thresholds(
+            {row["layer"]: row["threshold"] for row in layers},
+            balanced=[row["layer"] for row in layers if row["balanced"]],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StageError(f"{path}: {error}; run balance_thresholds for this network") from error
+
+
+def load_converted(
+    network: NetworkParams, params: StdbParams, data: Samples, root: Path = Path()
+) -> tuple[nn.Module, stdb.SpikingNetwork]:
+    """The trained ANN, and the spiking network that it is converted to, at its balanced thresholds.
+
+    Args:
+        network: params.yaml's.
+        params: params.yaml's, of the spiking network.
+        data: a split, whose images and classes the network is for.
+        root: the repository, with weights and thresholds.
+
+    Raises:
+        StageError: weights or thresholds are another network's.
+    """
+    ann = build_ann(network, data)
+    load_weights(ann, root / ANN)
+    snn = build_snn(ann, params, params.seed)
+    load_thresholds(snn, root / THRESHOLDS)
+    return ann, snn

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import pipeline.repro
-from pipeline.distributed import plan_workers, reason, worker_lost
+from pipeline.errors import StageError
+from pipeline.jobs.failures import reason, worker_lost
+from pipeline.jobs.plan import plan_workers
 from pipeline.params import ClusterParams, load_params
-from pipeline.stage import StageError
-from tests.pipeline.conftest import ROOT
+from tests.pipeline.support import ROOT
 
 CLUSTER = load_params(ROOT / "params.yaml").cluster
 

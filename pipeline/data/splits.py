@@ -5,7 +5,6 @@ sample, and images: (N, C, H, W) uint8 that live in memory (:class:`Split`), or,
 set, the names of files that are read as they are needed (:class:`Files`).
 """
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,21 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stdb import derive, sample_keys, uniform
-
-CROP_STREAM, FLIP_STREAM = 0xC0, 0xF1
-PHOTOGRAPH = 128  # pixels, from which on a network and its augmentation are ImageNet's
-AREA, ASPECT = (0.08, 1.0), 4 / 3  # of a random crop of a photograph; the ratio is 1/ASPECT to that
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message says which file or class, and what to do."""
+from pipeline.data.images import read_image
+from pipeline.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Files(Dataset):
+class Files(Dataset[Tensor]):
     """A split that stays in its image files, which processes of their own read ahead of need.
 
     Attributes:
@@ -96,7 +87,7 @@ class Files(Dataset):
         images = torch.stack([self[int(k)] for k in index])
         return Split(images, self.labels[index], self.ids[index], self.classes)
 
-    def to(self, device: torch.device) -> "Files":
+    def to(self, _: torch.device) -> "Files":
         """Itself: batches go to a device, the split does not."""
         return self
 
@@ -116,7 +107,7 @@ class Files(Dataset):
 Samples = Split | Files  # what stages get
 
 
-def some(split: Samples, count: int | None, seed: int) -> Samples:
+def subset(split: Samples, count: int | None, seed: int) -> Samples:
     """A few of the samples, drawn by seed; all where ``count`` is None."""
     if count is None or count >= len(split):
         return split
@@ -124,87 +115,13 @@ def some(split: Samples, count: int | None, seed: int) -> Samples:
     return split.take(torch.randperm(len(split), generator=generator)[:count])
 
 
-def shares(count: int, size: int, rank: int, world: int) -> list[Tensor]:
+def worker_batches(count: int, size: int, rank: int, world: int) -> list[Tensor]:
     """The positions of a worker's batches of an evaluation.
 
     Whole batches go to a worker, so that they are made of the same images, and products round
     alike, whatever the number of workers.
     """
     return list(torch.arange(count).split(size)[rank::world])
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Uint8 pixels → float32 in [−1, 1], which the ANN sees and the SNN's encoder fires at."""
-    return images.float().div_(127.5).sub_(1.0)
-
-
-def augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
-    """Random crop and horizontal flip, as the authors': a function of (seed, epoch, sample).
-
-    The crop is one of the image's size after padding by 4; from 128 pixels on, as for ImageNet, one
-    of 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, brought to the image's size.
-
-    Args:
-        images: (B, C, H, W) uint8.
-        ids: (B,) names of the samples.
-        seed: of the training.
-        epoch: of the training.
-    """
-    keys = derive(sample_keys(ids, epoch), seed)
-    crop = _resized_crop if images.shape[-1] >= PHOTOGRAPH else _padded_crop
-    flip = uniform(derive(keys, FLIP_STREAM), 1) < 0.5
-    cropped = crop(images, keys)
-    return torch.where(flip[:, :, None, None], cropped.flip(-1), cropped)
-
-
-def _padded_crop(images: Tensor, keys: Tensor) -> Tensor:
-    padded = F.pad(images, (4, 4, 4, 4))
-    size = images.shape[-1]
-    offset = (uniform(derive(keys, CROP_STREAM), 2) * 9).long()  # (N, 2) of 0 … 8
-    pixel = torch.arange(size, device=images.device)
-    rows = (offset[:, 0, None] + pixel)[:, None, :, None]  # (N, 1, H, 1)
-    columns = (offset[:, 1, None] + pixel)[:, None, None, :]  # (N, 1, 1, W)
-    sample = torch.arange(len(images), device=images.device)[:, None, None, None]
-    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-    return padded[sample, channel, rows, columns]
-
-
-def _resized_crop(images: Tensor, keys: Tensor) -> Tensor:
-    area, aspect, x, y = uniform(derive(keys, CROP_STREAM), 4).unbind(1)
-    area = AREA[0] + (AREA[1] - AREA[0]) * area
-    ratio = torch.exp((2 * aspect - 1) * math.log(ASPECT))
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    affine = torch.zeros(len(images), 2, 3, device=images.device)
-    affine[:, 0, 0], affine[:, 1, 1] = width, height
-    affine[:, 0, 2], affine[:, 1, 2] = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    cropped = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return cropped.round().to(torch.uint8)
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-def read_image(path: str | Path, channels: int, size: int | None) -> np.ndarray:
-    """An image file as (C, H, W) uint8; the largest square in its middle, where a size is given.
-
-    Raises:
-        DataError: it is no image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except Exception as error:
-        raise DataError(f"{path} cannot be read as an image ({error})") from error
-    if size is not None and image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.array(image)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def save_split(split: Samples, path: Path) -> None:

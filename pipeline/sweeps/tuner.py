@@ -11,9 +11,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from pipeline.stage import writing
-from pipeline.sweep_params import BudgetParams, SweepParams
-from pipeline.tracking import Tracker
+from pipeline.files import write_text
+from pipeline.jobs.ray_private import replace_callbacks
+from pipeline.stage import Stage
+from pipeline.sweeps.space import BudgetParams, SweepParams
 
 ACCURACY = "accuracy/best"
 LOGGED = ("epoch", "neuron_steps", "energy_delay", "spikes")  # besides metrics of a group
@@ -21,7 +22,7 @@ LOGGED = ("epoch", "neuron_steps", "energy_delay", "spikes")  # besides metrics 
 
 def space(sweep: SweepParams) -> dict[str, Any]:
     """Tune's form of the search space."""
-    make: dict[str, Callable[[list], Any]] = {
+    make: dict[str, Callable[[list[Any]], Any]] = {
         "choice": tune.choice,
         "grid": tune.grid_search,
         "uniform": lambda ends: tune.uniform(*ends),
@@ -58,7 +59,7 @@ class Halving(FIFOScheduler):
     """
 
     def __init__(self, sweep: SweepParams, default: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         assert sweep.asha is not None
         self.by_timesteps, self.default = sweep.cost is not None, default
         self.settings: dict[str, Any] = {
@@ -80,16 +81,16 @@ class Halving(FIFOScheduler):
         """Into the bracket of its T."""
         self._of(trial).on_trial_add(tune_controller, trial)
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether it goes on."""
         return self._of(trial).on_trial_result(tune_controller, trial, result)
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Its last result counts, too."""
         self._of(trial).on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Gone."""
+        """Out of its bracket."""
         self._of(trial).on_trial_remove(tune_controller, trial)
 
 
@@ -105,25 +106,24 @@ class Budget(tune.Stopper):
         self.trials: dict[str, float] = {}
         self.before = 0.0  # seconds of earlier attempts
         if path.exists():
-            found = json.loads(path.read_text())
-            self.trials, self.before = found["neuron_steps"], found["seconds"]
+            spent = json.loads(path.read_text(encoding="utf-8"))
+            self.trials, self.before = spent["neuron_steps"], spent["seconds"]
 
     @property
     def seconds(self) -> float:
-        """Of all attempts."""
+        """Seconds of all attempts."""
         return self.before + time.monotonic() - self.start
 
     @property
     def neuron_steps(self) -> float:
-        """Of all trials."""
+        """Neuron-steps of all trials."""
         return sum(self.trials.values())
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """A trial's report; never stops it alone."""
         self.trials[trial_id] = result.get("neuron_steps", 0.0)
-        with writing(self.path) as temporary:
-            spent = {"neuron_steps": self.trials, "seconds": self.seconds}
-            temporary.write_text(json.dumps(spent))
+        spent = {"neuron_steps": self.trials, "seconds": self.seconds}
+        write_text(self.path, json.dumps(spent))
         return False
 
     def stop_all(self) -> bool:
@@ -133,42 +133,39 @@ class Budget(tune.Stopper):
             seconds is not None and self.seconds >= seconds
         )
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Budget, (self.limits, self.path)  # Tune keeps it; what was spent is in the file
 
 
 class Watch(tune.Callback):
     """A line and an MLflow run for every trial.
 
-    Attributes:
-        say: the stage's; of the class, as the next, since Tune keeps callbacks in a file.
-        tracker: the sweep's run.
+    Args:
+        stage: the sweep's.
         total: trials that there will be.
     """
 
-    say: Callable[[str], None]
-    tracker: Tracker
-    total: int
-
-    def __init__(self) -> None:
+    def __init__(self, stage: Stage, total: int) -> None:
+        self.say, self.tracker, self.total = stage.say, stage.tracker, total
+        self.timesteps = stage.params.stdb.timesteps  # where they are not searched
         self.done = 0
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open its run."""
         self.tracker.child(trial.trial_id, trial.config)
 
     def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Log an epoch."""
         row = {k: v for k, v in result.items() if k in LOGGED or ("/" in k and is_number(v))}
         self.tracker.child_rows(trial.trial_id, [row])
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close its run."""
         self._ended(trial, "FINISHED")
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close its run; the others go on."""
         self._ended(trial, "FAILED")
 
@@ -177,34 +174,33 @@ class Watch(tune.Callback):
         self.tracker.child_end(trial.trial_id, status)
         values = ", ".join(f"{name} {_short(value)}" for name, value in trial.config.items())
         last = trial.last_result or {}
-        found = (
+        outcome = (
             "failed"
             if status == "FAILED" or ACCURACY not in last
             else (f"{last[ACCURACY]:.1%} after {last['epoch']} epoch(s)")
         )
-        self.say(f"trial {self.done} of up to {self.total}: {values}: {found}")
+        self.say(f"trial {self.done} of up to {self.total}: {values}: {outcome}")
 
-    def __reduce__(self) -> tuple:
-        return Watch, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tune.Callback, ()  # Tune keeps callbacks in a file; this one is of this process
 
 
 def make_tuner(
-    trainable: Callable, sweep: SweepParams, folder: Path, parallel: int, default: int
+    trainable: Callable[..., Any], sweep: SweepParams, folder: Path, parallel: int, watch: Watch
 ) -> tune.Tuner:
-    """A new sweep in ``folder``, or the one that was interrupted there.
-
-    ``default`` is T where it is not searched.
-    """
+    """A new sweep in ``folder``, or the one that was interrupted there."""
     path = folder / "trials"
     if tune.Tuner.can_restore(path):
-        Watch.say("goes on: finished trials are kept")
-        return tune.Tuner.restore(str(path), trainable, param_space=space(sweep))
+        watch.say("goes on: finished trials are kept")
+        tuner = tune.Tuner.restore(str(path), trainable, param_space=space(sweep))
+        replace_callbacks(tuner, [watch])
+        return tuner
     return tune.Tuner(
         trainable,
         param_space=space(sweep),
         tune_config=tune.TuneConfig(
             search_alg=search_algorithm(sweep),
-            scheduler=Halving(sweep, default) if sweep.asha is not None else None,
+            scheduler=Halving(sweep, watch.timesteps) if sweep.asha is not None else None,
             num_samples=1 if sweep.method == "grid" else sweep.trials,
             max_concurrent_trials=parallel,
             reuse_actors=True,
@@ -213,7 +209,7 @@ def make_tuner(
             name=path.name,
             storage_path=str(folder),
             stop=Budget(sweep.budget, folder / "spent.json"),
-            callbacks=[Watch()],
+            callbacks=[watch],
             verbose=0,
         ),
     )

@@ -14,10 +14,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pyarrow import fs
+
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 KEPT = 2
 STALE = 7 * 24 * 3600  # seconds after which a stage's other unfinished jobs are given up
@@ -49,7 +51,7 @@ class Checkpoints:
         with system.open_output_stream(f"{path}.part") as file:
             file.write(hashlib.sha256(content).hexdigest().encode())
             file.write(content)
-        if isinstance(system, fs.LocalFileSystem):
+        if "://" not in self.storage:
             _flush(f"{path}.part")
         system.move(f"{path}.part", path)
         for number in there[: 1 - KEPT]:
@@ -64,7 +66,10 @@ class Checkpoints:
             with system.open_input_stream(path) as file:
                 digest, content = file.read(64), file.read()
             if hashlib.sha256(content).hexdigest().encode() == digest:
-                return torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+                state: dict[str, Any] = torch.load(
+                    io.BytesIO(content), weights_only=True, map_location=device
+                )
+                return state
             print(f"[{self.stage}] {path} is damaged; trying the one before it", flush=True)
         return None
 
@@ -83,6 +88,8 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Remove this job's states, and those of other jobs of the stage that nobody finished."""
+        from pyarrow import fs
+
         system, root = self._open()
         for entry in system.get_file_info(fs.FileSelector(root, allow_not_found=True)):
             files = fs.FileSelector(entry.path, allow_not_found=True, recursive=True)
@@ -92,13 +99,18 @@ class Checkpoints:
             ):
                 system.delete_dir(entry.path)
 
-    def _open(self) -> tuple[fs.FileSystem, str]:
+    def _open(self) -> tuple["fs.FileSystem", str]:
+        from pyarrow import fs
+
         if "://" in self.storage:
-            return fs.FileSystem.from_uri(self.storage)
+            system, path = fs.FileSystem.from_uri(self.storage)
+            return system, str(path)
         return fs.LocalFileSystem(), self.storage
 
     @staticmethod
-    def _numbers(system: fs.FileSystem, folder: str) -> list[int]:
+    def _numbers(system: "fs.FileSystem", folder: str) -> list[int]:
+        from pyarrow import fs
+
         files = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         names = [f.base_name for f in files]
         return sorted(int(n[6:12]) for n in names if n.startswith("state-") and n.endswith(".pt"))
@@ -110,5 +122,5 @@ def _flush(path: str) -> None:
         os.fsync(file.fileno())
 
 
-def _age(file: fs.FileInfo) -> float:
+def _age(file: "fs.FileInfo") -> float:
     return time.time() - file.mtime.timestamp() if file.mtime else 0.0

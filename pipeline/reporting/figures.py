@@ -3,10 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,8 +10,7 @@ from torch import Tensor
 
 import stdb
 from pipeline.params import StdbParams
-
-Row = dict[str, Any]  # of a CSV file: values are text
+from pipeline.reporting.results import ConfusionRow, CurvePoint, EpochRow, LayerRow
 
 CONVERTED, FINETUNED, ANN = "#8a8f98", "#c8452d", "#2a5d8f"
 SLANTED: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
@@ -35,8 +30,8 @@ def surrogate(params: StdbParams, steps: int = 100) -> Figure:
     kind = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
     spikes, potential, gradient = stdb.simulate_neuron(current, kind, leak)
     t = range(1, steps + 1)
-    figure, (above, middle, below) = plt.subplots(
-        3, 1, figsize=(7, 5), sharex=True, layout="constrained", height_ratios=[0.8, 2, 2]
+    figure, (above, middle, below) = _subplots(
+        3, 1, figsize=(7, 5), sharex=True, height_ratios=[0.8, 2, 2]
     )
     for height, train, color in ((0, inputs, CONVERTED), (1, spikes[:, 0], FINETUNED)):
         at = [step for step, spike in zip(t, train.tolist(), strict=True) if spike]
@@ -47,7 +42,7 @@ def surrogate(params: StdbParams, steps: int = 100) -> Figure:
     middle.axhline(1, color="black", ls=":", lw=1)
     middle.set_ylabel("membrane U / V")
     below.plot(t, gradient[:, 0].tolist(), color=FINETUNED)
-    beta = "" if params.surrogate == "linear" else f", β = {params.beta:g}"
+    beta = f", β = {params.beta:g}" if kind.uses_beta else ""
     below.set_title(f"{params.surrogate}, α = {params.alpha:g}{beta}", fontsize=10)
     below.set(xlabel="time step", ylabel="∂O/∂U", ylim=(0, 1.1 * params.alpha))
     for axes in (above, middle, below):
@@ -56,17 +51,20 @@ def surrogate(params: StdbParams, steps: int = 100) -> Figure:
 
 
 def accuracy_by_timestep(
-    ann: float, converted: Sequence[Row], tuned: Sequence[Row], marks: Sequence[tuple[int, float]]
+    ann: float,
+    converted: Sequence[CurvePoint],
+    tuned: Sequence[CurvePoint],
+    marks: Sequence[tuple[int, float]],
 ) -> Figure:
     """Accuracy on the test split after every step, converted and fine-tuned.
 
     ``marks`` are T and accuracy of the two at the reduced T.
     """
     figure, axes = _axes("Accuracy against T", "time steps", "test accuracy (%)")
-    for scale in dict.fromkeys(row["threshold_scale"] for row in converted):
-        curve = [row for row in converted if row["threshold_scale"] == scale]
-        balanced = float(scale) == 1
-        label = "balanced thresholds" if balanced else f"thresholds × {float(scale):g}"
+    for scale in dict.fromkeys(row.threshold_scale for row in converted):
+        curve = [row for row in converted if row.threshold_scale == scale]
+        balanced = scale == 1
+        label = "balanced thresholds" if balanced else f"thresholds × {scale:g}"
         _curve(axes, curve, f"converted, {label}", CONVERTED, ":" if balanced else "-")
     _curve(axes, tuned, "STDB", FINETUNED, "-")
     axes.axhline(100 * ann, color=ANN, lw=1.2, ls="--", label="ANN")
@@ -99,15 +97,15 @@ def spikes_per_layer(
     return figure
 
 
-def diagnosis(converted: Sequence[Row], tuned: Sequence[Row]) -> Figure:
+def diagnosis(converted: Sequence[LayerRow], tuned: Sequence[LayerRow]) -> Figure:
     """Layer by layer: correlation with the ANN; dead and saturated neurons."""
-    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    names, x = [row["layer"] for row in converted], range(len(converted))
+    figure, both = _subplots(1, 2, figsize=(10, 4))
+    names, x = [row.layer for row in converted], range(len(converted))
     for rows, color, label in ((converted, CONVERTED, "converted"), (tuned, FINETUNED, "STDB")):
-        values = [float(row["correlation"]) for row in rows]
+        values = [row.correlation for row in rows]
         both[0].plot(x, values, "o-", color=color, label=label)
         for key, style, word in (("dead", "o--", "silent"), ("saturated", "s:", "saturated")):
-            shares = [100 * float(row[key]) for row in rows]
+            shares = [100 * float(getattr(row, key)) for row in rows]
             both[1].plot(x, shares, style, color=color, label=f"{label}, {word}")
     both[0].set(title="Spike counts follow activations", ylabel="correlation", ylim=(0, 1.02))
     both[1].set(title="Silent and saturated neurons", ylabel="share (%)")
@@ -135,9 +133,7 @@ def raster(snn: stdb.SpikingNetwork, image: Tensor, ids: Tensor, timesteps: int)
         for _ in range(timesteps):
             presentation.advance(1)
             potentials.append(presentation.membrane[label[0]].clone())
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(7, 7), layout="constrained", height_ratios=[2, 1]
-    )
+    figure, (above, below) = _subplots(2, 1, figsize=(7, 7), height_ratios=[2, 1])
     row, ticks = 0, []
     for name in snn.graph.labels.values():
         train = statistics.train(name).flatten(1)  # (T, neurons)
@@ -166,14 +162,14 @@ def raster(snn: stdb.SpikingNetwork, image: Tensor, ids: Tensor, timesteps: int)
     return figure
 
 
-def confusion(rows: Sequence[Row], classes: Sequence[str]) -> Figure:
+def confusion(rows: Sequence[ConfusionRow], classes: Sequence[str]) -> Figure:
     """Images of the test split by class and by what was decided."""
     place = {name: i for i, name in enumerate(classes)}
     counts = torch.zeros(len(classes), len(classes))
     for row in rows:
-        counts[place[row["actual"]], place[row["predicted"]]] = float(row["images"])
+        counts[place[row.actual], place[row.predicted]] = row.images
     size = min(9.0, 3 + 0.4 * len(classes))
-    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
+    figure, axes = _subplots(figsize=(size, size))
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set(title="Decisions of the fine-tuned network", xlabel="decided", ylabel="class")
@@ -186,9 +182,9 @@ def confusion(rows: Sequence[Row], classes: Sequence[str]) -> Figure:
     return figure
 
 
-def training(ann: Sequence[Row], tuned: Sequence[Row]) -> Figure:
+def training(ann: Sequence[EpochRow], tuned: Sequence[EpochRow]) -> Figure:
     """Accuracy by epoch of both trainings."""
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, both = _subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axes, rows, title, color in (
         (both[0], ann, "ANN", ANN),
         (both[1], tuned, "STDB", FINETUNED),
@@ -196,7 +192,7 @@ def training(ann: Sequence[Row], tuned: Sequence[Row]) -> Figure:
         epochs = [int(row["epoch"]) for row in rows]
         for key, style in (("train", ":"), ("validation", "-")):
             if rows and f"accuracy/{key}" in rows[0]:
-                values = [100 * float(row[f"accuracy/{key}"]) for row in rows]
+                values = [100 * row[f"accuracy/{key}"] for row in rows]
                 axes.plot(epochs, values, style, color=color, label=key)
         axes.set(title=title, xlabel="epoch")
         axes.spines[["top", "right"]].set_visible(False)
@@ -218,16 +214,22 @@ def over_time(probabilities: Tensor, classes: Sequence[str], step: int, title: s
     return figure
 
 
+def _subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of its own, without pyplot's window and list of figures."""
+    figure = Figure(figsize=options.pop("figsize"), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = _subplots(figsize=(7, 4))
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _curve(axes: Axes, rows: Sequence[Row], label: str, color: str, style: str) -> None:
-    steps = [int(row["timesteps"]) for row in rows]
-    accuracy = [100 * float(row["accuracy"]) for row in rows]
+def _curve(axes: Axes, rows: Sequence[CurvePoint], label: str, color: str, style: str) -> None:
+    steps = [row.timesteps for row in rows]
+    accuracy = [100 * row.accuracy for row in rows]
     axes.plot(steps, accuracy, style, color=color, label=label)
 
 

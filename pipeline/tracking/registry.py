@@ -11,32 +11,21 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking import tracking_uri
+from pipeline.tracking.messages import About, Model
+from pipeline.tracking.origin import tracking_uri
 
 CHAMPION = "champion"
 ACCURACY_TAG = "accuracy.validation"  # of a version; what decides who is champion
 REQUIREMENTS = ("mlflow", "numba", "numpy", "safetensors", "torch")  # of the model
 
 
-def register(
-    client: Any,
-    run_id: str,
-    path: str,
-    name: str,
-    example: list,
-    about: dict[str, Any],
-    source: dict[str, str],
-    commit: str,
-) -> str:
+def register(client: Any, run_id: str, model: Model, source: dict[str, str], commit: str) -> str:
     """Log a network as a model of a run, register it, and let the best version be champion.
 
     Args:
         client: MLflow's.
         run_id: of the stage's run.
-        path: a file of ``stdb.save``.
-        name: of the registered model.
-        example: uint8 images (1, C, H, W), nested.
-        about: ``accuracy`` on validation, ``timesteps``, ``classes``, ``architecture``.
+        model: what is logged.
         source: tags that say what made it.
         commit: of the code.
 
@@ -48,11 +37,12 @@ def register(
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-    images = np.array(example, dtype=np.uint8)
+    name, about = model.name, model.about
+    images = np.array(model.example, dtype=np.uint8)
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype(np.uint8), (-1, *images.shape[1:]), "images")]),
-        Schema([TensorSpec(np.dtype(np.float32), (-1, len(about["classes"])))]),
-        ParamSchema([ParamSpec("timesteps", "integer", about["timesteps"])]),
+        Schema([TensorSpec(np.dtype(np.float32), (-1, len(about.classes)))]),
+        ParamSchema([ParamSpec("timesteps", "integer", about.timesteps)]),
     )
     mlflow.set_tracking_uri(tracking_uri())
     silent = redirect_stderr(StringIO())
@@ -60,23 +50,23 @@ def register(
         info = mlflow.pyfunc.log_model(
             name="snn",
             python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"network": path},
-            code_paths=_code(about["architecture"]),
+            artifacts={"network": model.path},
+            code_paths=_code(about.architecture),
             signature=signature,
             input_example={"images": images},
             pip_requirements=[
                 f"{p}=={metadata.version(p).partition('+')[0]}" for p in REQUIREMENTS
             ],
             registered_model_name=name,
-            metadata=about,
+            metadata=about.model_dump(),
         )
     client.set_logged_model_tags(info.model_id, source)
     version = info.registered_model_version
     _describe(client, name, version, about, commit)
-    champion = _crown(client, name, version, about["accuracy"])
+    champion = _crown(client, name, version, about.accuracy)
     which = f"now models:/{name}@{CHAMPION}" if champion else "the champion is better"
     print(f"MLflow: model {name}, version {version}, {which}", file=sys.stderr, flush=True)
-    return info.model_id
+    return str(info.model_id)
 
 
 def _code(architecture: str) -> list[str]:
@@ -93,7 +83,7 @@ def _code(architecture: str) -> list[str]:
     return code
 
 
-def _describe(client: Any, name: str, version: str, about: dict[str, Any], commit: str) -> None:
+def _describe(client: Any, name: str, version: str, about: About, commit: str) -> None:
     """What the registry's pages say of a model and of a version of it."""
     if not client.get_registered_model(name).description:  # else it is somebody's own
         client.update_registered_model(
@@ -105,11 +95,11 @@ def _describe(client: Any, name: str, version: str, about: dict[str, Any], commi
     client.update_model_version(
         name,
         version,
-        f"{about['architecture']}, T = {about['timesteps']}: {about['accuracy']:.2%} on "
+        f"{about.architecture}, T = {about.timesteps}: {about.accuracy:.2%} on "
         f"validation; commit {commit[:7]}",
     )
-    client.set_model_version_tag(name, version, ACCURACY_TAG, str(about["accuracy"]))
-    client.set_model_version_tag(name, version, "timesteps", str(about["timesteps"]))
+    client.set_model_version_tag(name, version, ACCURACY_TAG, str(about.accuracy))
+    client.set_model_version_tag(name, version, "timesteps", str(about.timesteps))
 
 
 def _crown(client: Any, name: str, version: str, accuracy: float) -> bool:

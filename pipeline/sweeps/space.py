@@ -17,16 +17,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.params import (
-    Count,
-    NonNegative,
-    ParamsError,
-    Positive,
-    Section,
-    Seed,
-    StdbParams,
-    load,
-)
+from pipeline.errors import ParamsError
+from pipeline.params import Count, NonNegative, Positive, Seed, StdbParams
+from pipeline.typed import Section, load
 
 Scaled = tuple[str, Callable[[float, int], float]]
 SCALED: dict[str, Scaled] = {  # name → what it stands for, and its value from this one's and T
@@ -70,7 +63,7 @@ class Range(Section):
 
     @property
     def kind(self) -> str:
-        """Which one it is."""
+        """Name of the one that is given."""
         return next(iter(self.model_dump(exclude_none=True)))
 
     @property
@@ -99,22 +92,22 @@ class AshaParams(Section):
     """
 
     grace: Count
-    """Epochs that every trial has."""
+    """Number of epochs that every trial has."""
     reduction: Annotated[int, Field(ge=2)]
-    """One of so many goes on."""
+    """One of so many trials goes on, 2 or more."""
 
 
 class ResourceParams(Section):
     """What a trial may use."""
 
     parallel: Count | Literal["auto"]
-    """Trials at once; auto: as many as there is room for."""
+    """Number of trials at once; auto: as many as there is room for."""
     workers: Count
-    """Of each; several are a Ray Train job of its own."""
+    """Number of workers of each; several are a Ray Train job of its own."""
     cpus: Positive
-    """Cores of a worker."""
+    """Number of cores of a worker, above 0."""
     gpus: NonNegative | Literal["auto"]
-    """GPUs of a worker; a fraction shares one; auto: one where there are any."""
+    """Number of GPUs of a worker; a fraction shares one; auto: one where there are any."""
 
 
 class SweepParams(Section):
@@ -128,13 +121,13 @@ class SweepParams(Section):
     """The winner has the least time steps (energy-delay) at which accuracy is within so many points
     of the ANN's; accuracy alone: it is the most accurate."""
     trials: Count
-    """How many; grid: the number of combinations at most."""
+    """Number of trials; of a grid: the number of combinations at most."""
     epochs: Count
-    """Of a trial."""
+    """Number of epochs of a trial."""
     train_images: Count | None
     """Training images of a trial, drawn by seed; None: as many as stdb.images says."""
     seed: Seed
-    """Of the search."""
+    """Seed of the search."""
     budget: BudgetParams
     asha: AshaParams | None
     """None: every trial runs to its end."""
@@ -169,7 +162,7 @@ class SweepParams(Section):
 
     @property
     def combinations(self) -> int:
-        """Of a grid."""
+        """Number of combinations of a grid."""
         return math.prod(len(values.values) for values in self.space.values())
 
 

@@ -20,12 +20,12 @@ class Candidate:
     @property
     def spread(self) -> float:
         """Standard deviation of the accuracy over the seeds."""
-        return pstdev(row["accuracy"] for row in self.trials)
+        return float(pstdev(row["accuracy"] for row in self.trials))
 
 
 def candidates(rows: Sequence[Row], names: Sequence[str], cost: str | None) -> list[Candidate]:
     """The trials that learned something, seeds taken together."""
-    groups: dict[tuple, list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["accuracy"] is not None:
             key = tuple(row[name] for name in names if name != "seed")
@@ -40,29 +40,29 @@ def candidates(rows: Sequence[Row], names: Sequence[str], cost: str | None) -> l
     ]
 
 
-def front(found: Sequence[Candidate]) -> list[Candidate]:
+def front(tried: Sequence[Candidate]) -> list[Candidate]:
     """The Pareto front: each more accurate than all that are as cheap or cheaper."""
     best: list[Candidate] = []
-    for one in sorted(found, key=lambda c: (c.cost, -c.accuracy)):
+    for one in sorted(tried, key=lambda c: (c.cost, -c.accuracy)):
         if not best or one.accuracy > best[-1].accuracy:
             best.append(one)
     return best
 
 
-def choose(found: Sequence[Candidate], cost: str | None, floor: float) -> Candidate:
+def choose(tried: Sequence[Candidate], cost: str | None, floor: float) -> Candidate:
     """The cheapest one on the front with at least the accuracy ``floor``; else the most accurate.
 
     Without a cost it is the most accurate.
     """
-    best = front(found)
+    best = front(tried)
     enough = [one for one in best if one.accuracy >= floor]
     if cost is not None and enough:
         return enough[0]
-    return max(found, key=lambda one: (one.accuracy, -one.cost))
+    return max(tried, key=lambda one: (one.accuracy, -one.cost))
 
 
 def draw_front(
-    found: Sequence[Candidate],
+    tried: Sequence[Candidate],
     winner: Candidate,
     cost: str | None,
     ann: float,
@@ -71,9 +71,9 @@ def draw_front(
 ) -> None:
     """Accuracy against cost: all trials, the front, the ANN, the floor, the winner."""
     drawn, axes = _figure(7, 4.5)
-    costs, accuracies = zip(*((c.cost, 100 * c.accuracy) for c in found), strict=True)
+    costs, accuracies = zip(*((c.cost, 100 * c.accuracy) for c in tried), strict=True)
     axes.scatter(costs, accuracies, s=22, color="#8a8a8a", label="trials", zorder=2)
-    best = front(found)
+    best = front(tried)
     axes.step(
         [c.cost for c in best], [100 * c.accuracy for c in best], where="post",
         marker="o", color="#4c72b0", label="Pareto front", zorder=3,
@@ -125,7 +125,7 @@ def draw_parallel(rows: Sequence[Row], names: Sequence[str], path: Path) -> None
 def draw_curves(epochs: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """Validation accuracy by epoch: a line a setting, the mean over seeds, its spread around it."""
     drawn, axes = _figure(7, 4.5)
-    settings: dict[tuple, dict[int, list[float]]] = {}
+    settings: dict[tuple[Any, ...], dict[int, list[float]]] = {}
     others = [name for name in names if name != "seed"]
     for row in epochs:
         key = tuple(row[name] for name in others)
@@ -148,16 +148,11 @@ def draw_curves(epochs: Sequence[Row], names: Sequence[str], path: Path) -> None
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    return drawn, drawn.subplots()
 
 
 def _save(drawn: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
     drawn.savefig(path, dpi=110, format="png")
-    pyplot.close(drawn)

@@ -1,0 +1,30 @@
+"""Data sets: where they come from, their splits, images and augmentation."""
+
+from pipeline.data.augmentation import augment
+from pipeline.data.images import normalise, read_image
+from pipeline.data.splits import (
+    Files,
+    Samples,
+    Split,
+    load_split,
+    load_splits,
+    save_split,
+    subset,
+    worker_batches,
+)
+from pipeline.errors import DataError
+
+__all__ = [
+    "DataError",
+    "Files",
+    "Samples",
+    "Split",
+    "augment",
+    "load_split",
+    "load_splits",
+    "normalise",
+    "read_image",
+    "save_split",
+    "subset",
+    "worker_batches",
+]

@@ -1,0 +1,57 @@
+"""Augmentation: random crops and flips, a function of (seed, epoch, sample)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stdb import derive, sample_keys, uniform
+
+CROP_STREAM, FLIP_STREAM = 0xC0, 0xF1
+PHOTOGRAPH = 128  # pixels, from which on a network and its augmentation are ImageNet's
+AREA, ASPECT = (0.08, 1.0), 4 / 3  # of a random crop of a photograph; the ratio is 1/ASPECT to that
+
+
+def augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
+    """Random crop and horizontal flip, as the authors': a function of (seed, epoch, sample).
+
+    The crop is one of the image's size after padding by 4; from 128 pixels on, as for ImageNet, one
+    of 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, brought to the image's size.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        ids: (B,) names of the samples.
+        seed: of the training.
+        epoch: of the training.
+    """
+    keys = derive(sample_keys(ids, epoch), seed)
+    crop = _resized_crop if images.shape[-1] >= PHOTOGRAPH else _padded_crop
+    flip = uniform(derive(keys, FLIP_STREAM), 1) < 0.5
+    cropped = crop(images, keys)
+    return torch.where(flip[:, :, None, None], cropped.flip(-1), cropped)
+
+
+def _padded_crop(images: Tensor, keys: Tensor) -> Tensor:
+    padded = F.pad(images, (4, 4, 4, 4))
+    size = images.shape[-1]
+    offset = (uniform(derive(keys, CROP_STREAM), 2) * 9).long()  # (N, 2) of 0 … 8
+    pixel = torch.arange(size, device=images.device)
+    rows = (offset[:, 0, None] + pixel)[:, None, :, None]  # (N, 1, H, 1)
+    columns = (offset[:, 1, None] + pixel)[:, None, None, :]  # (N, 1, 1, W)
+    sample = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+    return padded[sample, channel, rows, columns]
+
+
+def _resized_crop(images: Tensor, keys: Tensor) -> Tensor:
+    area, aspect, x, y = uniform(derive(keys, CROP_STREAM), 4).unbind(1)
+    area = AREA[0] + (AREA[1] - AREA[0]) * area
+    ratio = torch.exp((2 * aspect - 1) * math.log(ASPECT))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    affine = torch.zeros(len(images), 2, 3, device=images.device)
+    affine[:, 0, 0], affine[:, 1, 1] = width, height
+    affine[:, 0, 2], affine[:, 1, 2] = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    cropped = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return cropped.round().to(torch.uint8)

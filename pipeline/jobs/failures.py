@@ -1,0 +1,40 @@
+"""What became of a job that failed: a lost worker, or a worker's own error."""
+
+import torch.distributed as dist
+
+from pipeline.errors import StageError
+from pipeline.jobs.ray_private import wrapped_cause
+
+
+def worker_lost(error: Exception) -> bool:
+    """Whether a job failed since a worker, its node or a connection was lost, not by an error."""
+    failures = getattr(error, "worker_failures", None) or {}
+    return bool(failures) and all(_is_loss(_cause(failure)) for failure in failures.values())
+
+
+def _is_loss(cause: BaseException) -> bool:
+    from ray.exceptions import RayError
+
+    broken = isinstance(cause, RuntimeError) and any(
+        word in str(cause).lower() for word in ("gloo", "nccl", "connection")
+    )
+    ray_trains = type(cause).__module__.startswith("ray.train")
+    return broken or ray_trains or isinstance(cause, RayError | dist.DistError)
+
+
+def _cause(error: Exception) -> BaseException:
+    """The worker's own exception, out of what Ray wraps around it."""
+    failures = getattr(error, "worker_failures", None)
+    cause: BaseException = next(iter(failures.values())) if failures else error
+    while True:
+        inner = wrapped_cause(cause)
+        if not isinstance(inner, BaseException):
+            return cause
+        cause = inner
+
+
+def reason(error: Exception) -> str:
+    """The message of a worker's own exception."""
+    cause = _cause(error)
+    text = str(cause).strip() or type(cause).__name__
+    return text if isinstance(cause, ValueError | StageError) else f"{type(cause).__name__}: {text}"

@@ -1,0 +1,1 @@
+"""Training and judging networks: what stages, trials and benchmarks have in common."""

@@ -1,0 +1,165 @@
+"""STDB fine-tuning (Algorithms 2 and 3), the same for the stage and the trials of a sweep."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+import stdb
+from pipeline.data import Samples, normalise
+from pipeline.files import ANN, THRESHOLDS
+from pipeline.jobs.worker import Row, State, Worker
+from pipeline.learning.evaluation import (
+    Evaluation,
+    evaluate_snn,
+    fitting_logit_scale,
+    spike_metrics,
+)
+from pipeline.learning.fit import BackwardPasses, Task, fit, order
+from pipeline.learning.networks import build_ann, build_snn, load_thresholds, load_weights
+from pipeline.params import StdbParams
+
+SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 90.0
+BATCH = 128  # images presented at once where nothing is learned
+
+
+def fine_tune(
+    worker: Worker,
+    scale: float,
+    train: Samples,
+    validation: Samples,
+    extra: Callable[[int, Evaluation], Row] = lambda _epoch, _evaluation: {},
+) -> tuple[stdb.SpikingNetwork, State]:
+    """Algorithms 2 and 3 on the converted network, or on random weights.
+
+    Args:
+        worker: that this process is; ``params.stdb`` says how.
+        scale: of the thresholds.
+        train: the images to learn from.
+        validation: the images that choose the epoch.
+        extra: further metrics of an epoch, from its evaluation.
+
+    Returns:
+        The network with the weights of its best epoch, and the state of :func:`fit`.
+    """
+    params = worker.params.stdb
+    snn = starting_network(worker, scale, train, validation)
+    model = worker.data_parallel(snn)
+
+    def validate(epoch: int) -> Row:
+        evaluation = evaluate_snn(worker, snn, validation, params.timesteps, BATCH)
+        return {
+            "accuracy/validation": evaluation.accuracy[-1],
+            "energy/validation_pj": evaluation.energy,
+            **spike_metrics(evaluation.spikes),
+            **extra(epoch, evaluation),
+        }
+
+    optimizer = torch.optim.Adam(
+        [p for p in snn.parameters() if p.requires_grad],
+        lr=params.learning_rate,
+        weight_decay=params.weight_decay,
+        amsgrad=True,
+        fused=True,
+    )
+    available = free_memory(worker.device, worker.world)
+    chunk = fitting_chunk(worker, snn, train.shape, available)
+    task = Task(
+        snn.net,
+        model,
+        backward_passes(snn, model, params, chunk),
+        optimizer,
+        validate,
+        params.clip,
+        params.micro_batch,
+        snn.constrain,
+    )
+    state = fit(worker, task, train, params)
+    snn.net.load_state_dict(state["best_network"])
+    return snn, state
+
+
+def starting_network(
+    worker: Worker, scale: float, train: Samples, validation: Samples
+) -> stdb.SpikingNetwork:
+    """The converted network at its scaled thresholds, or random weights; its output scaled."""
+    params = worker.params.stdb
+    torch.manual_seed(params.seed)
+    ann = build_ann(worker.params.network, train)
+    if not params.from_scratch:
+        load_weights(ann, worker.path(ANN))
+    if params.dropout is not None:
+        for module in ann.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = params.dropout
+    snn = build_snn(ann, params, params.seed).to(worker.device)
+    if params.from_scratch:
+        balance_random(snn, train, params)
+    else:
+        load_thresholds(snn, worker.path(THRESHOLDS))
+    snn.scale_thresholds(scale)
+    factor = params.logit_scale
+    if factor == "auto":  # random weights are not sure of anything
+        factor = 1.0
+        if not params.from_scratch:
+            factor = fitting_logit_scale(worker, snn, validation, params.timesteps, BATCH)
+            worker.say(f"logit scale {factor:.3g}")
+    snn.scale_output(factor)
+    return snn
+
+
+def backward_passes(
+    snn: stdb.SpikingNetwork, model: nn.Module, params: StdbParams, chunk: int
+) -> BackwardPasses:
+    """One backward pass over all T, or one for each window of truncated BPTT (§2.2)."""
+
+    def passes(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
+        presentation = snn.present(images, sample_ids=ids, epoch=epoch, chunk=chunk)
+        size = params.truncate or params.timesteps
+        for start in range(0, params.timesteps, size):
+            steps = min(size, params.timesteps - start)
+            yield partial(model, presentation, steps)
+
+    return passes
+
+
+def balance_random(snn: stdb.SpikingNetwork, train: Samples, params: StdbParams) -> None:
+    """Thresholds for random weights, from a few images, the same in every worker.
+
+    At a percentile: at the maximum, and still at the 98th, layer after layer passes on less, the
+    highest are silent, and nothing is learned.
+    """
+    few = train.take(order(len(train), SCRATCH_IMAGES, params.seed, 0)[0])
+    stdb.balance_thresholds(
+        snn,
+        normalise(few.images),
+        params.timesteps,
+        percentile=SCRATCH_PERCENTILE,
+        residual_blocks=True,
+        sample_ids=few.ids,
+    )
+
+
+def free_memory(device: torch.device, world: int) -> int:
+    """Bytes that are free for a worker: on its GPU, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available // world)
+
+
+def fitting_chunk(
+    worker: Worker, snn: stdb.SpikingNetwork, shape: tuple[int, int, int], available: int
+) -> int:
+    """The chunk of the parameters, or one with which a training step fits; says where none does."""
+    params = worker.params.stdb
+    images = min(params.micro_batch or params.batch_size, -(-params.batch_size // worker.world))
+    steps = min(params.truncate or params.timesteps, params.timesteps)
+    chunk = params.chunk or stdb.largest_chunk(snn, shape, steps, images, available) or 1
+    needed = stdb.training_memory(snn, shape, steps, images, chunk)
+    text = f"a training step takes about {needed / 1e9:.1f} GB of {available / 1e9:.1f} GB free"
+    if needed > available:
+        text = f"warning: {text}; a smaller stdb.micro_batch (or truncate) may save it"
+    worker.say(text)
+    return chunk

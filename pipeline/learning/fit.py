@@ -1,0 +1,260 @@
+"""The epochs of a training, the same for ANN and SNN; runs inside a worker of a job.
+
+A global batch is drawn by (seed, epoch) and shared among the workers; DDP averages their gradients,
+so the batch size is the parameter and the number of workers is not. After every epoch the
+validation split is evaluated; the state is kept after an epoch, every few seconds where epochs
+are short, and every ``cluster.checkpoint_steps`` within a long one. An interrupted job goes on from
+there as if nothing had been: whatever is random is a function of seed, epoch and sample, so neither
+a restart nor the number of workers changes it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.data import Samples, Split, augment, normalise
+from pipeline.errors import DivergenceError
+from pipeline.jobs.worker import Row, State, Worker
+from pipeline.params import Schedule
+
+# images (B, C, H, W), ids, epoch → a function that gives logits for each backward pass; several
+# with truncated BPTT
+BackwardPasses = Callable[[Tensor, Tensor, int], Iterator[Callable[[], Tensor]]]
+
+EVERY, STEPS_EVERY = 2.0, 10.0  # seconds between progress lines of epochs, and of steps
+
+
+@dataclass
+class Task:
+    """What is trained, and how it is presented and judged.
+
+    Attributes:
+        network: holds the weights.
+        model: the same, wrapped by DDP where there are several workers.
+        passes: presents images; gives one function for each backward pass.
+        optimizer: of the network's parameters.
+        validate: epoch → metrics, with ``accuracy/validation``.
+        clip: largest norm of the gradient; None: any.
+        micro_batch: images that a worker presents at once; None for its whole share.
+        constrain: called after every step of the optimiser.
+    """
+
+    network: nn.Module
+    model: nn.Module
+    passes: BackwardPasses
+    optimizer: torch.optim.Optimizer
+    validate: Callable[[int], Row]
+    clip: float | None = None
+    micro_batch: int | None = None
+    constrain: Callable[[], None] | None = None
+
+
+def learning_rate(params: Schedule, epoch: int) -> float:
+    """Divided by ``decay`` at each milestone, a fraction of the epochs."""
+    passed = sum(epoch - 1 >= round(m * params.epochs) for m in params.milestones)
+    return params.learning_rate / params.decay**passed
+
+
+def order(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The epoch's global batches of positions. An incomplete last batch waits for another epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    batches = torch.randperm(count, generator=generator).split(min(batch_size, count))
+    return [batch for batch in batches if len(batch) == len(batches[0])]
+
+
+def fit(worker: Worker, task: Task, train: Samples, params: Schedule) -> State:
+    """Train, epoch by epoch, and keep the state after each.
+
+    Args:
+        worker: that this process is.
+        task: what is trained.
+        train: the whole training split.
+        params: epochs, batch size, learning rate.
+
+    Returns:
+        The state: ``history`` (metrics by epoch), ``best`` (validation accuracy), ``best_epoch``,
+        ``best_network`` (state dict), and what a resumed job needs.
+
+    Raises:
+        DivergenceError: loss or gradient is not finite; names epoch and step.
+    """
+    if params.batch_size < worker.world:
+        raise ValueError(
+            f"{worker.stage}.batch_size is {params.batch_size}; allowed: at least one image for "
+            f"each of the {worker.world} workers"
+        )
+    return _Fit(worker, task, train, params).run()
+
+
+class _Fit:
+    """A training under way."""
+
+    def __init__(self, worker: Worker, task: Task, train: Samples, params: Schedule) -> None:
+        self.worker, self.task, self.train, self.params = worker, task, train, params
+        self.device = next(task.network.parameters()).device
+        self.state: State = worker.resume() or {"epoch": 0, "best": -1.0, "history": []}
+        if "network" in self.state:
+            self._go_on()
+        self.start, self.first = time.monotonic(), int(self.state["epoch"])
+        self.said, self.reported = self.start - EVERY, self.start
+        self.unreported: list[Row] = []
+
+    def _go_on(self) -> None:
+        """Take up the weights and the optimiser of an interrupted job."""
+        state = self.state
+        self.task.network.load_state_dict(state["network"])
+        self.task.optimizer.load_state_dict(state["optimizer"])
+        if state["epoch"] < self.params.epochs:
+            within = f", step {state['step']} of the next" if state.get("step") else ""
+            where = f"after epoch {state['epoch']}{within}"
+            self.worker.say(f"goes on {where}, {self.worker.world} worker(s)")
+
+    def run(self) -> State:
+        """The epochs that are left."""
+        for epoch in range(self.first + 1, self.params.epochs + 1):
+            metrics = self._epoch(epoch)
+            self._keep_best(epoch, metrics)
+            self._say_epoch(epoch, metrics)
+            self.unreported.append(metrics)
+            due = self.worker.rank == 0 and self.worker.report_due(time.monotonic() - self.reported)
+            asked = self.worker.all_reduce(torch.tensor(int(due), device=self.device))
+            if epoch == self.params.epochs or asked:
+                self._checkpoint(self.state)
+                self.reported = time.monotonic()
+        return self.state
+
+    def _epoch(self, epoch: int) -> Row:
+        """All steps of an epoch, or those that are left of it; its metrics."""
+        worker, params, task = self.worker, self.params, self.task
+        rate = learning_rate(params, epoch)
+        for group in task.optimizer.param_groups:
+            group["lr"] = rate
+        task.model.train()  # all of it: a spiking network is more than its layers
+        batches = order(len(self.train), params.batch_size, params.seed, epoch)
+        done = self.state.pop("step", 0)  # of an epoch that was interrupted
+        nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = self.state.pop("sums", nothing)
+        if worker.rank > 0:  # the state is rank 0's
+            sums = torch.zeros_like(sums)
+        norm = 0.0
+        weight = worker.world / len(batches[0])
+        mine = [batch[worker.rank :: worker.world] for batch in batches[done:]]
+        for step, share in enumerate(self.train.stream(mine, self.device), start=done + 1):
+            loss, correct, norm = self._step(share, epoch, step, weight)
+            sums += torch.stack([loss.double() * len(share), correct.double()])
+            if worker.checkpoint_due(step) and step < len(batches):
+                so_far = worker.all_reduce(sums.clone())
+                self._checkpoint(self.state | self._weights() | {"step": step, "sums": so_far})
+            if time.monotonic() - self.said > STEPS_EVERY:
+                self.said = time.monotonic()
+                worker.say(f"epoch {epoch}: step {step}/{len(batches)}")
+        sums = worker.all_reduce(sums)
+        seen = sum(len(batch) for batch in batches)
+        return {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "loss/train": sums[0].item() / seen,
+            "accuracy/train": sums[1].item() / seen,
+            "gradient_norm/all": norm,
+            **_gradient_norms(task.network),
+            **task.validate(epoch),
+        }
+
+    def _step(
+        self, share: Split, epoch: int, step: int, weight: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """One step of the optimiser; mean loss, correct predictions, and norm of the gradient."""
+        task, images = self.task, share.images
+        if self.params.augment:
+            images = augment(images, share.ids, self.params.seed, epoch)
+        task.optimizer.zero_grad(set_to_none=True)
+        loss, correct = backward(task, normalise(images), share, epoch, weight)
+        largest = task.clip or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(task.network.parameters(), largest))
+        if not (torch.isfinite(loss) and norm < float("inf")):
+            raise DivergenceError(
+                f"loss {float(loss):.4g}, gradient norm {norm:.4g} in epoch {epoch}, "
+                f"step {step}: the training diverged; a smaller learning_rate, clip, or "
+                "fewer timesteps may help"
+            )
+        task.optimizer.step()
+        if task.constrain is not None:
+            task.constrain()
+        return loss, correct, norm
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _weights(self) -> State:
+        return {
+            "network": self.task.network.state_dict(),
+            "optimizer": self.task.optimizer.state_dict(),
+        }
+
+    def _keep_best(self, epoch: int, metrics: Row) -> None:
+        """Into the state: the epoch's metrics, and its weights where it is the best so far."""
+        state, accuracy = self.state, metrics["accuracy/validation"]
+        metrics["accuracy/best"] = max(accuracy, state["best"])
+        state |= {"epoch": epoch, "history": [*state["history"], metrics]}
+        if accuracy > state["best"]:
+            state |= {"best": accuracy, "best_epoch": epoch}
+            weights = self.task.network.state_dict()
+            state["best_network"] = {name: value.clone() for name, value in weights.items()}
+        state |= self._weights()
+
+    def _checkpoint(self, state: State) -> None:
+        self.worker.checkpoint(state, self.unreported)
+        self.unreported = []
+
+    def _say_epoch(self, epoch: int, metrics: Row) -> None:
+        now = time.monotonic()
+        if now - self.said <= EVERY and epoch < self.params.epochs:
+            return
+        self.said = now
+        left = (now - self.start) / (epoch - self.first) * (self.params.epochs - epoch)
+        self.worker.say(
+            f"epoch {epoch}/{self.params.epochs}  loss {metrics['loss/train']:.3f}  "
+            f"train {metrics['accuracy/train']:.1%}  "
+            f"validation {metrics['accuracy/validation']:.1%}  {left:.0f} s left"
+        )
+
+
+def backward(
+    task: Task, images: Tensor, share: Split, epoch: int, weight: float
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward; the gradient is ``weight`` times the sum of the images' losses.
+
+    Returns:
+        The last pass's mean loss over this worker's share, and the number of correct predictions.
+    """
+    size = task.micro_batch or len(images)
+    parts = list(
+        zip(images.split(size), share.labels.split(size), share.ids.split(size), strict=True)
+    )
+    losses = torch.zeros((), device=images.device, dtype=images.dtype)
+    correct = torch.zeros((), device=images.device, dtype=torch.int64)
+    for number, (images_, labels_, ids_) in enumerate(parts, start=1):
+        passes = list(task.passes(images_, ids_, epoch))
+        for position, present in enumerate(passes, start=1):
+            if isinstance(task.model, DistributedDataParallel):  # average once, after all else
+                last = number == len(parts) and position == len(passes)
+                task.model.require_backward_grad_sync = last
+            logits = present()
+            loss = F.cross_entropy(logits, labels_, reduction="sum")
+            (loss * weight).backward()
+        losses += loss.detach()
+        correct += (logits.argmax(1) == labels_).sum()
+    return losses / len(images), correct
+
+
+def _gradient_norms(network: nn.Module) -> Row:
+    """Of every layer's weights at the epoch's last step: they grow with depth and T."""
+    return {
+        f"gradient_norm/{name.removesuffix('.weight')}": parameter.grad.norm().item()
+        for name, parameter in network.named_parameters()
+        if parameter.grad is not None
+    }

@@ -1,0 +1,1 @@
+"""The report: typed results, the page, its figures, and the rows of the paper."""

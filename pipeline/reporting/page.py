@@ -1,0 +1,278 @@
+"""The report's page: Markdown, and the same as one HTML file."""
+
+import base64
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from markdown_it import MarkdownIt
+from scipy.stats import binomtest
+
+from pipeline.files import REPORT, SNN, read_json
+from pipeline.params import Params
+from pipeline.reporting.paper import nearest
+from pipeline.reporting.results import Results
+from pipeline.stage import RUNS, Stage
+from pipeline.tracking.origin import provenance
+
+STYLE = """
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+       font: 16px/1.5 system-ui, sans-serif; }
+img { max-width: 100%; } table { border-collapse: collapse; margin: 1rem 0; display: block;
+overflow-x: auto; } th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; }
+th { border-bottom: 2px solid #888; } code { font-size: .9em; }
+"""
+ROWS = ("converted", "converted, scaled", "STDB")  # of the tables
+
+
+def gist(params: Params, results: Results) -> str:
+    """The whole execution in two sentences."""
+    converted, tuned = results.converted, results.finetuned
+    long, reduced, network = converted.long, converted.reduced, params.network
+    return (
+        f"**{network.architecture}** (width {network.width:g}) on {params.data.source}, "
+        f"{results.data.test.images:,} test images: ANN "
+        f"{results.ann.accuracy.test:.2%}, converted {long.accuracy:.2%} at "
+        f"T = {long.timesteps} and {reduced.accuracy:.2%} at T = {reduced.timesteps}, "
+        f"after STDB {tuned.accuracy.test:.2%} at T = {tuned.timesteps}. An image takes "
+        f"{tuned.energy_pj / 1000:,.1f} nJ, {converted.ann.energy_pj / 1000:,.1f} nJ in "
+        "the ANN."
+    )
+
+
+def page(stage: Stage, results: Results) -> str:
+    """The report, in Markdown."""
+    params, tuned = stage.params, results.finetuned
+    t, test = tuned.timesteps, results.data.test.images
+    return f"""# Report
+
+{table(params, results)}
+
+Top-1 accuracy on {test:,} test images, read once; scale and epoch are chosen on validation. In
+brackets: 95 % confidence intervals (Wilson) for the test images drawn, seeds not included.
+{gain(results)}
+
+![Accuracy against T](accuracy_by_timestep.png)
+
+One simulation gives the accuracy at every t: the output layer only accumulates.
+
+## Spikes (Fig. 3)
+
+Spikes of each layer summed over T = {t}, per neuron and image; V after scaling and fine-tuning on
+the bars. {fewer_spikes(results)}
+
+![Spikes per layer](spikes_per_layer.png)
+
+## Energy
+
+Per image, 45 nm CMOS: 0.9 pJ an accumulate, 4.6 pJ a multiply-accumulate; synaptic operations by
+real fan-out.
+
+{energy(results)}
+
+## The surrogate gradient (Fig. 1)
+
+![Surrogate gradient](surrogate.png)
+
+## One image
+
+![Spikes and membranes](raster.png)
+
+## Leaving early
+
+The output may be read as soon as the largest probability is large enough.
+
+{exits(results)}
+
+## Layer by layer: does it follow its ANN?
+
+On a few validation images: correlation of spike counts with the activations of the ANN of the same
+weights, neurons that never fired, neurons that fired in nine of ten steps or more, and the spikes'
+worth of potential that was left.
+
+![Diagnosis](diagnosis.png)
+
+{diagnosis(results)}
+
+## Decisions
+
+![Confusion matrix](confusion.png)
+
+## Training
+
+![Training](training.png)
+
+## How it came about
+
+{origin(stage, results)}
+
+{parameters(params)}
+
+Reproduce with `dvc repro`.
+"""
+
+
+def table(params: Params, results: Results) -> str:
+    """Table 1's row, ours above the paper's."""
+    converted, tuned = results.converted, results.finetuned
+    long, reduced = converted.long, converted.reduced
+    test = results.data.test.images
+    row, network = nearest(params.network, params.data), params.network
+    accuracies = [
+        with_interval(value, test)
+        for value in (
+            results.ann.accuracy.test, long.accuracy, reduced.accuracy,
+            tuned.accuracy.test,
+        )
+    ]  # fmt: skip
+    ours = [
+        f"**{network.architecture}** (width {network.width:g})", params.data.source,
+        accuracies[0], accuracies[1], long.timesteps, *accuracies[2:], tuned.timesteps,
+    ]  # fmt: skip
+    paper = [
+        f"{row.architecture}, the paper's", row.source, f"{row.ann} %", f"{row.converted} %", 2500,
+        f"{row.reduced} %", f"{row.hybrid} %", row.timesteps,
+    ]  # fmt: skip
+    head = ["", "data", "ANN", "converted", "T", "converted, scaled", "STDB", "T"]
+    return markdown_table(head, [ours, paper], text=2)
+
+
+def with_interval(accuracy: float, images: int) -> str:
+    """An accuracy with its 95 % interval (Wilson), for so many independent images."""
+    interval = binomtest(round(accuracy * images), images).proportion_ci(method="wilson")
+    return f"{accuracy:.2%} ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
+
+
+def gain(results: Results) -> str:
+    """What the conversion loses and STDB wins back, as a sentence."""
+    reduced, tuned = results.converted.reduced, results.finetuned
+    lost = results.ann.accuracy.test - reduced.accuracy
+    won = tuned.accuracy.test - reduced.accuracy
+    if lost <= 0:
+        return f"At T = {tuned.timesteps} the converted network loses nothing against the ANN."
+    back = f"wins back {100 * won:.1f} of them" if won >= 0 else f"loses {-100 * won:.1f} more"
+    return (
+        f"At T = {tuned.timesteps} the converted network is {100 * lost:.1f} points below the "
+        f"ANN, with the threshold scale ({reduced.threshold_scale:g}) that is best on "
+        f"validation; STDB {back}."
+    )
+
+
+def fewer_spikes(results: Results) -> str:
+    """The two networks' spikes, as a sentence."""
+    before = sum(results.converted.reduced.spikes_per_neuron.values())
+    after = sum(results.finetuned.spikes_per_neuron.values())
+    return f"The layers' averages sum to {before:.2f} converted and {after:.2f} after STDB."
+
+
+def energy(results: Results) -> str:
+    """Energy and energy–delay product of the ANN and the spiking networks."""
+    converted, tuned = results.converted, results.finetuned
+    rows: list[list[Any]] = [["ANN", "", f"{converted.ann.energy_pj / 1000:,.1f}", ""]]
+    for name, row in zip(ROWS, (converted.long, converted.reduced, tuned), strict=True):
+        pj, delay = row.energy_pj / 1000, row.energy_delay / 1000
+        rows.append([name, row.timesteps, f"{pj:,.1f}", f"{delay:,.1f}"])
+    return markdown_table(["", "T", "nJ", "nJ · steps"], rows)
+
+
+def exits(results: Results) -> str:
+    """Steps and accuracy when every image is left as soon as it is clear."""
+    whole = results.finetuned
+    rows = [
+        [
+            f"{row.confidence:g}",
+            f"{row.timesteps:.2f}",
+            f"{1 - row.timesteps / whole.timesteps:.0%}",
+            f"{row.accuracy:.2%}",
+        ]
+        for row in results.plots.finetuned_exits
+    ]
+    rows.append(["never", f"{whole.timesteps}", "0%", f"{whole.accuracy.test:.2%}"])
+    return markdown_table(["confidence", "steps on average", "saved", "accuracy"], rows)
+
+
+def diagnosis(results: Results) -> str:
+    """A table of the fine-tuned layers, and what helps where one is ill."""
+    plots = results.plots
+    head = ["layer", "V", "spikes per step", "correlation", "silent", "saturated", "U/V left"]
+    rows = [
+        [
+            row.layer, f"{row.threshold:.3g}", f"{row.rate:.2%}", f"{row.correlation:.2f}",
+            f"{row.dead:.0%}", f"{row.saturated:.0%}", f"{row.residual:.2f}",
+        ]
+        for row in plots.finetuned_diagnosis
+    ]  # fmt: skip
+    both = (("converted", plots.converted_diagnosis), ("STDB", plots.finetuned_diagnosis))
+    hints = [f"- {name}: {row.hint}" for name, rows in both for row in rows if row.hint]
+    return markdown_table(head, rows) + "\n\n" + "\n".join(hints or ["No layer is ill."])
+
+
+def origin(stage: Stage, results: Results) -> str:
+    """Commit, machine, data and the durations of the stages, as far as they are known here."""
+    tags, data = provenance(), results.data
+    changed = ", with changes" if tags["git.dirty"] == "true" else ""
+    lines = [
+        f"- commit: `{tags['git.commit']}`{changed}",
+        f"- experiment: {tags['dvc.experiment']}",
+        f"- machine: {machine()}",
+    ]
+    for name, split in (
+        ("train", data.train),
+        ("validation", data.validation),
+        ("test", data.test),
+    ):
+        lines.append(f"- {name}: {split.images:,} images, sha256 `{split.sha256}`")
+    lines.append(f"- network: sha256 `{stage.inputs[str(SNN)]}`")
+    done = read_json(RUNS) if RUNS.exists() else {}
+    for name, run in done.items():
+        lines.append(f"- {name}: {run['seconds']:.0f} s, ended {run['ended']}, on {run['machine']}")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Processor, cores, memory, GPU, and the versions that matter."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    if named := re.search(r"model name\s*: (.*)", text):
+        model = named[1]
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    memory = psutil.virtual_memory().total / 2**30
+    parts = [model, f"{os.cpu_count()} cores", f"{memory:.0f} GiB", *gpus]
+    return ", ".join([*parts, f"Python {platform.python_version()}", f"torch {torch.__version__}"])
+
+
+def parameters(params: Params) -> str:
+    """Every parameter."""
+    rows = [
+        [f"`{section}.{key}`", f"`{value}`"]
+        for section, values in params.model_dump().items()
+        for key, value in values.items()
+    ]
+    return markdown_table(["parameter", "value"], rows, text=2)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]], text: int = 1) -> str:
+    """A table; the first ``text`` columns are words, the others numbers."""
+    rule = ["---" if k < text else "---:" for k in range(len(head))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, rule, *rows))
+
+
+def as_html(text: str) -> str:
+    """The page with its pictures inside, which a browser shows without any other file."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+
+    def inside(picture: re.Match[str]) -> str:
+        data = base64.b64encode((REPORT / picture[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="([\w.]+\.png)"', inside, body)
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Report</title>\n'
+        f"<style>{STYLE}</style>\n{body}</html>\n"
+    )

@@ -1,0 +1,306 @@
+"""What the other stages measured, typed: their metrics files and the rows of their plots."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import StageError
+from pipeline.files import METRICS, PLOTS, read_csv, read_json
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Model = TypeVar("Model", bound=_Record)
+EpochRow = dict[str, float]  # the metrics of an epoch, by name
+
+
+class SplitSummary(_Record):
+    """One split."""
+
+    images: int
+    """Number of images."""
+    sha256: str
+    """Digest of its file."""
+
+
+class DataSummary(_Record):
+    """metrics/data.json."""
+
+    classes: list[str]
+    """Names of the classes."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of an image."""
+    train: SplitSummary
+    """The images to learn from."""
+    validation: SplitSummary
+    """The images that choose."""
+    test: SplitSummary
+    """The images that are read once."""
+
+
+class Accuracies(_Record):
+    """Top-1 accuracies of a network, in [0, 1]."""
+
+    validation: float
+    """Accuracy on the validation split."""
+    test: float
+    """Accuracy on the test split."""
+
+
+class TrainingLoss(_Record):
+    """Mean cross-entropy of an epoch."""
+
+    train: float | None
+    """Loss on the training split; None where nothing was trained."""
+
+
+class AnnResults(_Record):
+    """metrics/train_ann.json."""
+
+    accuracy: Accuracies
+    """Accuracies of the best epoch."""
+    epoch: int
+    """The best epoch; 0: a file of weights."""
+    loss: TrainingLoss
+    """Loss of the best epoch."""
+
+
+class Spiking(_Record):
+    """A spiking network on the test split."""
+
+    timesteps: int
+    """T."""
+    spikes_per_neuron: dict[str, float]
+    """Layer → spikes per neuron and image (Fig. 3)."""
+    synaptic_operations: float
+    """Synaptic operations per image."""
+    energy_pj: float
+    """Picojoules per image."""
+    energy_delay: float
+    """Picojoules per image × time steps."""
+
+
+class Converted(Spiking):
+    """The converted network."""
+
+    accuracy: float
+    """Test accuracy."""
+
+
+class Scaled(Converted):
+    """The converted network at the reduced T, thresholds scaled."""
+
+    threshold_scale: float
+    """The scale that is best on validation."""
+
+
+class AnnOnTest(_Record):
+    """The ANN that was converted."""
+
+    accuracy: float
+    """Test accuracy."""
+    energy_pj: float
+    """Picojoules per image."""
+
+
+class Losses(_Record):
+    """Accuracy of the ANN less that of the converted network."""
+
+    long: float
+    """Accuracy that is lost at the long T."""
+    reduced: float
+    """Accuracy that is lost at the reduced T."""
+
+
+class ConversionResults(_Record):
+    """metrics/evaluate_converted.json."""
+
+    ann: AnnOnTest
+    """The ANN."""
+    long: Converted
+    """The network at the long T, balanced thresholds."""
+    reduced: Scaled
+    """The network at the reduced T, scaled thresholds."""
+    loss_to_ann: Losses
+    """What the conversion costs."""
+
+
+class FinetunedResults(Spiking):
+    """metrics/finetune_stdb.json."""
+
+    accuracy: Accuracies
+    """Accuracies of the best epoch."""
+    epoch: int
+    """The best epoch."""
+
+
+class CurvePoint(_Record):
+    """Accuracy after a time step."""
+
+    timesteps: int
+    """The step."""
+    accuracy: float
+    """Test accuracy after it."""
+    threshold_scale: float = 1.0
+    """Scale of the thresholds."""
+
+
+class LayerRow(_Record):
+    """A layer's diagnosis; see ``stdb.LayerDiagnosis``."""
+
+    layer: str
+    """Name of the layer."""
+    threshold: float
+    """V."""
+    rate: float
+    """Spikes per neuron and step."""
+    correlation: float
+    """Correlation with the ANN's activations."""
+    dead: float
+    """Share of the neurons that never fired."""
+    saturated: float
+    """Share of (image, neuron) that fired in nearly every step."""
+    residual: float
+    """Spikes' worth of potential that was left."""
+    hint: str
+    """What helps; empty where the layer is well."""
+
+
+class ConfusionRow(_Record):
+    """Images of one class that were decided for another, or the same."""
+
+    actual: str
+    """Class."""
+    predicted: str
+    """Class decided for."""
+    images: int
+    """How many."""
+
+
+class ExitRow(_Record):
+    """Leaving early at a confidence."""
+
+    confidence: float
+    """The probability at which an image is left."""
+    timesteps: float
+    """Steps on average."""
+    accuracy: float
+    """Share of right decisions."""
+
+
+class Plots(_Record):
+    """The rows of plots/*.csv, by name of the file."""
+
+    train_ann: list[EpochRow]
+    """Epochs of the ANN."""
+    finetune_stdb: list[EpochRow]
+    """Epochs of the fine-tuning."""
+    converted_accuracy: list[CurvePoint]
+    """The converted network's accuracy by step."""
+    finetuned_accuracy: list[CurvePoint]
+    """The fine-tuned network's accuracy by step."""
+    converted_diagnosis: list[LayerRow]
+    """Layers of the converted network."""
+    finetuned_diagnosis: list[LayerRow]
+    """Layers of the fine-tuned network."""
+    finetuned_confusion: list[ConfusionRow]
+    """Decisions of the fine-tuned network."""
+    finetuned_exits: list[ExitRow]
+    """Leaving early."""
+
+
+class Results(_Record):
+    """All that the report is made of."""
+
+    data: DataSummary
+    """prepare_data's."""
+    ann: AnnResults
+    """train_ann's."""
+    converted: ConversionResults
+    """evaluate_converted's."""
+    finetuned: FinetunedResults
+    """finetune_stdb's."""
+    plots: Plots
+    """Rows of the plots."""
+
+
+def read_results() -> Results:
+    """What the other stages wrote.
+
+    Raises:
+        StageError: a file is missing or is not theirs; names it, and what is wrong in it.
+    """
+    return Results(
+        data=_read(METRICS / "data.json", DataSummary),
+        ann=_read(METRICS / "train_ann.json", AnnResults),
+        converted=_read(METRICS / "evaluate_converted.json", ConversionResults),
+        finetuned=_read(METRICS / "finetune_stdb.json", FinetunedResults),
+        plots=_checked(
+            PLOTS,
+            lambda: Plots.model_validate(
+                {name: read_csv(PLOTS / f"{name}.csv") for name in Plots.model_fields}
+            ),
+        ),
+    )
+
+
+def _read(path: Path, model: type[Model]) -> Model:
+    return _checked(path, lambda: model.model_validate(read_json(path)))
+
+
+def _checked(path: Path, read: Callable[[], Model]) -> Model:
+    try:
+        return read()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise StageError(
+            f"{path} is not what its stage writes: {key}: {problem['msg']}; run dvc repro"
+        ) from error
+
+
+# -- the few figures of a whole execution ----------------------------------------------------------
+
+
+def headline(results: Results) -> dict[str, float]:
+    """The figures of an execution, grouped as MLflow groups them; names as in :func:`summary`."""
+    long, reduced, tuned = results.converted.long, results.converted.reduced, results.finetuned
+    return {
+        "accuracy/ann": results.ann.accuracy.test,
+        "accuracy/converted": long.accuracy,
+        "accuracy/scaled": reduced.accuracy,
+        "accuracy/stdb": tuned.accuracy.test,
+        "accuracy/stdb_validation": tuned.accuracy.validation,
+        "timesteps/converted": long.timesteps,
+        "timesteps/scaled": reduced.timesteps,
+        "timesteps/stdb": tuned.timesteps,
+        "energy/ann_pj": results.converted.ann.energy_pj,
+        "energy/converted_pj": long.energy_pj,
+        "energy/scaled_pj": reduced.energy_pj,
+        "energy/stdb_pj": tuned.energy_pj,
+        **{f"spikes/{name}": value for name, value in tuned.spikes_per_neuron.items()},
+    }
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """The few numbers that runs are compared by: test accuracy, nanojoules per image.
+
+    ``converted`` is the converted network at the long T, ``scaled`` at the reduced one.
+    """
+    converted, tuned = results.converted, results.finetuned
+    return {
+        "accuracy": {
+            "ann": results.ann.accuracy.test,
+            "converted": converted.long.accuracy,
+            "scaled": converted.reduced.accuracy,
+            "stdb": tuned.accuracy.test,
+        },
+        "energy_nj": {
+            "ann": converted.ann.energy_pj / 1000,
+            "stdb": tuned.energy_pj / 1000,
+        },
+    }

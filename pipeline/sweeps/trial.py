@@ -1,0 +1,107 @@
+"""One trial of a sweep: STDB from the balanced network with the values that were drawn.
+
+It learns and is judged as finetune_stdb does, on the training and validation splits alone: a sweep
+never reads the test split.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.data import subset
+from pipeline.jobs.checkpoints import Checkpoints
+from pipeline.jobs.plan import Plan
+from pipeline.jobs.run import Job, fit_on_ray, use_device
+from pipeline.jobs.worker import Row, Worker
+from pipeline.learning.evaluation import Evaluation, best_scale
+from pipeline.learning.finetuning import fine_tune
+from pipeline.learning.fit import order
+from pipeline.learning.networks import load_converted
+from pipeline.params import Params
+from pipeline.sweeps.space import settings
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all trials of a sweep have in common.
+
+    Attributes:
+        params: all parameters, ``stdb.epochs`` those of a trial.
+        root: the repository.
+        storage: where their states live.
+        plan: the workers of each.
+        train_images: training images of each; None: as many as ``stdb.images`` says.
+        seed: draws them.
+    """
+
+    params: Params
+    root: Path
+    storage: str
+    plan: Plan
+    train_images: int | None
+    seed: int
+
+
+def run_trial(sample: dict[str, Any], common: Common) -> None:
+    """A trial: in this process, or as a Ray Train job of its own where it has several workers.
+
+    Args:
+        sample: name → the value that was drawn.
+        common: what all trials have in common.
+    """
+    import ray.tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    name = ray.tune.get_context().get_trial_id()
+    checkpoints = Checkpoints(common.storage, "trial", name)
+    stdb_params = settings(sample, common.params.stdb)
+    params = common.params.model_copy(update={"stdb": stdb_params})
+    loop = partial(run_trial_training, images=common.train_images, seed=common.seed)
+    if common.plan.workers > 1:
+        job = Job(params, "trial", checkpoints, common.plan, common.root, report_every=0.0)
+        fit_on_ray(loop, job, TuneReportCallback())
+        return
+    use_device(common.plan, params, "trial")
+
+    def send(rows: list[Row]) -> None:
+        for row in rows:
+            ray.tune.report(row)
+
+    device = torch.device("cuda" if common.plan.use_gpu else "cpu")
+    loop(Worker(params, "trial", checkpoints, common.root, device=device, send=send))
+
+
+def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:
+    """Fine-tune at the trial's parameters, and at the threshold scale that is best for its T."""
+    params = worker.params.stdb
+    train, validation = worker.split("train"), worker.split("validation")
+    train = subset(train, images or params.images, seed)
+    _, snn = load_converted(worker.params.network, params, train, worker.root)
+    shapes = snn.shapes(train.shape)
+    neurons = sum(math.prod(shapes[i]) for i in snn.graph.labels)
+    learned = sum(map(len, order(len(train), params.batch_size, params.seed, 1)))
+    steps = learned * params.timesteps * neurons
+
+    validated: list[int] = []
+
+    def extra(epoch: int, evaluation: Evaluation) -> Row:
+        validated.append(epoch)
+        return {
+            "timesteps": params.timesteps,
+            "neuron_steps": epoch * float(steps),
+            "energy_delay": evaluation.energy * params.timesteps,
+            "spikes": sum(evaluation.spikes.values()),
+        }
+
+    scale = 1.0 if params.from_scratch else params.threshold_scale
+    if scale is None:
+        scales = worker.params.evaluate_converted
+        snn = snn.to(worker.device)
+        scale = best_scale(worker, snn, validation, params.timesteps, scales)
+    _, state = fine_tune(worker, scale, train, validation, extra)
+    if not validated:  # killed after its last epoch, before anybody noted that it was done
+        worker.checkpoint(state, state["history"][-1:])

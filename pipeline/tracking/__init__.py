@@ -1,0 +1,1 @@
+"""MLflow, a view of the runs: a tracker in the stage, messages, and a process that takes them."""
