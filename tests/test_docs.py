@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.pipeline.conftest import ROOT
+from tests.pipeline.support import ROOT
 
 PAGES = sorted(
     path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
@@ -38,3 +38,11 @@ def test_names_in_the_code_exist(page):
         assert re.search(rf"(def|class) {last}\b|^{last}\b", source, re.MULTILINE), (file, name)
     if page.name == "paper-to-code.md":
         assert len(quoted) > 30
+
+
+def test_the_architecture_names_every_file():
+    """A line per file of the engine and the pipeline."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    for folder in ("stdb", "pipeline"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert path.name in text, path
