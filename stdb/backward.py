@@ -22,7 +22,7 @@ from .surrogate import STDB
 
 
 class Steps(torch.autograd.Function):
-    """The steps of a presentation as one differentiable function of the weights."""
+    """The steps of a presentation as one differentiable function of images and weights."""
 
     @staticmethod
     def forward(
@@ -30,23 +30,29 @@ class Steps(torch.autograd.Function):
         presentation: Presentation,
         steps: int,
         parameters: Sequence[nn.Parameter],
+        images: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         """Run the steps; the summed values of the output layer's inputs."""
-        ctx.save_for_backward(*tensors)  # so that autograd notices weights changed in place
+        # so that autograd notices what is changed in place before the backward pass
+        encoder = presentation.network.encoder
+        own = getattr(encoder, "__dict__", {})  # such as the train of a SpikeTrain
+        trains = [value for value in own.values() if isinstance(value, Tensor)]
+        ctx.save_for_backward(images, *trains, *tensors)
         ctx.presentation, ctx.parameters, ctx.tape = presentation, parameters, []
         return tuple(presentation.advance(steps, ctx.tape))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_counts: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the weights."""
+        """Gradients of images and weights."""
         _ = ctx.saved_tensors
         if not ctx.tape:
             raise RuntimeError("the steps were already gone back through; add up losses first")
         presentation, ctx.presentation = ctx.presentation, None  # a loss that is kept keeps nothing
-        walk = BackwardWalk(presentation, grad_counts, ctx.parameters)
-        return (None, None, None, *walk.run(ctx.tape))
+        walk = BackwardWalk(presentation, grad_counts, ctx.parameters, ctx.needs_input_grad[3])
+        gradients = walk.run(ctx.tape)
+        return (None, None, None, walk.images, *gradients)
 
 
 class BackwardWalk:
@@ -57,6 +63,10 @@ class BackwardWalk:
         grad_counts: gradients of the summed values of the entries. The output only accumulates, so
             its gradient is the same at every t.
         parameters: whose gradients are wanted.
+        of_images: whether that of the images is, too.
+
+    Attributes:
+        images: (B, C, H, W), the gradient of the images summed over time; None: not wanted.
     """
 
     def __init__(
@@ -64,7 +74,9 @@ class BackwardWalk:
         presentation: Presentation,
         grad_counts: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
+        of_images: bool = False,
     ) -> None:
+        self.images: Any = torch.zeros_like(presentation.images) if of_images else None
         self.presentation, self.grad_counts = presentation, grad_counts
         self.graph, self.sites = presentation.network.graph, presentation.sites
         self.parameters = parameters
@@ -89,7 +101,7 @@ class BackwardWalk:
         values: dict[int, Value] = {}
         grads: dict[int, Gradient] = {}
         for i, count in zip(graph.entries, self.grad_counts, strict=True):
-            if graph.reaches_weights[i]:
+            if self._wanted(i):
                 _pass_on(grads, i, to_layout(count.expand(chunk.steps, *count.shape)))
         for i in reversed(graph.body):
             if i in grads:
@@ -110,6 +122,8 @@ class BackwardWalk:
     ) -> None:
         """Go on from the gradient of an operator's value to those of its weights and inputs."""
         node, site = self.graph.nodes[i], self.sites[i]
+        if not node.inputs and self.images is not None:
+            self._walk_encoder(dense(grad), chunk)
         if node.operator.learns:
             grad = site.lowered(dense(grad))
             weight = id(site.module.weight)
@@ -121,9 +135,27 @@ class BackwardWalk:
                     site.module, grad, x, self.gradients[weight]
                 )
         for position, j in enumerate(node.inputs):
-            if self.graph.reaches_weights[j]:
+            if self._wanted(j):
                 shape = self.presentation.shapes[j][1:]
                 _pass_on(grads, j, node.operator.backward_input(site, grad, position, shape))
+
+    def _walk_encoder(self, grad: Tensor, chunk: Chunk) -> None:
+        """Go on from the gradient of the input to that of the images, straight or by autograd."""
+        presentation = self.presentation
+        encoder, pixels = presentation.network.encoder, presentation.images
+        if getattr(encoder, "straight_through", False):
+            self.images = self.images + grad.sum(0)
+            return
+        with torch.enable_grad():
+            pixels = pixels.detach().requires_grad_()
+            stop = chunk.start + chunk.steps
+            given = encoder(pixels, chunk.start, stop, presentation.keys)[: len(grad)]
+        if given.requires_grad:  # one of a constant input has the gradient of all steps
+            self.images = self.images + torch.autograd.grad(given, pixels, grad)[0]
+
+    def _wanted(self, i: int) -> bool:
+        """Whether a gradient has to reach a node: everything lies above the images."""
+        return self.images is not None or self.graph.reaches_weights[i]
 
     def _recompute(self, i: int, chunk: Chunk, values: dict[int, Value]) -> Value:
         """The value of a node in a chunk, computed again from the spikes below it; kept."""

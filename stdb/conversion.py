@@ -64,6 +64,7 @@ def convert(
     net.to(device=parameter.device, dtype=parameter.dtype)
     snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed, precision)
     snn.train(ann.training)
+    snn.check()
     return snn
 
 

@@ -3,12 +3,13 @@
 An encoder is any callable ``encoder(images, start, stop, keys)`` that gives the input of the steps
 start < t ≤ stop as a (stop − start, B, C, H, W) tensor. It has to be a pure function of its
 arguments: the backward pass calls it again instead of keeping what it gave. One that has a name in
-``ENCODERS`` is a frozen dataclass, whose fields a saved network keeps.
+``ENCODERS`` is a frozen dataclass, whose fields a saved network keeps. The gradient of images that
+require one goes through the encoder by autograd, or, where it says ``straight_through``, past it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ class PoissonEncoder:
     """
 
     seed: int = 0
+
+    #: ∂spike/∂pixel is taken as 1: the derivative of the spike's expectation, which is the pixel
+    straight_through: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, start: int, stop: int, keys: Tensor) -> Tensor:
         """(stop − start, B, C, H, W) of −1, 0 and 1, in the dtype of ``images``."""

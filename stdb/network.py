@@ -17,9 +17,11 @@ from .neuron import SpikingNeuron
 from .operators import Value
 from .presentation import Presentation, default_chunk
 from .randomness import sample_keys
+from .rewriting import check_module
 
 Observer = Callable[[Presentation, str, Value], None]
 
+REALS = (torch.float32, torch.float64)  # types that the kernels know
 SMALLEST_THRESHOLD, SMALLEST_LEAK = 0.01, 0.01  # of what is learned
 
 
@@ -106,7 +108,10 @@ class SpikingNetwork(nn.Module):
 
         Returns:
             U_T of the output layer (Eq. 4), (B, classes), differentiable with respect to the
-            weights over these steps. The steps of earlier calls are constants, so that
+            weights, and to images that require it, over these steps. Through the input this is
+            Σ_t ∂L/∂I_t for a direct input, the same straight through (∂spike/∂pixel = 1, the
+            derivative of the spike's expectation) for Poisson spikes, and through an encoder of
+            your own by autograd. The steps of earlier calls are constants, so that
             ``for n in windows: loss(snn(presentation, n)).backward()`` is the truncated BPTT of
             §2.2.
         """
@@ -118,8 +123,9 @@ class SpikingNetwork(nn.Module):
             presentation = self.present(images, sample_ids=sample_ids, epoch=epoch)
         # each once, also where layers share their weights
         parameters = list(dict.fromkeys(p for p in self._body_parameters() if p.requires_grad))
-        if torch.is_grad_enabled() and parameters:
-            counts = Steps.apply(presentation, timesteps, parameters, *parameters)
+        pixels = presentation.images
+        if torch.is_grad_enabled() and (parameters or pixels.requires_grad):
+            counts = Steps.apply(presentation, timesteps, parameters, pixels, *parameters)
         else:
             counts = presentation.advance(timesteps)
         return presentation.integrate(counts)
@@ -160,6 +166,26 @@ class SpikingNetwork(nn.Module):
         """The module at a node; None where its operator has none."""
         path = self.graph.nodes[i].path
         return None if path is None else self.net.get_submodule(path)
+
+    def check(self) -> None:
+        """Refuse what became of the layers since the conversion and cannot be computed.
+
+        Raises:
+            ValueError: names a layer that was replaced by one of another kind, has a bias, pads
+                otherwise, or has weights of a type that has no kernels.
+        """
+        for i, node in enumerate(self.graph.nodes):
+            if node.path is None:
+                continue
+            module = self.module(i)
+            if not node.operator.fires:
+                check_module(node.path, module, node.operator)
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dtype not in REALS:
+                    raise ValueError(
+                        f"{node.path}.{name} is {parameter.dtype}; allowed: torch.float32, "
+                        "torch.float64 (products in bfloat16: precision=torch.bfloat16)"
+                    )
 
     def _body_parameters(self) -> Iterator[nn.Parameter]:
         for i in self.graph.body:
@@ -220,7 +246,8 @@ class SpikingNetwork(nn.Module):
     def constrain(self) -> None:
         """Bring learned V and λ back to where they have a meaning; after an optimiser's step.
 
-        V stays at ``SMALLEST_THRESHOLD`` of its balanced value or above, λ within (0, 1].
+        V stays at ``SMALLEST_THRESHOLD`` of its balanced value or above, λ within (0, 1]. The next
+        presentation does it where a step went too far, so that no loop has to know of it.
         """
         for neuron in self.neurons.values():
             if neuron.threshold.requires_grad:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .network import SpikingNetwork
 
 IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at
+LONGEST = 32_767  # steps whose spike times an int16 holds
 STEPS_PER_SNAPSHOT = 16  # last spike times are kept this often; those in between are found again
 
 
@@ -107,16 +108,35 @@ class Presentation:
         self.last_spike: dict[int, Tensor] = {}
         self.ages_known = True  # steps without gradient don't note spike times
         self.shapes: dict[int, torch.Size] = {}  # (B, …) of every node's value
-        neurons = [self.sites[i].module for i in graph.neurons]
-        scalars = torch.stack([torch.stack([n.threshold, n.leak]) for n in neurons]).tolist()
-        self.threshold = {i: v for i, (v, _) in zip(graph.neurons, scalars, strict=True)}
-        self.leak = {i: leak for i, (_, leak) in zip(graph.neurons, scalars, strict=True)}
         self.labels = {0: INPUT, **graph.labels}
+        network.check()
+        self.threshold, self.leak = self._read_neurons()
+        if self._learned_too_far():
+            network.constrain()
+            self.threshold, self.leak = self._read_neurons()
         self.undrawn: dict[
             int, int
         ] = {}  # dropout nodes whose mask is not drawn yet → their number
         self._check_neurons()
         self._plan_masks(masks)
+
+    def _read_neurons(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Neuron node → V, and → λ; one wait for a GPU."""
+        nodes = self.network.graph.neurons
+        neurons = [self.sites[i].module for i in nodes]
+        scalars = torch.stack([torch.stack([n.threshold, n.leak]) for n in neurons]).tolist()
+        thresholds, leaks = zip(*scalars, strict=True)
+        return dict(zip(nodes, thresholds, strict=True)), dict(zip(nodes, leaks, strict=True))
+
+    def _learned_too_far(self) -> bool:
+        """Whether an optimiser's step has taken a V or λ that learns out of its range."""
+        for i, threshold in self.threshold.items():
+            neuron = self.sites[i].module
+            if neuron.threshold.requires_grad and not threshold > 0:
+                return True
+            if neuron.leak.requires_grad and not 0 < self.leak[i] <= 1:
+                return True
+        return False
 
     def _check_neurons(self) -> None:
         for i, threshold in self.threshold.items():
@@ -198,13 +218,8 @@ class Presentation:
         """
         if tape is None:
             self.ages_known = False
-        elif not self.ages_known and any(
-            self.sites[i].module.surrogate.needs_ages for i in self.network.graph.neurons
-        ):
-            raise RuntimeError(
-                f"the first {self.t} steps of this presentation ran without gradient, so the ages "
-                "that STDB needs are unknown; run them with gradient and drop the result"
-            )
+        elif any(self.sites[i].module.surrogate.needs_ages for i in self.network.graph.neurons):
+            self._check_ages(self.t + steps)
         entries = self.network.graph.entries
         counts: list[Any] = [None] * len(entries)
         stop, last_snapshot = self.t + steps, self.t
@@ -222,6 +237,19 @@ class Presentation:
                 tape.append(chunk)
             self.t += chunk.steps
         return counts
+
+    def _check_ages(self, stop: int) -> None:
+        """Refuse steps with gradient up to ``stop`` whose ages would be unknown or wrong."""
+        if not self.ages_known:
+            raise RuntimeError(
+                f"the first {self.t} steps of this presentation ran without gradient, so the ages "
+                "that STDB needs are unknown; run them with gradient and drop the result"
+            )
+        if stop > LONGEST:
+            raise ValueError(
+                f"{stop} time steps with gradient; allowed with the STDB surrogate: up to "
+                f"{LONGEST}, since spike times are kept as 16-bit numbers"
+            )
 
     def _forward_chunk(self, chunk: Chunk, keep: bool) -> dict[int, Value]:
         """The values of the entries over a chunk; those of other nodes are dropped on the way."""

@@ -4,7 +4,7 @@ Modules are looked up in ``MODULES``, calls in ``CALLS``; what neither has is re
 layer's name and the remedy of ``REMEDIES`` or ``CALL_REMEDIES``.
 """
 
-import operator
+import operator as python
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,7 +161,7 @@ def _rewrite_module(rewriting: Rewriting, call: fx.Node) -> Node | int:
     if type(module) is nn.Identity:
         return rewriting.sources(call)[0]
     if type(module) in MODULES:
-        _check_module(name, module)
+        check_module(name, module, MODULES[type(module)])
         return Node(name, MODULES[type(module)], rewriting.sources(call), path=name)
     remedy = next(
         (r for t, r in REMEDIES.items() if isinstance(module, t)), f"allowed: {_allowed()}"
@@ -171,8 +171,23 @@ def _rewrite_module(rewriting: Rewriting, call: fx.Node) -> Node | int:
     )
 
 
-def _check_module(name: str, module: nn.Module) -> None:
-    """Refuse what a module of an allowed type may hold and a spike cannot carry."""
+def check_module(name: str, module: nn.Module, operator: Operator) -> None:
+    """Refuse a module that is not the operator's, or holds what a spike cannot carry.
+
+    Raises:
+        ConversionError: names the module, and what is allowed.
+    """
+    if type(MODULES.get(type(module))) is not type(operator):
+        kinds = [kind.__name__ for kind, one in MODULES.items() if type(one) is type(operator)]
+        raise ConversionError(
+            f"layer {name} is a {type(module).__name__}; allowed in its place: {', '.join(kinds)}"
+        )
+    if operator.learns and "weight" not in module._parameters:
+        raise ConversionError(
+            f"layer {name} has weights that are computed (pruned, normalised, parametrised), which "
+            "would not learn; make them plain: torch.nn.utils.prune.remove, "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
     if getattr(module, "bias", None) is not None:
         raise ConversionError(
             f"layer {name} has a bias, which a spike cannot carry; build it with bias=False "
@@ -234,7 +249,7 @@ def _relu(_: Rewriting, call: fx.Node) -> Node:
 
 
 CALLS: dict[Any, Rule] = {
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
+    **dict.fromkeys((python.add, python.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((torch.flatten, "flatten"), _flatten),
     **dict.fromkeys(("view", "reshape"), _view),
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu),
@@ -249,7 +264,7 @@ def _is_shape(node: object) -> bool:
         return node.target == "size"
     if node.target is getattr:
         return bool(node.args[1] == "shape")
-    return node.target is operator.getitem and _is_shape(node.args[0])
+    return node.target is python.getitem and _is_shape(node.args[0])
 
 
 def _is_batch_size(node: object) -> bool:

@@ -15,6 +15,7 @@ not fired yet in this presentation gets no gradient. With ``over_threshold=True`
 as a function of U/V: ∂O/∂U = s/V, ∂O/∂V = −s·U/V², and Eq. 13 and 14 use U/V − 1 in place of U − V.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,10 +46,10 @@ class Surrogate:
     uses_beta: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"alpha is {self.alpha}; allowed: a number above 0")
-        if not self.beta >= 0:
-            raise ValueError(f"beta is {self.beta}; allowed: 0 or a positive number")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}; allowed: a finite number above 0")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta is {self.beta}; allowed: 0 or a finite number above it")
 
     def of_spikes(self, spikes: Tensor, last_spike: Tensor, start: int) -> Tensor:
         """∂O/∂U (T, M) from spikes and their ages, where ``needs_ages``."""

@@ -81,7 +81,9 @@ def compare(  # noqa: PLR0913 (what hypothesis draws)
     images = torch.zeros(train.shape[1:], dtype=torch.float64)
     if direct:
         images = torch.rand(images.shape, generator=generator, dtype=torch.float64) * 1.5 - 0.5
-        train = images.expand(timesteps, *images.shape)
+        pixels = images.clone().requires_grad_()
+        train = pixels.expand(timesteps, *images.shape)
+        images.requires_grad_()
     places = relus(net)
     levels = 0.2 + 0.6 * torch.rand(len(places), generator=generator)
     thresholds = dict(zip(places, levels.tolist(), strict=True))
@@ -110,7 +112,9 @@ def compare(  # noqa: PLR0913 (what hypothesis draws)
             logits = snn(presentation, steps)
             close(logits.detach(), expected.detach(), "logits")
             F.cross_entropy(logits, labels % logits.shape[1]).backward()
-            F.cross_entropy(expected, labels % logits.shape[1]).backward()
+            F.cross_entropy(expected, labels % logits.shape[1]).backward(retain_graph=direct)
+    if direct:
+        close(images.grad, pixels.grad, "gradient of the images")
     for i, label in snn.graph.labels.items():
         place = snn.graph.nodes[i].name
         assert torch.equal(statistics.train(label), literal.spikes(place)), f"spikes of {place}"
