@@ -48,7 +48,9 @@ class Steps(torch.autograd.Function):
         """Gradients of images and weights."""
         _ = ctx.saved_tensors
         if not ctx.tape:
-            raise RuntimeError("the steps were already gone back through; add up losses first")
+            raise RuntimeError(
+                "backward() already ran over these steps; add up the losses first, and call it once"
+            )
         presentation, ctx.presentation = ctx.presentation, None  # a loss that is kept keeps nothing
         walk = BackwardWalk(presentation, grad_counts, ctx.parameters, ctx.needs_input_grad[3])
         gradients = walk.run(ctx.tape)
@@ -74,7 +76,7 @@ class BackwardWalk:
         presentation: Presentation,
         grad_counts: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
-        of_images: bool = False,
+        of_images: bool,
     ) -> None:
         self.images: Any = torch.zeros_like(presentation.images) if of_images else None
         self.presentation, self.grad_counts = presentation, grad_counts

@@ -58,7 +58,7 @@ class Graph:
                 self.last_use[j] = i
         for i in self.entries:
             self.consumers[i] += 1
-        # whether anything learns at or below the node, so that a gradient has to reach it
+        # whether anything has weights at or below the node, so that a gradient may have to reach it
         self.reaches_weights = [False] * count
         for i, node in enumerate(self.nodes):
             learns = node.operator.fires or node.operator.learns

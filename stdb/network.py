@@ -5,6 +5,7 @@ crosses time is in a presentation; nothing is left on the modules.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ Observer = Callable[[Presentation, str, Value], None]
 
 REALS = (torch.float32, torch.float64)  # types that the kernels know
 SMALLEST_THRESHOLD, SMALLEST_LEAK = 0.01, 0.01  # of what is learned
+
+
+def check_timesteps(timesteps: int) -> None:
+    """Refuse what is no number of steps."""
+    if not isinstance(timesteps, Integral) or timesteps < 1:
+        raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more, a whole number")
 
 
 class SpikingNetwork(nn.Module):
@@ -93,6 +100,8 @@ class SpikingNetwork(nn.Module):
                 f"sample_ids are {tuple(sample_ids.shape)} for {len(images)} images; "
                 "allowed: one for each"
             )
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is {chunk}; allowed: 1 or more time steps, or None")
         chunk = chunk or self.chunk or default_chunk(len(images))
         return Presentation(self, images, sample_keys(sample_ids, epoch), chunk, masks)
 
@@ -115,9 +124,12 @@ class SpikingNetwork(nn.Module):
             ``for n in windows: loss(snn(presentation, n)).backward()`` is the truncated BPTT of
             §2.2.
         """
-        if timesteps < 1:
-            raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
+        check_timesteps(timesteps)
         if isinstance(images, Presentation):
+            if sample_ids is not None or epoch != 0:
+                raise ValueError(
+                    "a presentation has its sample_ids and epoch: give them to present()"
+                )
             presentation = images
         else:
             presentation = self.present(images, sample_ids=sample_ids, epoch=epoch)
@@ -136,13 +148,21 @@ class SpikingNetwork(nn.Module):
     ) -> Tensor:
         """U_t of the output layer after every step at once: (T, B, classes).
 
-        The output only accumulates, so one presentation gives the accuracy at every t.
+        The output only accumulates, so one presentation gives the accuracy at every t. In training
+        mode dropout is active: call ``eval()`` first.
+
+        Args:
+            images: (B, C, H, W), or a presentation to go on with.
+            timesteps: T.
+            options: those of :meth:`present`, for images.
         """
-        if timesteps < 1:
-            raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
-        presentation = (
-            images if isinstance(images, Presentation) else self.present(images, **options)
-        )
+        check_timesteps(timesteps)
+        if isinstance(images, Presentation):
+            if options:
+                raise ValueError(f"a presentation has its {', '.join(options)}: see present()")
+            presentation = images
+        else:
+            presentation = self.present(images, **options)
         logits: list[Tensor] = []
         while len(logits) < timesteps:
             steps = min(presentation.chunk, timesteps - len(logits))
@@ -180,6 +200,10 @@ class SpikingNetwork(nn.Module):
             module = self.module(i)
             if not node.operator.fires:
                 check_module(node.path, module, node.operator)
+            elif not isinstance(module, SpikingNeuron):
+                raise ValueError(
+                    f"{node.path} is a {type(module).__name__}; allowed in its place: SpikingNeuron"
+                )
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dtype not in REALS:
                     raise ValueError(
@@ -247,7 +271,7 @@ class SpikingNetwork(nn.Module):
         """Bring learned V and λ back to where they have a meaning; after an optimiser's step.
 
         V stays at ``SMALLEST_THRESHOLD`` of its balanced value or above, λ within (0, 1]. The next
-        presentation does it where a step went too far, so that no loop has to know of it.
+        presentation does it where V is not positive or λ not in (0, 1], so that no loop has to.
         """
         for neuron in self.neurons.values():
             if neuron.threshold.requires_grad:
@@ -282,7 +306,7 @@ class SpikingNetwork(nn.Module):
             node = self.graph.nodes[waiting.pop()]
             if node.operator.learns:
                 scaled.add(node.name)
-            elif node.operator.fires:
+            elif node.operator.fires or not node.inputs:
                 raise ValueError("a branch reaches the output without weights; nothing to scale")
             else:
                 waiting += node.inputs

@@ -47,9 +47,9 @@ class Surrogate:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha}; allowed: a finite number above 0")
+            raise ValueError(f"alpha is {self.alpha}; allowed: a number above 0, finite")
         if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta is {self.beta}; allowed: 0 or a finite number above it")
+            raise ValueError(f"beta is {self.beta}; allowed: 0 or a positive number, finite")
 
     def of_spikes(self, spikes: Tensor, last_spike: Tensor, start: int) -> Tensor:
         """∂O/∂U (T, M) from spikes and their ages, where ``needs_ages``."""

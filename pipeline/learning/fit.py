@@ -26,7 +26,8 @@ from pipeline.params import Schedule
 # with truncated BPTT
 BackwardPasses = Callable[[Tensor, Tensor, int], Iterator[Callable[[], Tensor]]]
 
-EVERY, STEPS_EVERY = 2.0, 10.0  # seconds between progress lines of epochs, and of steps
+# seconds between progress lines of epochs, and of steps
+SAY_EPOCH_EVERY, SAY_STEP_EVERY = 2.0, 10.0
 
 
 @dataclass
@@ -83,10 +84,10 @@ def fit(worker: Worker, task: Task, train: Samples, params: Schedule) -> State:
     Raises:
         DivergenceError: loss or gradient is not finite; names epoch and step.
     """
-    if params.batch_size < worker.world:
+    if min(params.batch_size, len(train)) < worker.world:
         raise ValueError(
             f"{worker.stage}.batch_size is {params.batch_size}; allowed: at least one image for "
-            f"each of the {worker.world} workers"
+            f"each of the {worker.world} workers, of {len(train)} training images"
         )
     return _Fit(worker, task, train, params).run()
 
@@ -101,7 +102,7 @@ class _Fit:
         if "network" in self.state:
             self._go_on()
         self.start, self.first = time.monotonic(), int(self.state["epoch"])
-        self.said, self.reported = self.start - EVERY, self.start
+        self.said, self.reported = self.start - SAY_EPOCH_EVERY, self.start
         self.unreported: list[Row] = []
 
     def _go_on(self) -> None:
@@ -150,7 +151,7 @@ class _Fit:
             if worker.checkpoint_due(step) and step < len(batches):
                 so_far = worker.all_reduce(sums.clone())
                 self._checkpoint(self.state | self._weights() | {"step": step, "sums": so_far})
-            if time.monotonic() - self.said > STEPS_EVERY:
+            if time.monotonic() - self.said > SAY_STEP_EVERY:
                 self.said = time.monotonic()
                 worker.say(f"epoch {epoch}: step {step}/{len(batches)}")
         sums = worker.all_reduce(sums)
@@ -161,7 +162,7 @@ class _Fit:
             "loss/train": sums[0].item() / seen,
             "accuracy/train": sums[1].item() / seen,
             "gradient_norm/all": norm,
-            **_gradient_norms(task.network),
+            **_gradient_norms(task.network, norm, task.clip),
             **task.validate(epoch),
         }
 
@@ -212,7 +213,7 @@ class _Fit:
 
     def _say_epoch(self, epoch: int, metrics: Row) -> None:
         now = time.monotonic()
-        if now - self.said <= EVERY and epoch < self.params.epochs:
+        if now - self.said <= SAY_EPOCH_EVERY and epoch < self.params.epochs:
             return
         self.said = now
         left = (now - self.start) / (epoch - self.first) * (self.params.epochs - epoch)
@@ -251,10 +252,14 @@ def backward(
     return losses / len(images), correct
 
 
-def _gradient_norms(network: nn.Module) -> Row:
-    """Of every layer's weights at the epoch's last step: they grow with depth and T."""
+def _gradient_norms(network: nn.Module, norm: float, clip: float | None) -> Row:
+    """Norms of every layer's gradient at the epoch's last step, before they were clipped.
+
+    They grow with depth and T.
+    """
+    clipped = 1.0 if clip is None else max(1.0, norm / clip)
     return {
-        f"gradient_norm/{name.removesuffix('.weight')}": parameter.grad.norm().item()
+        f"gradient_norm/{name.removesuffix('.weight')}": clipped * parameter.grad.norm().item()
         for name, parameter in network.named_parameters()
         if parameter.grad is not None
     }

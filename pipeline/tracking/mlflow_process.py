@@ -56,7 +56,10 @@ converted by threshold balancing, and fine-tuned by STDB. `accuracy/` is that of
 commit, or after their DVC experiment.
 """
 # whose exceptions say that MLflow, its database or its store does not answer
-OUTSIDE = ("mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3", "alembic", "botocore", "boto3")
+OUTSIDE = (
+    *("mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3", "alembic"),
+    *("botocore", "boto3", "google", "azure"),
+)
 
 
 def main() -> None:
@@ -76,15 +79,15 @@ def warn(text: str) -> None:
     print(f"warning: {without_secrets(text)}", file=sys.stderr, flush=True)
 
 
-def report(error: Exception, otherwise: str) -> None:
-    """An outage in one line, ``otherwise``; an error of our own with its traceback."""
+def report(error: Exception, outage: str, outcome: str) -> None:
+    """Say what came of an error: an outage in one line, an error of our own with its traceback."""
     outside = type(error).__module__.partition(".")[0] in OUTSIDE
     missing = isinstance(error, FileNotFoundError)  # a file that we said there is
     if outside or (isinstance(error, OSError) and not missing):
-        warn(f"MLflow at {tracking_uri()} {otherwise}: {error}")
+        warn(f"MLflow at {tracking_uri()} {outage}, {outcome}: {error}")
     else:
         lines = "".join(traceback.format_exception(error))
-        warn(f"a fault of this program, going on without MLflow:\n{lines.rstrip()}")
+        warn(f"a fault of this program, {outcome}:\n{lines.rstrip()}")
 
 
 class MlflowProcess:
@@ -114,7 +117,7 @@ class MlflowProcess:
             takers[type(message)](message)
         except Exception as error:
             if not self.failed:
-                report(error, "does not answer, going on without")
+                report(error, "does not answer", "going on without")
             self.failed = True
 
     def start(self, message: Start) -> None:
@@ -279,7 +282,7 @@ class MlflowProcess:
             logged = register(self.client, self.run_id, message, self.source, commit)
             self.client.log_outputs(self.parent_id, [LoggedModelOutput(logged, step=0)])
         except Exception as error:
-            report(error, "did not take the model")
+            report(error, "did not take the model", "which is not registered")
         finally:
             self.client.update_run(self.run_id, status="RUNNING")
 

@@ -116,11 +116,10 @@ class Tracker:
         """Pass messages on; a thread does, since a pipe that nobody reads makes its writer wait."""
         pipe = self._process.stdin
         assert pipe is not None
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError), pipe:
             while (message := self._messages.get()) is not None:
                 pipe.write(to_line(message))
                 pipe.flush()
-            pipe.close()
 
 
 class Reporter:

@@ -300,6 +300,10 @@ def test_clip_bounds_the_gradient_and_the_log_has_it_unclipped(job):
     assert norms[None][0] == pytest.approx(norms[None][1], rel=1e-4)
     assert norms[1e-3][0] == pytest.approx(1e-3, rel=1e-3)
     assert norms[1e-3][1] == pytest.approx(norms[None][1], rel=1e-6)
+    layers = [v for k, v in state["history"][0].items() if k.startswith("gradient_norm/1")]
+    whole = [v for k, v in state["history"][0].items() if k.startswith("gradient_norm/")]
+    assert len(layers) == 1
+    assert max(whole[1:]) > 100 * 1e-3  # of the layers, too
 
 
 @pytest.mark.parametrize(("count", "world"), [(8, 2), (7, 2), (5, 4)])

@@ -162,6 +162,55 @@ def test_a_layer_that_was_changed_after_the_conversion_is_refused(change, messag
         snn(images(), 3)
 
 
+def test_a_neuron_that_was_replaced_is_refused():
+    """By the layer's name."""
+    _, snn = network(stdb.DirectEncoder())
+    snn.net[1] = nn.ReLU()
+    with pytest.raises(ValueError, match="1 is a ReLU; allowed in its place: SpikingNeuron"):
+        snn(images(), 3)
+
+
+def test_a_presentation_is_not_given_other_streams():
+    """It has its own; what came later was ignored."""
+    _, snn = network(stdb.PoissonEncoder(0))
+    presentation = snn.present(images())
+    for options in ({"epoch": 7}, {"sample_ids": torch.arange(4)}):
+        with pytest.raises(ValueError, match="a presentation has its"):
+            snn(presentation, 3, **options)
+        with pytest.raises(ValueError, match="a presentation has its"):
+            snn.logits_over_time(presentation, 3, **options)
+
+
+@pytest.mark.parametrize("timesteps", [0, -1, 2.5])
+def test_time_steps_are_whole_numbers(timesteps):
+    """And a chunk is at least one of them."""
+    _, snn = network(stdb.DirectEncoder())
+    with pytest.raises(ValueError, match=f"timesteps is {timesteps}; allowed: 1 or more"):
+        snn(images(), timesteps)
+    with pytest.raises(ValueError, match="chunk is -1; allowed: 1 or more"):
+        snn.present(images(), chunk=-1)
+
+
+class Shortcut(nn.Module):
+    """The input reaches the output beside all weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.relu, self.b = nn.Linear(3, 4, False), nn.ReLU(), nn.Linear(4, 3, False)
+        self.flatten = nn.Flatten()
+
+    def forward(self, x):
+        x = self.flatten(x)
+        return self.b(self.relu(self.a(x))) + x
+
+
+def test_an_output_that_cannot_be_scaled_is_refused():
+    """A part of it has no weights: decisions would change."""
+    snn = stdb.convert(Shortcut(), stdb.DirectEncoder())
+    with pytest.raises(ValueError, match="a branch reaches the output without weights"):
+        snn.scale_output(0.5)
+
+
 def test_another_head_is_fine():
     """Of other classes, without a bias: transfer learning."""
     _, snn = network(stdb.DirectEncoder())
