@@ -282,7 +282,7 @@ class MlflowProcess:
             logged = register(self.client, self.run_id, message, self.source, commit)
             self.client.log_outputs(self.parent_id, [LoggedModelOutput(logged, step=0)])
         except Exception as error:
-            report(error, "did not take the model", "which is not registered")
+            report(error, "did not take the model", "going on without its registration")
         finally:
             self.client.update_run(self.run_id, status="RUNNING")
 

@@ -14,7 +14,7 @@ from tests import browser
 from tests.browser import card, row_of, section, select, show_charts, unfold
 from tests.pipeline.support import STAGES, address_of, copy_of, ui
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 expect.set_options(timeout=browser.PATIENCE)
 ACCURACIES = ["ann", "converted", "scaled", "stdb", "stdb_validation"]
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]

@@ -29,6 +29,7 @@ def kill(started: Started, whom: str) -> None:
         os.killpg(started.process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_same_bytes(long, undisturbed, tmp_path):
     """SIGKILL to the whole group, a random while after a training began or got further.
 

@@ -18,6 +18,8 @@ from tests.pipeline.support import (
     starting,
 )
 
+pytestmark = pytest.mark.slow
+
 WORLDS = [1, 2, 3]
 SEEDS = [0, 1, 2]
 TRAINING = STDB.model_copy(update={"epochs": 3, "batch_size": 12, "dropout": 0.2})
