@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import kernels
@@ -29,17 +29,18 @@ class Steps(torch.autograd.Function):
         ctx: Any,
         presentation: Presentation,
         steps: int,
-        parameters: Sequence[nn.Parameter],
         images: Tensor,
-        *tensors: Tensor,
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         """Run the steps; the summed values of the output layer's inputs."""
         # so that autograd notices what is changed in place before the backward pass
         encoder = presentation.network.encoder
         own = getattr(encoder, "__dict__", {})  # such as the train of a SpikeTrain
         trains = [value for value in own.values() if isinstance(value, Tensor)]
-        ctx.save_for_backward(images, *trains, *tensors)
+        ctx.save_for_backward(images, *trains, *parameters)
         ctx.presentation, ctx.parameters, ctx.tape = presentation, parameters, []
+        nodes = enumerate(presentation.network.graph.nodes)
+        ctx.weights = {i: presentation.sites[i].weight for i, n in nodes if n.operator.learns}
         return tuple(presentation.advance(steps, ctx.tape))
 
     @staticmethod
@@ -52,9 +53,11 @@ class Steps(torch.autograd.Function):
                 "backward() already ran over these steps; add up the losses first, and call it once"
             )
         presentation, ctx.presentation = ctx.presentation, None  # a loss that is kept keeps nothing
-        walk = BackwardWalk(presentation, grad_counts, ctx.parameters, ctx.needs_input_grad[3])
+        for i, weight in ctx.weights.items():
+            presentation.sites[i].use(weight)
+        walk = BackwardWalk(presentation, grad_counts, ctx.parameters, ctx.needs_input_grad[2])
         gradients = walk.run(ctx.tape)
-        return (None, None, None, walk.images, *gradients)
+        return (None, None, walk.images, *gradients)
 
 
 class BackwardWalk:
@@ -64,7 +67,7 @@ class BackwardWalk:
         presentation: whose steps they are.
         grad_counts: gradients of the summed values of the entries. The output only accumulates, so
             its gradient is the same at every t.
-        parameters: whose gradients are wanted.
+        parameters: whose gradients are wanted: weights, V, λ.
         of_images: whether that of the images is, too.
 
     Attributes:
@@ -75,7 +78,7 @@ class BackwardWalk:
         self,
         presentation: Presentation,
         grad_counts: Sequence[Tensor],
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[Tensor],
         of_images: bool,
     ) -> None:
         self.images: Any = torch.zeros_like(presentation.images) if of_images else None
@@ -128,13 +131,13 @@ class BackwardWalk:
             self._walk_encoder(dense(grad), chunk)
         if node.operator.learns:
             grad = site.lowered(dense(grad))
-            weight = id(site.module.weight)
+            weight = id(site.weight)
             if weight in self.gradients:
                 x = self._recompute(node.inputs[0], chunk, values)
                 if x.shape[0] == 1:  # constant input: the weights see the summed gradient
                     grad = grad.sum(0, keepdim=True)
                 self.gradients[weight] = node.operator.backward_weight(
-                    site.module, grad, x, self.gradients[weight]
+                    site, grad, x, self.gradients[weight]
                 )
         for position, j in enumerate(node.inputs):
             if self._wanted(j):
@@ -287,7 +290,7 @@ def _find_last_spikes(chunk: Chunk, tape: list[Chunk]) -> None:
             kernels.note_last_spikes(earlier.bits[i], chunk.last_spike[i], earlier.start)
 
 
-def _laid_out(grad: Tensor | None, parameter: nn.Parameter) -> Tensor:
+def _laid_out(grad: Tensor | None, parameter: Tensor) -> Tensor:
     """A gradient (None: zero) in its parameter's memory layout, as optimisers and DDP want it."""
     if grad is None:
         return torch.zeros_like(parameter)

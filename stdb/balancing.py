@@ -15,7 +15,7 @@ from torch import Tensor
 from . import kernels
 from .architectures import ResidualBlock
 from .kernels.layout import to_matrix
-from .network import SpikingNetwork
+from .network import SpikingNetwork, check_timesteps
 from .operators import Value, dense
 from .presentation import Presentation
 from .spikes import Spikes
@@ -58,8 +58,7 @@ def balance_thresholds(
     Raises:
         ValueError: a layer's largest weighted input is not above 0; the message names the layer.
     """
-    if timesteps < 1:
-        raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
+    check_timesteps(timesteps)
     if len(images) < 1 and reduce is None:
         raise ValueError("no calibration images")
     if not 0 < percentile <= 100:

@@ -17,6 +17,7 @@ from .network import SpikingNetwork
 from .neuron import SpikingNeuron
 from .rewriting import ConversionError, rewrite
 from .surrogate import STDB, Surrogate
+from .weights import inner_copies
 
 __all__ = ["ConversionError", "convert"]
 
@@ -52,7 +53,7 @@ def convert(
     Raises:
         ConversionError: names the layer that has no spiking counterpart, and the remedy.
     """
-    net = copy.deepcopy(ann)
+    net = copy.deepcopy(ann, inner_copies(ann))
     nodes, result = rewrite(net)
     graph = _checked(nodes, result)
     for i in graph.neurons:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .network import SpikingNetwork
+from .network import SpikingNetwork, check_timesteps
 
 STEPS_AT_ONCE = 4  # after so many steps it is looked whether all are decided
 
@@ -61,8 +61,7 @@ def decide(
             presents T steps.
         sample_ids: as for ``SpikingNetwork.present``.
     """
-    if timesteps < 1:
-        raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
+    check_timesteps(timesteps)
     if confidence is not None and not 0 < confidence <= 1:
         raise ValueError(f"confidence is {confidence}; allowed: above 0, at most 1")
     chunk = None if confidence is None else STEPS_AT_ONCE

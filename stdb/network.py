@@ -4,7 +4,8 @@ It presents images for T steps (:mod:`stdb.presentation`), and holds thresholds 
 crosses time is in a presentation; nothing is left on the modules.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -19,6 +20,7 @@ from .operators import Value
 from .presentation import Presentation, default_chunk
 from .randomness import sample_keys
 from .rewriting import check_module
+from .weights import inner_copies, scale_weight
 
 Observer = Callable[[Presentation, str, Value], None]
 
@@ -67,6 +69,13 @@ class SpikingNetwork(nn.Module):
         self.dropout_seed = dropout_seed
         self.precision = precision
         self.observers: list[Observer] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SpikingNetwork":
+        """A copy, also where weights are computed, which modules' own deepcopy refuses."""
+        memo |= inner_copies(self)
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     # -- presenting ----------------------------------------------------------------------------
 
@@ -133,11 +142,10 @@ class SpikingNetwork(nn.Module):
             presentation = images
         else:
             presentation = self.present(images, sample_ids=sample_ids, epoch=epoch)
-        # each once, also where layers share their weights
-        parameters = list(dict.fromkeys(p for p in self._body_parameters() if p.requires_grad))
         pixels = presentation.images
-        if torch.is_grad_enabled() and (parameters or pixels.requires_grad):
-            counts = Steps.apply(presentation, timesteps, parameters, pixels, *parameters)
+        parameters = self._learned(presentation) if torch.is_grad_enabled() else []
+        if parameters or (torch.is_grad_enabled() and pixels.requires_grad):
+            counts = Steps.apply(presentation, timesteps, pixels, *parameters)
         else:
             counts = presentation.advance(timesteps)
         return presentation.integrate(counts)
@@ -204,18 +212,24 @@ class SpikingNetwork(nn.Module):
                 raise ValueError(
                     f"{node.path} is a {type(module).__name__}; allowed in its place: SpikingNeuron"
                 )
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in module.named_parameters():
                 if parameter.dtype not in REALS:
                     raise ValueError(
                         f"{node.path}.{name} is {parameter.dtype}; allowed: torch.float32, "
                         "torch.float64 (products in bfloat16: precision=torch.bfloat16)"
                     )
 
-    def _body_parameters(self) -> Iterator[nn.Parameter]:
+    def _learned(self, presentation: Presentation) -> list[Tensor]:
+        """What of the body has a gradient: weights, V and λ, each once, also where layers share."""
+        presentation.take_weights()
+        found: dict[Tensor, None] = {}
         for i in self.graph.body:
-            operator = self.graph.nodes[i].operator
-            if operator.fires or operator.learns:
-                yield from self.module(i).parameters()
+            site, operator = presentation.sites[i], self.graph.nodes[i].operator
+            if operator.learns:
+                found[site.weight] = None
+            elif operator.fires:
+                found |= dict.fromkeys(site.module.parameters())
+        return [tensor for tensor in found if tensor.requires_grad]
 
     # -- neurons -------------------------------------------------------------------------------
 
@@ -311,6 +325,4 @@ class SpikingNetwork(nn.Module):
             else:
                 waiting += node.inputs
         for name in scaled:
-            weight = self.net.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.mul_(factor)
+            scale_weight(self.net.get_submodule(name), factor)

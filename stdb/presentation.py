@@ -19,6 +19,7 @@ from .operators import Value, dense
 from .operators.shaping import Dropout
 from .randomness import dropout_mask
 from .spikes import Spikes
+from .weights import weight_of
 
 if TYPE_CHECKING:
     from .network import SpikingNetwork
@@ -61,17 +62,28 @@ class _Site:
     module: Any
     precision: torch.dtype | None
     mask: Tensor | None = None
+    _weight: Tensor | None = None  # of this run of steps
     _prepared: tuple[Any, Tensor] | None = None  # the state of the weights; what was made of them
+
+    @property
+    def weight(self) -> Tensor:
+        if self._weight is None:
+            self._weight = weight_of(self.module)
+        return self._weight
 
     def lowered(self, x: Tensor) -> Tensor:
         return x if self.precision is None else x.to(self.precision)
 
-    def prepared(self, make: Callable[[Any], Tensor]) -> Tensor:
-        weight = self.module.weight
-        state = (weight.data_ptr(), weight._version)
+    def prepared(self, make: Callable[[Tensor], Tensor]) -> Tensor:
+        state = (self.weight.data_ptr(), self.weight._version)
         if self._prepared is None or self._prepared[0] != state:
-            self._prepared = state, make(self.module)
+            self._prepared = state, make(self.weight)
         return self._prepared[1]
+
+    def use(self, weight: Tensor | None) -> None:
+        """Compute with these weights from now on."""
+        if weight is not self._weight:
+            self._weight, self._prepared = weight, None
 
     def forget(self) -> None:
         """Make room: what was prepared is made again when it is wanted."""
@@ -203,6 +215,15 @@ class Presentation:
 
     # -- forward -------------------------------------------------------------------------------
 
+    def take_weights(self) -> None:
+        """The layers' weights as they are now, for the steps that follow."""
+        known: dict[int, Tensor] = {}  # a layer that is called twice computes its own once
+        for site, node in zip(self.sites, self.network.graph.nodes, strict=True):
+            if node.operator.learns:
+                if id(site.module) not in known:
+                    known[id(site.module)] = weight_of(site.module)
+                site.use(known[id(site.module)])
+
     def advance(
         self,
         steps: int,
@@ -217,6 +238,7 @@ class Presentation:
             trains: one list per entry, each given the entry's values (T, B, …) of every chunk.
         """
         if tape is None:
+            self.take_weights()
             self.ages_known = False
         elif any(self.sites[i].module.surrogate.needs_ages for i in self.network.graph.neurons):
             self._check_ages(self.t + steps)

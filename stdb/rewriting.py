@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .graph import INPUT, Node, Tracer
 from .operators import Operator
@@ -158,11 +159,12 @@ def _rewrite_call(rewriting: Rewriting, call: fx.Node) -> Node | int:
 def _rewrite_module(rewriting: Rewriting, call: fx.Node) -> Node | int:
     name = str(call.target)
     module = rewriting.modules[name]
-    if type(module) is nn.Identity:
+    kind = type_before_parametrizations(module)
+    if kind is nn.Identity:
         return rewriting.sources(call)[0]
-    if type(module) in MODULES:
-        check_module(name, module, MODULES[type(module)])
-        return Node(name, MODULES[type(module)], rewriting.sources(call), path=name)
+    if kind in MODULES:
+        check_module(name, module, MODULES[kind])
+        return Node(name, MODULES[kind], rewriting.sources(call), path=name)
     remedy = next(
         (r for t, r in REMEDIES.items() if isinstance(module, t)), f"allowed: {_allowed()}"
     )
@@ -177,16 +179,10 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
     Raises:
         ConversionError: names the module, and what is allowed.
     """
-    if type(MODULES.get(type(module))) is not type(operator):
+    if type(MODULES.get(type_before_parametrizations(module))) is not type(operator):
         kinds = [kind.__name__ for kind, one in MODULES.items() if type(one) is type(operator)]
         raise ConversionError(
             f"layer {name} is a {type(module).__name__}; allowed in its place: {', '.join(kinds)}"
-        )
-    if operator.learns and "weight" not in module._parameters:
-        raise ConversionError(
-            f"layer {name} has weights that are computed (pruned, normalised, parametrised), which "
-            "would not learn; make them plain: torch.nn.utils.prune.remove, "
-            "torch.nn.utils.parametrize.remove_parametrizations"
         )
     if getattr(module, "bias", None) is not None:
         raise ConversionError(

@@ -252,17 +252,17 @@ class Events:
         return whole[:, : module.out_features].reshape(*self.shape[:2], -1)
 
 
-def tap_rows(module: nn.Conv2d) -> Tensor:
+def tap_rows(weight: Tensor) -> Tensor:
     """(k·k·C, ≥ C'): the weights as one row for each tap and input channel, in whole vectors."""
-    weight = module.weight.detach()
+    weight = weight.detach()
     rows = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
     extra = products.padded(weight.shape[0], rows[:0].numpy().dtype) - weight.shape[0]
     return nn.functional.pad(rows, (0, extra)).contiguous()
 
 
-def column_blocks(module: nn.Linear) -> Tensor:
+def column_blocks(weights: Tensor) -> Tensor:
     """(blocks, n, columns): the weights by input, in blocks of outputs that fit a cache."""
-    weight = module.weight.detach().numpy()
+    weight = weights.detach().numpy()
     lanes = products.padded(1, weight.dtype)
     columns = min(products.BLOCK * lanes, -(-weight.shape[0] // lanes) * lanes)
     out = np.empty((-(-weight.shape[0] // columns), weight.shape[1], columns), weight.dtype)

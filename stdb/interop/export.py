@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..encoding import DirectEncoder, PoissonEncoder, SpikeTrain
-from ..network import SpikingNetwork
+from ..network import SpikingNetwork, check_timesteps
 from ..randomness import sample_keys
+from ..weights import plain_copy
 
 
 def export_program(
@@ -48,8 +49,7 @@ def export_program(
     Raises:
         ValueError: T below 1, or an encoder of your own without ``spikes``.
     """
-    if timesteps < 1:
-        raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more")
+    check_timesteps(timesteps)
     weight = next(p for p in snn.net.parameters() if p.dim())
     images = weight.new_zeros(2, *image_shape)  # of a batch of 1 it would take a batch of 1
     batch = Dim("batch")
@@ -76,7 +76,7 @@ class _Program(nn.Module):
 
     def __init__(self, snn: SpikingNetwork, timesteps: int, spikes: bool) -> None:
         super().__init__()
-        self.net, self.graph = snn.net, snn.graph
+        self.net, self.graph = plain_copy(snn.net), snn.graph
         self.timesteps = timesteps
         self.encoder: Any = None if spikes else snn.encoder
         neurons = zip(snn.graph.neurons, snn.neurons.values(), strict=True)

@@ -18,6 +18,7 @@ from ..operators.convolution import Convolution
 from ..operators.linear import FullyConnected
 from ..operators.pooling import AveragePool
 from ..operators.shaping import Dropout, Flatten, Sum
+from ..weights import weight_of
 
 if TYPE_CHECKING:
     import nir
@@ -180,7 +181,7 @@ def _average_pool(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> 
 def _linear(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
     if len(shape) != 1:
         raise ValueError(f"layer {name} is given {shape}; allowed in NIR: a flat input")
-    return nir.Linear(weight=_array(module.weight))
+    return nir.Linear(weight=_array(weight_of(module)))
 
 
 def _convolution(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
@@ -189,9 +190,9 @@ def _convolution(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> A
             f"layer {name} is {module}; allowed in NIR: one group and square kernels"
         )
     return nir.Conv2d(
-        input_shape=shape[1:], weight=_array(module.weight), stride=tuple(module.stride),
+        input_shape=shape[1:], weight=_array(weight_of(module)), stride=tuple(module.stride),
         padding=tuple(module.padding), dilation=tuple(module.dilation), groups=1,
-        bias=np.zeros(module.out_channels, _array(module.weight).dtype),
+        bias=np.zeros(module.out_channels, _array(weight_of(module)).dtype),
     )  # fmt: skip
 
 

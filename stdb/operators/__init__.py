@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import PooledGradient
 from ..spikes import DENSITY_LIMITS, Events, Spikes
@@ -36,8 +36,13 @@ class Site(Protocol):
         """``x`` in the precision of the network's products."""
         ...
 
-    def prepared(self, make: Callable[[Any], Tensor]) -> Tensor:
-        """What ``make`` makes of the module's weights, kept until they change."""
+    @property
+    def weight(self) -> Tensor:
+        """The module's weights, computed where they are not a parameter (pruned, normalised)."""
+        ...
+
+    def prepared(self, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``make`` makes of the weights, kept until they change."""
         ...
 
 
@@ -73,9 +78,7 @@ class Operator(Protocol):
         """
         return grad
 
-    def backward_weight(
-        self, module: nn.Module, grad: Tensor, x: Value, total: Tensor | None
-    ) -> Tensor:
+    def backward_weight(self, site: Site, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
         """``total`` (None: nothing yet) + ∂L/∂W summed over time and batch, given ∂L/∂I."""
         problem = "does not say its gradient" if self.learns else "has no weights"
         raise NotImplementedError(f"{self.name} {problem}")

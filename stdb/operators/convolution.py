@@ -37,13 +37,13 @@ class Convolution(Operator):
         return per_image(
             lambda n: F.conv2d(
                 n.contiguous(memory_format=torch.channels_last),
-                module.weight.to(n.dtype),
+                site.weight.to(n.dtype),
                 None,
                 module.stride,
                 module.padding,
                 module.dilation,
                 module.groups,
-            ).to(module.weight.dtype),
+            ).to(site.weight.dtype),
             site.lowered(dense(inputs[0])),
         )
 
@@ -55,26 +55,24 @@ class Convolution(Operator):
         grad = dense(grad)
         images = grad.flatten(0, 1)
         x = images.new_empty(1).expand(len(images), *shape)  # only its shape is looked at
-        weight = module.weight.to(grad.dtype, memory_format=torch.channels_last)
+        weight = site.weight.to(grad.dtype, memory_format=torch.channels_last)
         grad_x, _ = _convolution_backward(module, images, x, weight, (True, False))
-        below: Tensor = grad_x.to(module.weight.dtype).unflatten(0, grad.shape[:2])
+        below: Tensor = grad_x.to(site.weight.dtype).unflatten(0, grad.shape[:2])
         return below
 
-    def backward_weight(
-        self, module: nn.Module, grad: Tensor, x: Value, total: Tensor | None
-    ) -> Tensor:
+    def backward_weight(self, site: Site, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
         """``total`` + ∂L/∂W: of events where they are few, else dense."""
-        assert isinstance(module, nn.Conv2d)
+        module: nn.Conv2d = site.module
         few = self._events(module, x)
         if few is not None:
-            grad_weight = few.convolved_weight(module, grad.to(module.weight.dtype))
+            grad_weight = few.convolved_weight(module, grad.to(site.weight.dtype))
         else:
             images = dense(x).flatten(0, 1).to(grad.dtype, memory_format=torch.channels_last)
-            weight = module.weight.to(grad.dtype)
+            weight = site.weight.to(grad.dtype)
             _, grad_weight = _convolution_backward(
                 module, grad.flatten(0, 1), images, weight, (False, True)
             )
-            grad_weight = grad_weight.to(module.weight.dtype)
+            grad_weight = grad_weight.to(site.weight.dtype)
         return grad_weight if total is None else total.add_(grad_weight)
 
     def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:

@@ -30,25 +30,22 @@ class FullyConnected(Operator):
         if few is not None:
             return few.multiplied(module, site.prepared(column_blocks))
         x = site.lowered(dense(inputs[0]))
-        return F.linear(x, module.weight.to(x.dtype)).to(module.weight.dtype)
+        return F.linear(x, site.weight.to(x.dtype)).to(site.weight.dtype)
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
     ) -> Gradient:
         """∂L/∂O, given ∂L/∂I."""
-        grad, weight = dense(grad), site.module.weight
+        grad, weight = dense(grad), site.weight
         below: Tensor = (grad @ weight.to(grad.dtype)).to(weight.dtype)
         return below
 
-    def backward_weight(
-        self, module: nn.Module, grad: Tensor, x: Value, total: Tensor | None
-    ) -> Tensor:
+    def backward_weight(self, site: Site, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
         """``total`` + ∂L/∂W."""
-        assert isinstance(module, nn.Linear)
         rows, columns = grad.flatten(0, 1).t(), dense(x).flatten(0, 1).to(grad.dtype)
         if total is not None and total.dtype == grad.dtype:
             return total.addmm_(rows, columns)
-        grad_weight = (rows @ columns).to(module.weight.dtype)
+        grad_weight = (rows @ columns).to(site.weight.dtype)
         return grad_weight if total is None else total.add_(grad_weight)
 
     def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:

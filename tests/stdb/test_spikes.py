@@ -65,7 +65,7 @@ def test_convolution(data):
     events = few.events.masked(mask)
     x = (dense * mask).flatten(0, 1)
     expected = module(x)
-    product = events.convolved(module, tap_rows(module))
+    product = events.convolved(module, tap_rows(module.weight))
     torch.testing.assert_close(product.flatten(0, 1), expected)
     grad = torch.randn_like(product)
     expected.backward(grad.flatten(0, 1))
@@ -80,7 +80,7 @@ def test_linear_after_flatten(outputs, channels):
     module = nn.Linear(channels * 16, outputs, bias=False).double()
     flat = few.events.flattened()
     assert torch.equal(flat.dense(), dense.flatten(2))
-    product = flat.multiplied(module, column_blocks(module))
+    product = flat.multiplied(module, column_blocks(module.weight))
     torch.testing.assert_close(product, module(dense.flatten(2)).detach())
 
 

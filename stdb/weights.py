@@ -1,0 +1,97 @@
+"""The weights of a layer: a parameter, or what is computed from parameters.
+
+Pruning, weight norm, spectral norm and other parametrisations compute a layer's weights anew from
+leaves of their own each time the layer is called. A spiking network does the same at the start of
+each run of steps, so that fine-tuning reaches the leaves and what is pruned stays zero.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)  # they compute weights before each call
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a layer's weights are computed from other parameters."""
+    attribute = vars(module).get("weight")  # where hooks put what they compute
+    return isinstance(attribute, Tensor) or parametrize.is_parametrized(module, "weight")
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weights as they are now; if they are computed, autograd knows from what."""
+    if not is_computed(module) or parametrize.is_parametrized(module, "weight"):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, HOOKS):
+            hook(module, None)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    module.weight = weight.detach()  # deepcopy refuses a module that holds an inner tensor
+    return weight
+
+
+@torch.no_grad()
+def scale_weight(module: nn.Module, factor: float) -> None:
+    """Multiply a layer's weights.
+
+    Raises:
+        ValueError: they are computed from leaves that cannot be scaled, as spectral norm's.
+    """
+    if not is_computed(module):
+        weight_of(module).mul_(factor)
+        return
+    wanted = weight_of(module) * factor
+    if parametrize.is_parametrized(module, "weight"):
+        module.weight = wanted
+    for leaf in ("weight_orig", "weight_g"):  # of pruning, of weight norm
+        if leaf in module._parameters:
+            module.get_parameter(leaf).mul_(factor)
+    if not torch.allclose(weight_of(module), wanted, rtol=1e-4):
+        raise ValueError(
+            f"the weights of {module} are computed in a way that cannot be scaled; make them plain "
+            "first: torch.nn.utils.parametrize.remove_parametrizations, remove_spectral_norm"
+        )
+
+
+def inner_copies(net: nn.Module) -> dict[int, Any]:
+    """Copies of the computed tensors that modules hold, a ``memo`` for ``copy.deepcopy``.
+
+    It refuses those that autograd made, such as the weights of a pruned layer.
+    """
+    return {
+        id(value): value.detach().clone()
+        for module in net.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+
+
+@torch.no_grad()
+def plain_copy(net: nn.Module) -> nn.Module:
+    """A copy whose computed weights are plain parameters, as files and other programs want them."""
+    net = copy.deepcopy(net, inner_copies(net))
+    for module in [m for m in net.modules() if is_computed(m)]:
+        weight = weight_of(module).clone()
+        if parametrize.is_parametrized(module, "weight"):
+            # torch's remove_parametrizations changes the class, which the original shares
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+        else:
+            hooks = module._forward_pre_hooks
+            for key in [k for k, hook in hooks.items() if isinstance(hook, HOOKS)]:
+                del hooks[key]
+            for table in (module._parameters, module._buffers):
+                for name in [n for n in table if n.startswith("weight_")]:
+                    del table[name]
+            del module.weight
+        module.weight = nn.Parameter(weight)
+    return net
