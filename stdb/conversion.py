@@ -7,9 +7,11 @@ about it.
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from .encoding import Encoder
 from .graph import Graph, Node
@@ -53,24 +55,42 @@ def convert(
     Raises:
         ConversionError: names the layer that has no spiking counterpart, and the remedy.
     """
-    net = copy.deepcopy(ann, inner_copies(ann))
+    _check_parameters(ann)
+    try:
+        net = copy.deepcopy(ann, inner_copies(ann))
+    except Exception as error:
+        raise ConversionError(f"the network cannot be copied: {error}") from error
     nodes, result = rewrite(net)
-    graph = _checked(nodes, result)
+    graph = spiking_graph(nodes, result)
+    parameter = next(ann.parameters())
     for i in graph.neurons:
         neuron = SpikingNeuron(1.0, leak, surrogate, temporal_gradient)
         neuron.threshold.requires_grad_(learn_thresholds)
         neuron.leak.requires_grad_(learn_leaks)
+        neuron.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
         net.set_submodule(graph.nodes[i].name, neuron)
-    parameter = next(ann.parameters())  # not of net: a neuron's V may come first there
-    net.to(device=parameter.device, dtype=parameter.dtype)
     snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed, precision)
     snn.train(ann.training)
-    snn.check()
+    snn.check(values=True)
     return snn
 
 
-def _checked(nodes: list[Node], result: int | None) -> Graph:
-    """The graph, where it is one of a spiking network."""
+def _check_parameters(ann: object) -> None:
+    """Refuse what cannot be copied or computed with, whatever layer it is of."""
+    if not isinstance(ann, nn.Module):
+        hint = "; build the network and load the state dict" if isinstance(ann, Mapping) else ""
+        raise ConversionError(f"ann is a {type(ann).__name__}; allowed: an nn.Module{hint}")
+    for name, parameter in ann.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ConversionError(f"{name} is uninitialised; call the network on an image first")
+        if parameter.is_meta:
+            raise ConversionError(f"{name} is on the meta device; load the weights first")
+        if parameter.layout != torch.strided:
+            raise ConversionError(f"{name} is {parameter.layout}; allowed: dense, to_dense()")
+
+
+def spiking_graph(nodes: list[Node], result: int | None) -> Graph:
+    """The graph of these nodes, the last of which is returned; refused if it is none of an SNN."""
     repeated = [n for n, c in Counter(x.name for x in nodes if x.operator.fires).items() if c > 1]
     if repeated:
         raise ConversionError(

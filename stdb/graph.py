@@ -102,4 +102,5 @@ class Tracer(fx.Tracer):
         """Whether what a module does is one operation."""
         if isinstance(module, nn.Sequential | ResidualBlock):
             return False
-        return module.__module__.startswith("torch.nn") or type(module) in self.leaves
+        of_torch = module.__module__.partition(".")[0] == "torch"
+        return of_torch or type(module) in self.leaves

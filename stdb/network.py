@@ -195,13 +195,17 @@ class SpikingNetwork(nn.Module):
         path = self.graph.nodes[i].path
         return None if path is None else self.net.get_submodule(path)
 
-    def check(self) -> None:
+    def check(self, *, values: bool = False) -> None:
         """Refuse what became of the layers since the conversion and cannot be computed.
+
+        Args:
+            values: look at all weights, whether they are numbers.
 
         Raises:
             ValueError: names a layer that was replaced by one of another kind, has a bias, pads
-                otherwise, or has weights of a type that has no kernels.
+                otherwise, or has weights of a type that has no kernels, or NaN.
         """
+        dtype = None
         for i, node in enumerate(self.graph.nodes):
             if node.path is None:
                 continue
@@ -217,6 +221,16 @@ class SpikingNetwork(nn.Module):
                     raise ValueError(
                         f"{node.path}.{name} is {parameter.dtype}; allowed: torch.float32, "
                         "torch.float64 (products in bfloat16: precision=torch.bfloat16)"
+                    )
+                dtype = dtype or parameter.dtype
+                if parameter.dtype != dtype:
+                    raise ValueError(
+                        f"{node.path}.{name} is {parameter.dtype} and the layers before it are "
+                        f"{dtype}; allowed: one type for all, net.to({dtype})"
+                    )
+                if values and not parameter.isfinite().all():
+                    raise ValueError(
+                        f"{node.path}.{name} holds NaN or infinity; allowed: finite numbers"
                     )
 
     def _learned(self, presentation: Presentation) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """What becomes of each operation of a traced ANN: an operator of the graph, nothing, or a refusal.
 
-Modules are looked up in ``MODULES``, calls in ``CALLS``; what neither has is refused with the
-layer's name and the remedy of ``REMEDIES`` or ``CALL_REMEDIES``.
+Modules are looked up in the table of operators, calls in ``CALLS``; what neither has is refused
+with the layer's name and the remedy of ``REMEDIES`` or ``CALL_REMEDIES``.
 """
 
 import operator as python
@@ -16,25 +16,14 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .graph import INPUT, Node, Tracer
 from .operators import Operator
-from .operators.boundary import Input, Neuron
-from .operators.convolution import Convolution
-from .operators.linear import FullyConnected
-from .operators.pooling import AveragePool
-from .operators.shaping import Dropout, Flatten, Sum
+from .operators.boundary import Input
+from .operators.shaping import Flatten, Sum
+from .operators.table import kinds, operator_for
 
 
 class ConversionError(ValueError):
     """A network that cannot be converted; the message names the layer and the remedy."""
 
-
-MODULES: dict[type[nn.Module], Operator] = {
-    nn.Conv2d: Convolution(),
-    nn.Linear: FullyConnected(),
-    nn.ReLU: Neuron(),
-    nn.AvgPool2d: AveragePool(),
-    nn.Dropout: Dropout(),
-    nn.Flatten: Flatten(),
-}
 
 _NORM = "train without it (stdb.build gives networks that do), or fold it into the weights"
 _POOL = "use nn.AvgPool2d and train again"
@@ -106,7 +95,7 @@ def rewrite(net: nn.Module) -> tuple[list[Node], int | None]:
         ConversionError: names an operation that has no spiking form, and the remedy.
     """
     try:
-        traced = Tracer(tuple(MODULES)).trace(net)
+        traced = Tracer(kinds()).trace(net)
     except Exception as error:
         raise ConversionError(
             f"the forward method of {type(net).__name__} cannot be traced ({error}); "
@@ -132,7 +121,7 @@ def rewrite(net: nn.Module) -> tuple[list[Node], int | None]:
 
 def _allowed() -> str:
     """What there is a rule for, in a message's words."""
-    return f"{', '.join(kind.__name__ for kind in MODULES)}, Identity and sums of branches"
+    return f"{', '.join(kind.__name__ for kind in kinds())}, Identity and sums of branches"
 
 
 def _rewrite_call(rewriting: Rewriting, call: fx.Node) -> Node | int:
@@ -162,15 +151,21 @@ def _rewrite_module(rewriting: Rewriting, call: fx.Node) -> Node | int:
     kind = type_before_parametrizations(module)
     if kind is nn.Identity:
         return rewriting.sources(call)[0]
-    if kind in MODULES:
-        check_module(name, module, MODULES[kind])
-        return Node(name, MODULES[kind], rewriting.sources(call), path=name)
+    operator = operator_for(kind)
+    if operator is not None:
+        check_module(name, module, operator)
+        return Node(name, operator, rewriting.sources(call), path=name)
     remedy = next(
         (r for t, r in REMEDIES.items() if isinstance(module, t)), f"allowed: {_allowed()}"
     )
-    raise ConversionError(
-        f"layer {name} is a {type(module).__name__}, which has no spiking form; {remedy}"
+    if kind.__module__.startswith("torch.ao."):
+        remedy = "convert the network as it was before quantisation"
+    named = (
+        kind.__name__
+        if kind.__module__.startswith("torch.nn.")
+        else f"{kind.__module__}.{kind.__name__}"
     )
+    raise ConversionError(f"layer {name} is a {named}, which has no spiking form; {remedy}")
 
 
 def check_module(name: str, module: nn.Module, operator: Operator) -> None:
@@ -179,10 +174,10 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
     Raises:
         ConversionError: names the module, and what is allowed.
     """
-    if type(MODULES.get(type_before_parametrizations(module))) is not type(operator):
-        kinds = [kind.__name__ for kind, one in MODULES.items() if type(one) is type(operator)]
+    if type_before_parametrizations(module) not in operator.kinds:
+        allowed = ", ".join(kind.__name__ for kind in operator.kinds)
         raise ConversionError(
-            f"layer {name} is a {type(module).__name__}; allowed in its place: {', '.join(kinds)}"
+            f"layer {name} is a {type(module).__name__}; allowed in its place: {allowed}"
         )
     if getattr(module, "bias", None) is not None:
         raise ConversionError(

@@ -25,6 +25,7 @@ import pipeline.params
 import pipeline.preset
 import stdb
 import stdb.architectures
+import stdb.operators.table
 import stdb.rewriting
 from pipeline.data import Split, load_split, normalise, worker_batches
 from pipeline.data.sources import SOURCES, read_source
@@ -44,7 +45,7 @@ REGISTRIES = (
     stdb.SURROGATES,
     stdb.ENCODERS,
     stdb.architectures.VGG,
-    stdb.rewriting.MODULES,
+    stdb.operators.table.OPERATORS,
     stdb.rewriting.CALLS,
     SOURCES,
 )
@@ -52,7 +53,7 @@ SECTIONS = {  # heading → files of its blocks
     "An architecture": ["stdb/architectures.py", "my_networks.py"],
     "A surrogate": ["stdb/surrogate.py"],
     "An encoder": ["stdb/encoding.py"],
-    "An operator": ["stdb/operators/padding.py", "stdb/rewriting.py"],
+    "An operator": ["stdb/operators/padding.py", "stdb/operators/table.py"],
     "A rewriting rule": ["stdb/rewriting.py"],
     "A data source": ["pipeline/data/sources.py"],
     "A stage": ["pipeline/measure_brightness.py", "dvc.yaml"],

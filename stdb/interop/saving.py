@@ -1,30 +1,57 @@
-"""A spiking network as one safetensors file: weights, thresholds, leaks, and how to build it again.
+"""A spiking network as one safetensors file, which is data: no code is chosen by what it says.
 
 The tensors have the names of the module tree: ``conv1.weight``, and for every spiking layer, such
 as ``conv1_relu``: ``.threshold`` (V), ``.leak`` (λ), ``.balanced_threshold`` (V of Algorithm 1, NaN
-where none was). The metadata are one JSON object under the key ``config``, with ``network``
-(arguments of the builder), ``encoder``, ``surrogate``, ``timesteps`` (T it was made for),
-``classes`` (names) and whatever else was given to :func:`save`.
+where none was). The metadata are one JSON object under the key ``config``:
+
+==================  =============================================================================
+``format``          2; what 0.1.0 wrote has none
+``graph``           the nodes in the order of a step: ``name``, ``operator`` (of the table in
+                    :mod:`stdb.operators.table`), ``inputs`` (places in this list), ``path``
+``modules``         path → ``type`` and settings, of the whole module tree: what the graph's nodes
+                    have, containers, and ``Identity`` in the place of what no node has
+``tied``            name of a tensor → that of the one it shares its values with
+``encoder``, ``surrogate``, ``temporal_gradient``
+``timesteps``       T it was made for
+``classes``         their names
+==================  =============================================================================
+
+and whatever else was given to :func:`save`. Weights that are computed (pruned, normalised) are
+plain there.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..architectures import build_network
-from ..conversion import convert
-from ..encoding import ENCODERS
-from ..network import SpikingNetwork
-from ..surrogate import SURROGATES
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-NEEDED = ("network", "encoder", "surrogate", "timesteps", "classes")
+from ..architectures import ARCHITECTURES, ResidualBlock, build
+from ..conversion import convert, spiking_graph
+from ..encoding import ENCODERS
+from ..graph import Node
+from ..network import SpikingNetwork, check_timesteps
+from ..neuron import SpikingNeuron
+from ..operators.table import OPERATORS, kinds, operator_for
+from ..surrogate import SURROGATES
+from ..weights import plain_copy
+
+FORMAT = 2
+NEEDED = ("encoder", "surrogate", "timesteps", "classes")
+CONTAINERS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (ResidualBlock, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Module)
+}
+EMPTY = "Identity"  # what no node has
 
 
 def save(
     snn: SpikingNetwork,
     path: str | Path,
     *,
-    network: dict[str, Any],
     timesteps: int,
     classes: list[str],
     **about: Any,
@@ -34,10 +61,9 @@ def save(
     Args:
         snn: with an encoder of ``stdb``.
         path: of the file.
-        network: arguments of :func:`build_network` that build its ANN.
         timesteps: T that it is meant for.
         classes: their names, in the order of the logits.
-        about: further metadata.
+        about: further metadata, such as ``network``, how its ANN was built.
     """
     from safetensors.torch import save_file
 
@@ -53,8 +79,17 @@ def save(
             f"the surrogate is a {type(neuron.surrogate).__name__}; "
             f"allowed: {', '.join(SURROGATES)}"
         )
+    tree = plain_copy(snn.net)
+    modules = _describe(tree, {node.path for node in snn.graph.nodes})
+    tensors, tied = _tensors(tree, modules)
     config = {
-        "network": network,
+        "format": FORMAT,
+        "graph": [
+            {"name": n.name, "operator": n.operator.name, "inputs": n.inputs, "path": n.path}
+            for n in snn.graph.nodes
+        ],
+        "modules": modules,
+        "tied": tied,
         "encoder": {"name": encoders[type(snn.encoder)], **vars(snn.encoder)},
         "surrogate": {"name": surrogates[type(neuron.surrogate)], **vars(neuron.surrogate)},
         "temporal_gradient": neuron.temporal_gradient,
@@ -62,35 +97,180 @@ def save(
         "classes": classes,
         **about,
     }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in snn.net.state_dict().items()}
     save_file(tensors, path, {"config": json.dumps(config)})  # of several keys none orders them
 
 
-def load(path: str | Path) -> tuple[SpikingNetwork, dict[str, Any]]:
+def load(
+    path: str | Path, *, network: nn.Module | None = None
+) -> tuple[SpikingNetwork, dict[str, Any]]:
     """The network that :func:`save` wrote, in evaluation mode, and its metadata.
 
+    Args:
+        path: of the file.
+        network: the ANN that a file of version 0.1.0 was made from, where it is none of
+            ``stdb.build``; a file that names a function of yours does not have it called.
+
     Raises:
-        ValueError: the file is damaged, or not one of these.
+        ValueError: the file is damaged, not one of these, or does not hold its own network.
     """
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             config = json.loads((file.metadata() or {})["config"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118 (aligned)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a spiking network: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no file of stdb.save: its metadata are no JSON object")
     if missing := [key for key in NEEDED if key not in config]:
         raise ValueError(f"{path} is no file of stdb.save: it does not say {', '.join(missing)}")
-    encoder, surrogate = dict(config["encoder"]), dict(config["surrogate"])
-    try:
-        snn = convert(
-            build_network(**config["network"]),
-            ENCODERS[encoder.pop("name")](**encoder),
-            SURROGATES[surrogate.pop("name")](**surrogate),
-            temporal_gradient=config.get("temporal_gradient", True),
+    written = config.get("format", 1)
+    if written not in (1, FORMAT):
+        raise ValueError(
+            f"{path} has format {written}; this version of stdb reads {FORMAT} and that of 0.1.0: "
+            "install a newer one"
         )
-        snn.net.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+    if not isinstance(config["classes"], list) or not config["classes"]:
+        raise ValueError(f"{path}: classes are {config['classes']!r}; allowed: a list of names")
+    if written == 1 and network is None:
+        network = _named(path, config)
+    try:
+        check_timesteps(config["timesteps"])
+        snn = _of_version_1(network, config, tensors) if network else _of_graph(config, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} does not describe its own weights: {error}") from error
     return snn.eval(), config
+
+
+def _rules(config: dict[str, Any]) -> dict[str, Any]:
+    """Encoder and surrogate, as arguments of ``convert``."""
+    encoder, surrogate = dict(config["encoder"]), dict(config["surrogate"])
+    return {
+        "encoder": ENCODERS[encoder.pop("name")](**encoder),
+        "surrogate": SURROGATES[surrogate.pop("name")](**surrogate),
+        "temporal_gradient": bool(config.get("temporal_gradient", True)),
+    }
+
+
+# -- the tree --------------------------------------------------------------------------------------
+
+
+def _describe(tree: nn.Module, used: set[str | None]) -> dict[str, dict[str, Any]]:
+    """Path → type and settings of every module, containers before what they contain."""
+    described: dict[str, dict[str, Any]] = {}
+    for path, module in tree.named_modules(remove_duplicate=False):
+        kind = type_before_parametrizations(module)
+        operator = operator_for(kind)
+        if isinstance(module, SpikingNeuron):
+            described[path] = {"type": SpikingNeuron.__name__}
+        elif path in used and operator is not None:
+            settings = {name: getattr(module, name) for name in operator.kinds[kind]}
+            described[path] = {"type": kind.__name__, **settings}
+            if operator.learns:
+                described[path]["bias"] = getattr(module, "bias", None) is not None
+        elif next(module.children(), None) is None:
+            described[path] = {"type": EMPTY}
+        else:
+            described[path] = {
+                "type": next(name for name, kind in CONTAINERS.items() if isinstance(module, kind))
+            }
+    return described
+
+
+def _build(described: Mapping[str, dict[str, Any]]) -> nn.Module:
+    """The module tree, without memory for its weights."""
+    types = {kind.__name__: kind for kind in (*kinds(), SpikingNeuron, nn.Identity)}
+    tree = None
+    for path, entry in described.items():
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+        name = str(settings.pop("type"))
+        if name in CONTAINERS:  # empty: a ResidualBlock's own constructor would fill it
+            module = CONTAINERS[name].__new__(CONTAINERS[name])
+            nn.Module.__init__(module)
+        else:
+            with torch.device("meta"):
+                module = types[name](**settings)
+        if tree is None:
+            tree = module
+        else:
+            parent, _, own = path.rpartition(".")
+            tree.get_submodule(parent).add_module(own, module)
+    if tree is None:
+        raise ValueError("it has no modules")
+    return tree
+
+
+def _tensors(
+    tree: nn.Module, described: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file keeps, and which names share their values with another."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for path in described:
+        if described[path]["type"] in CONTAINERS or described[path]["type"] == EMPTY:
+            continue
+        own = tree.get_submodule(path).state_dict(keep_vars=True, prefix=f"{path}." if path else "")
+        for name, tensor in own.items():
+            if id(tensor) in first:
+                tied[name] = first[id(tensor)]
+            else:
+                first[id(tensor)] = name
+                tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, tied
+
+
+def _of_graph(config: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetwork:
+    """The network of a file that has a graph."""
+    rules = _rules(config)
+    tree = _build(config["modules"])
+    nodes = [
+        Node(str(n["name"]), OPERATORS[n["operator"]], tuple(n["inputs"]), n["path"])
+        for n in config["graph"]
+    ]
+    for i, node in enumerate(nodes):
+        if not all(isinstance(j, int) and 0 <= j < i for j in node.inputs):
+            raise ValueError(f"node {node.name} takes {node.inputs}; allowed: nodes before it")
+        if (node.operator.name == "input") != (i == 0) or (i > 0 and not node.inputs):
+            raise ValueError(f"node {node.name} is out of place: the first is the input, no other")
+    graph = spiking_graph(nodes, len(nodes) - 1)
+    tied = config["tied"]
+    tree.load_state_dict(tensors | {n: tensors[o] for n, o in tied.items()}, assign=True)
+    for name, other in tied.items():
+        place, _, own = name.rpartition(".")
+        setattr(tree.get_submodule(place), own, tree.get_parameter(other))
+    for i in graph.neurons:
+        neuron = tree.get_submodule(str(nodes[i].path))
+        if not isinstance(neuron, SpikingNeuron):
+            raise ValueError(f"{nodes[i].path} is a {type(neuron).__name__}, not a SpikingNeuron")
+        neuron.surrogate, neuron.temporal_gradient = rules["surrogate"], rules["temporal_gradient"]
+    snn = SpikingNetwork(tree, graph, rules["encoder"])
+    snn.check(values=True)
+    return snn
+
+
+# -- files of 0.1.0 --------------------------------------------------------------------------------
+
+
+def _named(path: str | Path, config: dict[str, Any]) -> nn.Module:
+    """The ANN of a file of 0.1.0, which names how it is built."""
+    recipe = dict(config.get("network") or {})
+    name = recipe.pop("architecture", None)
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"{path} was written by version 0.1.0 for a network built by {name!r}, and no code is "
+            "run that a file names; build it yourself and pass it: stdb.load(path, network=ann)"
+        )
+    try:
+        return build(name, **recipe)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not describe its own weights: {error}") from error
+
+
+def _of_version_1(
+    network: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> SpikingNetwork:
+    snn = convert(network, **_rules(config))
+    snn.net.load_state_dict(tensors)
+    return snn

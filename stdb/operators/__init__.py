@@ -6,11 +6,11 @@ is constant over the chunk. An operator has no state: weights are those of the m
 and what a presentation has for it comes as a :class:`Site`. One class an operator, a file a family.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import PooledGradient
 from ..spikes import DENSITY_LIMITS, Events, Spikes
@@ -50,13 +50,16 @@ class Operator(Protocol):
     """One kind of node. Subclasses say what differs from an operator that passes its input on.
 
     Attributes:
-        name: what messages call it.
+        name: what messages call it, and files: a name that was saved stays.
+        kinds: types of modules that become it → their settings, which a file keeps; each is an
+            attribute and an argument of the type.
         learns: it has weights, its module's ``weight``.
         fires: it is a layer of neurons, which needs time; the presentation runs it.
         owns: its value is memory of its own, which it does not share with its input.
     """
 
     name: str
+    kinds: ClassVar[Mapping[type[nn.Module], tuple[str, ...]]] = {}
     learns: bool = False
     fires: bool = False
     owns: bool = False

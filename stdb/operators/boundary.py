@@ -1,9 +1,9 @@
 """Where the linear operators begin and end: the network's input, and the neurons."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import Operator
 
@@ -18,6 +18,7 @@ class Neuron(Operator):
     """A layer of spiking neurons (Eq. 2). It has a state, so the presentation runs it."""
 
     name = "neuron"
+    kinds: ClassVar = {nn.ReLU: ()}
     fires = True
 
     def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:

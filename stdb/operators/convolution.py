@@ -1,7 +1,7 @@
 """Convolutions: I = W ∗ O, dense or of events."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,17 @@ class Convolution(Operator):
     """
 
     name = "convolution"
+    kinds: ClassVar = {
+        nn.Conv2d: (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+        )
+    }
     learns = True
     owns = True
 

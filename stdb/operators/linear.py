@@ -1,7 +1,7 @@
 """Fully connected layers: I = W·O, dense or of events."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ class FullyConnected(Operator):
     """I = W·O, (T, B, n) → (T, B, m)."""
 
     name = "linear"
+    kinds: ClassVar = {nn.Linear: ("in_features", "out_features")}
     learns = True
     owns = True
 

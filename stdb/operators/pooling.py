@@ -1,7 +1,7 @@
 """Average pooling: a spike arrives as 1/k² of one."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,16 @@ class AveragePool(Operator):
     """(T, B, C, H, W) → (T, B, C, H/k, W/k)."""
 
     name = "average pooling"
+    kinds: ClassVar = {
+        nn.AvgPool2d: (
+            "kernel_size",
+            "stride",
+            "padding",
+            "ceil_mode",
+            "count_include_pad",
+            "divisor_override",
+        )
+    }
     owns = True
 
     def plain(self, module: nn.AvgPool2d, *inputs: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import PooledGradient
 from . import Gradient, Operator, Site, Value, dense, few_events
@@ -15,6 +15,7 @@ class Flatten(Operator):
     """(T, B, C, H, W) ↔ (T, B, C·H·W)."""
 
     name = "flatten"
+    kinds: ClassVar = {nn.Flatten: ("start_dim", "end_dim")}
 
     def plain(self, module: Any, *inputs: Tensor) -> Tensor:
         """Flatten all but the batch, channels first as torch does."""
@@ -64,6 +65,7 @@ class Dropout(Operator):
     """One mask per sample and layer, drawn once per presentation and kept for all t (§2.2)."""
 
     name = "dropout"
+    kinds: ClassVar = {nn.Dropout: ("p",)}
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """Times the mask."""

@@ -412,13 +412,14 @@ def test_dead_layer_in_balancing(place, value):
     net = layers(
         relu=nn.Sequential(nn.ReLU(), nn.Identity()), extra=nn.Sequential(conv(2, 2), nn.ReLU())
     )
-    weight = net.first.weight if place == 0 else net.extra[0].weight
+    snn = convert(net)
+    weight = snn.net.first.weight if place == 0 else snn.net.extra[0].weight
     with torch.no_grad():
-        net.first.weight.fill_(1.0)
+        snn.net.first.weight.fill_(1.0)
         weight.fill_(value)
     name = "first" if place == 0 else r"extra\.0"
     with pytest.raises(ValueError, match=f"layer {name} has a largest weighted input of"):
-        stdb.balance_thresholds(convert(net), torch.ones(2, 1, 4, 4), 10)
+        stdb.balance_thresholds(snn, torch.ones(2, 1, 4, 4), 10)
 
 
 def test_nan_anywhere_is_found():

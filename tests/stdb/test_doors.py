@@ -1,5 +1,7 @@
 """What is checked, or just works, at every door: images, weights, surrogates, learned V and λ."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,16 @@ import stdb
 from tests.stdb.support import Literal, relus
 
 
-def network(encoder, surrogate=stdb.STDB(), dtype=torch.float64, **options):  # noqa: B008
+def build():
     torch.manual_seed(0)
-    ann = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
         nn.Linear(36, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False),
-    ).to(dtype)  # fmt: skip
+    ).double()  # fmt: skip
+
+
+def network(encoder, surrogate=stdb.STDB(), dtype=torch.float64, **options):  # noqa: B008
+    ann = build().to(dtype)
     snn = stdb.convert(ann, encoder, surrogate, **options)
     snn.set_thresholds(dict.fromkeys(snn.thresholds, 0.25))
     return ann, snn
@@ -233,3 +239,43 @@ def test_learned_thresholds_and_leaks_stay_in_range_by_themselves(leak):
     assert snn(images(), 3).isfinite().all()
     assert all(0 < neuron.leak <= 1 for neuron in snn.neurons.values())
     assert all(value > 0 for value in snn.thresholds.values())
+
+
+def quantised():
+    return torch.ao.quantization.quantize_dynamic(build(), {nn.Linear})
+
+
+def fill(net, value):
+    nn.init.constant_(net[0].weight, value)
+    return net
+
+
+def give(net, weight):
+    net[0].weight = nn.Parameter(weight, requires_grad=False)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fill(build(), math.nan), "0.weight holds NaN or infinity; allowed: finite"),
+        (lambda: fill(build(), math.inf), "0.weight holds NaN or infinity"),
+        (
+            lambda: build().to(torch.complex64),
+            "0.weight is torch.complex64; allowed",
+        ),
+        (lambda: give(build(), torch.ones(4, 1, 3, 3, dtype=torch.int8)), "0.weight is torch.int8"),
+        (lambda: give(build(), torch.ones(4, 1, 3, 3)), r"4.weight is .*64 and the layers before"),
+        (lambda: give(build(), torch.ones(4, 1, 3, 3).to_sparse()), "0.weight is torch.sparse_coo"),
+        (lambda: build().to("meta"), "0.weight is on the meta device; load the weights first"),
+        (lambda: nn.Sequential(nn.LazyLinear(5, bias=False)), "0.weight is uninitialised"),
+        (quantised, "quantized.* no spiking form; convert the network as it was before"),
+        (lambda: build().state_dict(), "ann is a OrderedDict; allowed: an nn.Module; build"),
+        (lambda: None, "ann is a NoneType; allowed: an nn.Module"),
+    ],
+)
+def test_weights_that_nothing_can_be_made_of_are_refused(make, message):
+    """At the conversion, by name; not as silence or as torch's words later."""
+    with pytest.raises(ValueError, match=message):
+        stdb.convert(make(), stdb.DirectEncoder())
