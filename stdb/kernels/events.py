@@ -7,11 +7,12 @@ range (compressed sparse rows). Kernels work on a range [first, last) of their o
 """
 
 import numpy as np
-from numba import njit
 from numba.cpython.unsafe.numbers import trailing_zeros
 
+from .compiled import compiled
 
-@njit(nogil=True, cache=True)
+
+@compiled()
 def count_bits(first, last, bits, images_per_step, per_image, counts):
     """counts[n] = spikes of image n; its bits begin at step·stride + (n mod B)·per_image."""
     stride = bits.shape[1]
@@ -33,7 +34,7 @@ def count_bits(first, last, bits, images_per_step, per_image, counts):
         counts[n] = total
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def list_bits(
     first, last, bits, images_per_step, pixels, channel_count, offsets, starts, ends, channels
 ):
@@ -85,7 +86,7 @@ def list_bits(
                 starts[n, p] = e
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def mask_events(
     first, last, starts, ends, channels, values, mask, new_ends, new_channels, new_values
 ):
@@ -104,7 +105,7 @@ def mask_events(
             new_ends[n, p] = e
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def pool_events(
     first, last, starts, ends, channels, values, width, size, channel_count, share,
     new_width, new_starts, new_ends, new_channels, new_values,
@@ -133,7 +134,7 @@ def pool_events(
         place[:] = -1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def flatten_events(
     first,
     last,
@@ -159,7 +160,7 @@ def flatten_events(
         new_ends[n, 0] = e
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def scatter_events(first, last, starts, ends, channels, values, out):
     """out[n, p, channels] = values, on zeros."""
     for n in range(first, last):
@@ -168,7 +169,7 @@ def scatter_events(first, last, starts, ends, channels, values, out):
                 out[n, p, channels[k]] = values[k]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def by_channel(
     first, last, starts, ends, channels, values, channel_count, offsets, lists, places, new_values
 ):
@@ -194,7 +195,7 @@ def by_channel(
         lists[n, 0] = offsets[n]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def by_rows(first, last, starts, ends, channels, values, rows, edges, new_channels, new_values):
     """The events of every image (one pixel) again, sorted by block of ``rows`` channels.
 

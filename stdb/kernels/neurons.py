@@ -9,11 +9,11 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from numba.cpython.unsafe.numbers import trailing_zeros
 from torch import Tensor
 
 from . import bits
+from .compiled import compiled
 from .layout import to_matrix
 from .parallel import run
 from .pooled import PooledGradient
@@ -23,7 +23,7 @@ BITS_OF = np.array([sum((v >> j & 1) << 8 * j for j in range(8)) for v in range(
 STRIP = 512  # neurons whose steps are worked on while they are in the cache
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _fire(first, last, current, membrane, threshold, leak, bits, times, note_times, start):
     """Eq. 2 over a chunk: membranes move on, spikes are written as bits. Ranges over 8 neurons.
 
@@ -56,7 +56,7 @@ def _fire(first, last, current, membrane, threshold, leak, bits, times, note_tim
                 bits[t, (strip >> 3) + byte] = value
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _note_last_spikes(first, last, bits, start, times):
     """times[m] = the last step of a spike of m; steps count from 1. Ranges over 8 neurons."""
     steps = bits.shape[0]
@@ -70,7 +70,7 @@ def _note_last_spikes(first, last, bits, start, times):
                     times[m] = start + t + 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _count_spikes(first, last, bits, counts):
     """counts[m] += spikes of neuron m. Ranges over 8 neurons: bytes that are counted at once."""
     steps = bits.shape[0]
@@ -89,7 +89,7 @@ def _count_spikes(first, last, bits, counts):
                     counts[place] += (sums[byte] >> np.uint64(8 * j)) & np.uint64(255)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _backpropagate_stdb(
     first, last, above, share, size, channel_count, width, mask, grad, bits, times, start,
     table, decay, carry, has_carry, leak, temporal,

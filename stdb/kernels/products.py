@@ -9,10 +9,12 @@ last; events are as in :mod:`stdb.kernels.events`.
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
+
+from .compiled import compiled
 
 VECTOR_BYTES = (
     64  # of one SIMD vector in the code below; LLVM splits it where registers are smaller
@@ -113,7 +115,7 @@ def padded(width: int, dtype: np.dtype) -> int:
     return -(-width // lanes) * lanes
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def convolve(
     first, last, starts, ends, channels, values, matrix, wide, kernel, stride, padding, dilation,
     channel_count, shape, new_shape, out,
@@ -159,7 +161,7 @@ def convolve(
                 flat[at : at + filters] = aside[:filters]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def convolve_weight(
     first, last, lists, places, values, grad, wide, kernel, stride, padding, dilation,
     shape, new_shape, images, out,
@@ -204,7 +206,7 @@ def convolve_weight(
                     gather_rows(flat, at, grad, wide, rows, weights, 0, count)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def multiply(first, last, edges, channels, values, matrix, wide, columns, images, out):
     """out[n, :] = Σ over events of matrix[name, :], over blocks of ``columns`` columns.
 
@@ -222,7 +224,7 @@ def multiply(first, last, edges, channels, values, matrix, wide, columns, images
                 )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def blocks_of_columns(first, last, weight, columns, out):
     """out[block, n, j] = weight[block·columns + j, n], 0 past its end. Ranges over blocks."""
     outputs, inputs = weight.shape
