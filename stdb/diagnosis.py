@@ -20,6 +20,7 @@ from .spikes import Spikes
 NEARLY_EVERY = 0.9  # of the steps: a neuron that spikes so often cannot say "more"
 SILENT = 1e-3  # spikes per neuron and step below which a layer has collapsed
 MANY = 0.1  # share of saturated neurons that is too large
+UNSAID = 1.0  # V of potential per neuron above which more was left than a rounding
 UNLIKE = 0.5  # correlation below which rates say little about activations
 
 
@@ -59,6 +60,12 @@ class LayerDiagnosis:
             return (
                 f"{self.saturated:.0%} of {self.layer} spike in nearly every step and cannot say "
                 "more: raise its threshold scale"
+            )
+        if self.residual > UNSAID:
+            return (
+                f"the neurons of {self.layer} are left with a potential of {self.residual:.3g} V on "
+                "average, spikes that they had no steps for: its threshold is too small for its "
+                "input; balance it, or raise its threshold scale"
             )
         if self.correlation < UNLIKE:
             return (

@@ -127,3 +127,20 @@ def test_nothing_is_left_behind(converted):
     assert not snn.training
     assert not snn.observers
     assert not any(module._forward_hooks for module in ann.modules())
+
+
+def test_a_threshold_that_is_far_too_small():
+    """Few neurons are driven at all, and those hold hundreds of V: no rate says so."""
+    torch.manual_seed(0)
+    ann = nn.Sequential(
+        nn.Flatten(), nn.Linear(1, 40, bias=False), nn.ReLU(), nn.Linear(40, 2, bias=False)
+    )
+    with torch.no_grad():
+        ann[1].weight.fill_(-1.0)
+        ann[1].weight[:2] = 687.0
+    snn = stdb.convert(ann, stdb.DirectEncoder())
+    (row,) = stdb.diagnose(ann, snn, torch.ones(1, 1, 1, 1), 20)
+    assert row.saturated == 2 / 40
+    assert row.residual == pytest.approx(686 * 20 * 2 / 40)
+    assert "left with a potential of 686 V on average" in row.hint
+    assert "raise its threshold scale" in row.hint
