@@ -12,7 +12,7 @@ from pipeline.errors import DataError
 BACKGROUND = "white"  # is seen where an image is transparent
 SHALLOW = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")  # modes of 8 bits
 SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of 16 bits, without a sign
-WHITE_IS_ZERO = 0  # value of TIFF's PhotometricInterpretation, 262
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value of the second
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ def read_image(path: str | Path, channels: int, size: int | None) -> np.ndarray:
     """An image file as (C, H, W) uint8; the largest square in its middle, where a size is given.
 
     It is seen as a viewer shows it: upright by its EXIF orientation, on white where it is
-    transparent, 0 to 65,535 of 16 bits and 0 to 1 of floats as black to white. Of several frames it
-    is the first.
+    transparent, 0 to 65,535 of 16 bits (4,095 of 12) and 0 to 1 of floats as black to white. Of
+    several frames it is the first.
 
     Raises:
         DataError: it is no image, or one whose range of pixels is not known.
@@ -33,7 +33,7 @@ def read_image(path: str | Path, channels: int, size: int | None) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        with _opened(path) as opened:
             ImageOps.exif_transpose(opened, in_place=True)
             image = _eight_bits(opened).convert("L" if channels == 1 else "RGB")
     except Exception as error:
@@ -53,15 +53,24 @@ def check_image(path: str | Path) -> None:
     Raises:
         DataError: it cannot.
     """
-    from PIL import Image
-
     try:
-        with Image.open(path) as opened:
+        with _opened(path) as opened:
             by_its_head = opened.mode in (*SHALLOW, *SIXTEEN)
     except Exception as error:
         raise _unreadable(path, error) from error
     if not by_its_head:
         read_image(path, 3, None)
+
+
+def _opened(path: str | Path) -> Any:
+    """The head of an image file."""
+    from PIL import Image
+
+    image = Image.open(path)
+    if image.format == "EPS":  # Pillow would have another program run it
+        image.close()
+        raise ValueError("it is a PostScript program; allowed: pixels")
+    return image
 
 
 def _unreadable(path: str | Path, error: Exception) -> DataError:
@@ -89,6 +98,7 @@ def _grey_levels(image: Any) -> np.ndarray:
     """(H, W) uint8 of grey pixels with 16 bits, or floats."""
     pixels: np.ndarray = np.asarray(image)
     levels: np.ndarray
+    tags = getattr(image, "tag_v2", {})
     if image.mode == "F":
         low, high = pixels.min(), pixels.max()
         if not (low >= 0 and high <= 1):  # nor where one is NaN
@@ -100,9 +110,9 @@ def _grey_levels(image: Any) -> np.ndarray:
             "allowed: 8 bits, 16 bits without a sign, floats of 0 to 1"
         )
     else:
-        levels = pixels / 257.0  # 65,535 is 255
+        levels = pixels / ((2 ** tags.get(BITS, (16,))[0] - 1) / 255)
     levels = np.rint(levels).astype(np.uint8)
-    if getattr(image, "tag_v2", {}).get(262) == WHITE_IS_ZERO:  # which Pillow leaves as it is
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow leaves as it is
         levels = 255 - levels
     if (transparent := image.info.get("transparency")) is not None:
         levels[pixels == transparent] = 255  # the background

@@ -156,6 +156,8 @@ def load_split(path: Path, readers: int = 0) -> Samples:
             _check(kept.numpy(), labels, ids, classes)
             return Split(kept, labels, ids, classes)
         c, h, w = map(int, metadata["shape"].split())
+        if c not in (1, 3) or h != w or h < 1:
+            raise DataError(f"its images are {c}×{h}×{w}; allowed: 1 or 3 channels of a square")
         root = Path(os.environ.get("DVC_ROOT") or path.resolve().parents[2])
         names = np.array([str(root / os.fsdecode(n)) for n in kept.numpy().tobytes().split(b"\0")])
         _check(names, labels, ids, classes)

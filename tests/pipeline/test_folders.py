@@ -309,6 +309,8 @@ def test_archives_in_the_place_of_class_folders_are_named(tmp_path):
 def test_images_that_do_not_fit_the_memory_are_refused_before_they_are_read(tmp_path):
     """With what to set instead."""
     classes(tmp_path, count=200)
-    said = refusal(tmp_path, image_size=16384, stream=False)
-    assert "400 images of 3×16384×16384 take 300.0 GiB of memory, and this machine has" in said
+    said = refusal(tmp_path, image_size=10**6, stream=False)
+    assert (
+        "400 images of 3×1000000×1000000 take 1117587.1 GiB of memory, and this machine has" in said
+    )
     assert said.endswith("allowed: data.stream: true, or a smaller data.image_size")

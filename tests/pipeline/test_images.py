@@ -58,6 +58,18 @@ def test_sixteen_bits_where_white_is_zero(tmp_path):
     assert np.array_equal(found[0], 255 - EIGHT)
 
 
+def test_twelve_bits_fill_the_range_too(tmp_path):
+    """A TIFF of microscopes, written by hand: 4,095, 0, 2,048 and 273 in six bytes."""
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 6}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = bytes.fromhex("fff000800111") + bytes(2)
+    head = b"II*\0" + struct.pack("<I", 16)
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    (tmp_path / "a.tif").write_bytes(head + content + directory)
+    check_image(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif", 1, None).tolist() == [[[255, 0, 128, 17]]]
+
+
 @pytest.mark.parametrize("high", [1.5, 255.0, np.nan, np.inf, -0.1])
 def test_floats_of_another_range_are_refused(tmp_path, high):
     """What is white in them is not known."""
@@ -139,6 +151,12 @@ def test_other_colours_are_what_they_show(tmp_path, mode):
     found = kept(tmp_path, image, "a.png" if mode in ("1", "P", "HSV") else "a.tif", 3)
     shown = Image.open(tmp_path / ("a.png" if mode in ("1", "P", "HSV") else "a.tif"))
     assert np.array_equal(found.transpose(1, 2, 0), np.asarray(shown.convert("RGB")))
+
+
+def test_a_program_is_not_run(tmp_path):
+    """PostScript needs one that runs it."""
+    Image.fromarray(COLOURS).save(tmp_path / "a.eps")
+    assert "it is a PostScript program; allowed: pixels" in refusal(tmp_path / "a.eps")
 
 
 def test_an_image_that_unfolds_to_gigabytes_is_refused(tmp_path):

@@ -227,3 +227,7 @@ def test_a_file_with_other_than_a_name_a_label_is_no_split(tmp_path):
     save_split(Files(names[:2], labels, ids, CLASSES, (1, 8, 8)), path)
     with pytest.raises(DataError, match="has 2 images and 3 labels"):
         load_split(path)
+    for shape in ((2, 8, 8), (1, 8, 9), (1, 0, 0)):
+        save_split(Files(names, labels, ids, CLASSES, shape), path)
+        with pytest.raises(DataError, match="allowed: 1 or 3 channels of a square"):
+            load_split(path)
