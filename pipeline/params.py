@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.data.sources import SOURCES
+from pipeline.data.sources import NEEDS_PATH, SOURCES, path_is_missing
 from pipeline.errors import ParamsError
 from pipeline.typed import Section, load, one_of
 from stdb import ARCHITECTURES, ENCODERS, SURROGATES
@@ -32,8 +32,8 @@ class DataParams(Section):
     """The data set; ``folder`` is any folder or archive of class folders."""
     path: str | None
     """``folder``: the folder or archive. Others: where downloads are kept (data/downloads)."""
-    image_size: Count | None
-    """Images are resized to this many pixels square; None leaves them."""
+    image_size: Annotated[int, Field(ge=1, le=16384)] | None
+    """Images are resized to this many pixels square, 1 to 16384; None leaves them."""
     grayscale: bool
     """``folder`` only: read images as one grey channel."""
     stream: bool | Literal["auto"]
@@ -49,9 +49,13 @@ class DataParams(Section):
     """Seed that draws the splits."""
 
     @model_validator(mode="after")
-    def _folder_has_path(self) -> "DataParams":
-        if self.source == "folder" and self.path is None:
-            raise ValueError("path is null; allowed with source: folder: a folder or an archive")
+    def _has_a_path(self) -> "DataParams":
+        if self.path is None and self.source in NEEDS_PATH:
+            raise ValueError(path_is_missing(self.source))
+        if self.path is not None and (not self.path.strip() or "\0" in self.path):
+            raise ValueError(
+                f"path is {self.path!r}; allowed: null, or the name of a file or folder"
+            )
         return self
 
 

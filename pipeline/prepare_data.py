@@ -3,8 +3,8 @@
     python -m pipeline.prepare_data
 
 Out: data/prepared/{train,validation,test}.safetensors and metrics/data.json. The splits are
-stratified by class and drawn by ``data.seed``; a source's own test split is kept as it is. Of a
-data set that is too large for the memory the names of its files are kept.
+stratified by class and drawn by ``data.seed``; a source's own test and validation splits are kept
+as they are. Of a data set that is too large for the memory the names of its files are kept.
 """
 
 from typing import Any
@@ -15,65 +15,125 @@ import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 
 from pipeline.data import DataError, Files, Samples, Split, save_split
-from pipeline.data.sources import read_source
+from pipeline.data.checks import (
+    check_classes,
+    check_counts,
+    check_memory,
+    check_samples,
+    shown,
+)
+from pipeline.data.sources import Arrays, Held, read_source
 from pipeline.files import DATA, METRICS, digest, write_json, writing
 from pipeline.params import DataParams
 from pipeline.stage import Stage, run_stage
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # images or names of files, labels, ids
+AT_ONCE = 1 << 26  # pixels that are resized at once, as floats
 
 
 def main(stage: Stage) -> None:
     """Read, split, write."""
     params = stage.params.data
     train, test, classes = read_source(params)
-    stage.say(f"{params.source}: {len(train[1])} images of {len(classes)} classes")
     splits = split(params, train, test, classes)
+    listed = ", ".join(classes[:10]) + ", …" * (len(classes) > 10)
+    stage.say(f"{params.source}: {len(train[1])} images of {len(classes)} classes ({listed})")
+    own = {"validation": isinstance(test, Held), "test": test is not None}
     summary: dict[str, Any] = {"classes": classes, "shape": list(splits["train"].shape)}
     for name, part in splits.items():
         path = DATA / f"{name}.safetensors"
         with writing(path) as temporary:
             save_split(part, temporary)
         summary[name] = {"images": len(part), "sha256": digest(path)}
+        summary[name] |= {"own": True} if own.get(name) else {}
         where = "" if isinstance(part, Split) else ", read from their files as they are needed"
-        stage.say(f"{name:10} {len(part):6} images of {'×'.join(map(str, part.shape))}{where}")
+        whose = ", the source's own" if own.get(name) else ""
+        stage.say(
+            f"{name:10} {len(part):6} images of {'×'.join(map(str, part.shape))}{whose}{where}"
+        )
     write_json(METRICS / "data.json", summary)
     stage.log({f"images/{name}": len(part) for name, part in splits.items()})
 
 
 def split(
-    params: DataParams,
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray] | None,
-    classes: list[str],
+    params: DataParams, train: Arrays, test: Arrays | Held | None, classes: list[str]
 ) -> dict[str, Samples]:
-    """Train, validation and test; a sample's id is its position in the source."""
-    images, labels = train
-    ids = np.arange(len(labels))
-    parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    """Train, validation and test; a sample's id is its position in the source.
+
+    Args:
+        params: which shares are drawn, and by which seed.
+        train: images (N, C, H, W) uint8 or names of files (N,), and labels (N,).
+        test: what the source holds out itself.
+        classes: their names.
+
+    Raises:
+        DataError: images, labels and classes do not fit each other, or cannot be split.
+    """
+    parts = _own(train, test)
+    _check(params, parts, classes)
+    images, labels, ids = parts["train"]
     try:
-        if test is None:
-            ids, held_out = _draw(ids, labels, params.test_fraction, params.seed)
-            parts["test"] = images[held_out], labels[held_out], held_out
-        else:
-            parts["test"] = *test, np.arange(len(test[1])) + len(labels)
+        if "test" not in parts:
+            ids, drawn = _draw(ids, labels, params.test_fraction, params.seed)
+            parts["test"] = images[drawn], labels[drawn], drawn
         if params.train_limit is not None and params.train_limit < len(ids):
             ids, _ = _draw(ids, labels, len(ids) - params.train_limit, params.seed)
-        ids, validation = _draw(ids, labels, params.validation_fraction, params.seed)
+        if "validation" not in parts:
+            ids, drawn = _draw(ids, labels, params.validation_fraction, params.seed)
+            parts["validation"] = images[drawn], labels[drawn], drawn
     except ValueError as error:
         raise DataError(
             f"the {len(ids)} training images of {len(classes)} classes cannot be split ({error}); "
             "every split needs an image of every class"
         ) from error
-    parts["validation"] = images[validation], labels[validation], validation
+    check_counts(labels[ids], classes, 1, "the training images that are left")
     parts["train"] = images[ids], labels[ids], ids
     return {name: _split(params, *parts[name], classes) for name in ("train", "validation", "test")}
+
+
+def _own(train: Arrays, test: Arrays | Held | None) -> dict[str, Part]:
+    """The splits that the source has itself."""
+    given = {"train": train}
+    if test is not None:
+        given["test"] = test[0], test[1]
+    if isinstance(test, Held):
+        given["validation"] = test.validation
+    parts, start = dict[str, Part](), 0
+    for name, (images, labels) in given.items():
+        parts[name] = images, labels, np.arange(start, start + len(labels))
+        start += len(labels)
+    return parts
+
+
+def _check(params: DataParams, parts: dict[str, Part], classes: list[str]) -> None:
+    """What any source gives can be used."""
+    source = params.source if params.path is None else f"{params.source} {shown(params.path)}"
+    check_classes(classes, source)
+    for name, (images, labels, _) in parts.items():
+        check_samples(images, labels, classes, f"{source}, {name},")
+    size = params.image_size
+    shapes = {images.shape[1:] for images, _, _ in parts.values()}  # (C, H, W), of files ()
+    if size is None and any(len(shape) != 3 or shape[1] != shape[2] for shape in shapes):
+        raise DataError(
+            f"data.image_size is null; allowed for {source}, whose images are not square or stay "
+            "in their files: a number of pixels"
+        )
+    if len({shape if size is None else shape[:1] for shape in shapes}) > 1:
+        said = " and ".join("×".join(map(str, shape)) or "files" for shape in sorted(shapes))
+        raise DataError(f"{source} has images of {said}; allowed: one shape in all splits")
+    if size is not None and (shape := shapes.pop()):
+        count = sum(len(labels) for _, labels, _ in parts.values())
+        check_memory(count, (shape[0], size, size), "a smaller data.image_size")
+    check_counts(parts["train"][1], classes, 4 - len(parts), source)
 
 
 def _split(
     params: DataParams, images: np.ndarray, labels: np.ndarray, ids: np.ndarray, classes: list[str]
 ) -> Samples:
-    own = torch.from_numpy(labels).long(), torch.from_numpy(ids), classes
+    own = torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(ids), classes
     if images.ndim == 4:
-        return Split(_resize(torch.from_numpy(images), params.image_size), *own)
+        pixels = torch.from_numpy(np.ascontiguousarray(images))
+        return Split(_resize(pixels, params.image_size), *own)
     assert params.image_size is not None
     size = params.image_size
     return Files(images, *own, (1 if params.grayscale else 3, size, size))
@@ -93,8 +153,12 @@ def _resize(images: torch.Tensor, size: int | None) -> torch.Tensor:
     """To ``size`` pixels square, bilinear with antialiasing."""
     if size is None or images.shape[-1] == size == images.shape[-2]:
         return images
-    resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
+    resized = torch.empty((*images.shape[:2], size, size), dtype=torch.uint8)
+    few = max(1, AT_ONCE // (images.shape[1] * size**2))
+    for there, part in zip(resized.split(few), images.split(few), strict=True):
+        scaled = F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
+        there.copy_(scaled.round_().clamp_(0, 255))
+    return resized
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import stdb.architectures
 import stdb.operators.table
 import stdb.rewriting
 from pipeline.data import Split, load_split, normalise, worker_batches
-from pipeline.data.sources import SOURCES, read_source
+from pipeline.data.sources import NEEDS_PATH, SOURCES, read_source
 from pipeline.errors import DataError, ParamsError
 from pipeline.files import METRICS, write_csv
 from pipeline.learning.networks import build_ann, build_snn, recipe
@@ -48,6 +48,7 @@ REGISTRIES = (
     stdb.operators.table.OPERATORS,
     stdb.rewriting.CALLS,
     SOURCES,
+    NEEDS_PATH,
 )
 SECTIONS = {  # heading → files of its blocks
     "An architecture": ["stdb/architectures.py", "my_networks.py"],
@@ -394,6 +395,11 @@ def test_a_source_is_split(run, here):
     assert sorted(ids.tolist()) == list(range(30))
     with pytest.raises(DataError, match=r"data\.path is null; allowed with source: npz: a file"):
         read_source(params.model_copy(update={"path": None}))
+    with pytest.raises(ParamsError, match=r"data\.path is null; allowed with source: npz: a file"):
+        params_with(here, data=chosen | {"path": None})
+    (here / "mine.npz").write_bytes(b"PK\3\4, and no more")
+    with pytest.raises(DataError, match=r"mine\.npz cannot be read as an npz file"):
+        read_source(params)
 
 
 # -- stages ----------------------------------------------------------------------------------------

@@ -4,16 +4,17 @@ A source gives its images as (N, C, H, W) uint8, or, where they are too many for
 (N,) names of their files.
 """
 
-import tarfile
-import tempfile
-import zipfile
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data.images import read_image
+from pipeline.data.archives import unpacked
+from pipeline.data.checks import Faults, check_memory, shown
+from pipeline.data.folders import Found, find_images
+from pipeline.data.images import check_image, read_image
 from pipeline.errors import DataError
 from pipeline.files import root
 
@@ -23,12 +24,29 @@ if TYPE_CHECKING:
 Arrays = tuple[np.ndarray, np.ndarray]  # images or names of files, labels (N,)
 
 IN_MEMORY = 4 << 30  # bytes of pixels; with ``data.stream: auto`` larger data sets stay in files
-UNPACKED = Path("data/unpacked")
 
 
-def read_source(params: "DataParams") -> tuple[Arrays, Arrays | None, list[str]]:
-    """The source's training images, its test images if it has any, and the names of the classes."""
+class Held(NamedTuple):
+    """Test images of a source that has a validation split as well."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    validation: Arrays
+
+
+Read = tuple[Arrays, Arrays | Held | None, list[str]]
+
+
+def read_source(params: "DataParams") -> Read:
+    """The source's training images, what it holds out itself, and the names of the classes."""
+    if params.path is None and params.source in NEEDS_PATH:
+        raise DataError(f"data.{path_is_missing(params.source)}")
     return SOURCES[params.source](params)
+
+
+def path_is_missing(source: str) -> str:
+    """What to say where this source has no path."""
+    return f"path is null; allowed with source: {source}: {NEEDS_PATH[source]}"
 
 
 def _digits(_: "DataParams") -> tuple[Arrays, None, list[str]]:
@@ -55,8 +73,10 @@ def _torchvision(params: "DataParams") -> tuple[Arrays, Arrays, list[str]]:
         try:  # torchvision compares what it downloads with digests of its own
             part = dataset(str(folder), train=train, download=True)
         except Exception as error:
+            why = shown(error) or type(error).__name__
             raise DataError(
-                f"{params.source} is not in {folder} and could not be downloaded ({error}); "
+                f"{params.source}, {'train' if train else 'test'}, in {shown(folder)} cannot be "
+                f"read or downloaded ({why}); "
                 f"{_by_hand(dataset, folder)}, or set data.source to folder and data.path to a "
                 "folder or archive of class folders"
             ) from error
@@ -80,151 +100,120 @@ def _by_hand(dataset: Any, folder: Path) -> str:
 # -- class folders ---------------------------------------------------------------------------------
 
 
-def _folder_or_archive(params: "DataParams") -> tuple[Arrays, Arrays | None, list[str]]:
+def _folder_or_archive(params: "DataParams") -> Read:
     """What ``data.path`` names."""
     assert params.path is not None
-    return _folder(root() / params.path, params)
+    path = root() / params.path
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:  # no name of a file: too long, a byte 0
+        raise DataError(f"data.path is {shown(path)}, no path ({shown(error)})") from error
+    if not (is_file or is_folder):
+        what = "neither a folder nor a file" if path.exists() else "which does not exist"
+        raise DataError(f"data.path is {shown(path)}, {what}; allowed: a folder or an archive")
+    if is_folder:
+        found = find_images(path)
+        return _arrays(found, _pixels(found, path, params))
+    with unpacked(path) as archive:
+        found = find_images(archive.folder)
+        pixels = _pixels(found, path, params)
+        if pixels is None:  # the files are needed on
+            found = find_images(archive.keep())
+        return _arrays(found, pixels)
 
 
-def _folder(path: Path, params: "DataParams") -> tuple[Arrays, Arrays | None, list[str]]:
-    """Class folders, or ``train`` and ``test`` with class folders each; folder or archive."""
-    if not path.exists():
-        raise DataError(f"data.path is {path}, which does not exist")
-    if path.is_file():
-        return _archive(path, params)
-    train = next((path / n for n in ("train", "training") if (path / n).is_dir()), None)
-    test = next((path / n for n in ("test", "val") if (path / n).is_dir()), None)
-    if train is None or test is None:
-        names, labels, classes = _class_folders(path)
-        return (_read(names, path, params), labels), None, classes
-    names, labels, classes = _class_folders(train)
-    test_names, test_labels, test_classes = _class_folders(test)
-    if classes != test_classes:
-        raise DataError(
-            f"{train} and {test} have different classes: "
-            f"{', '.join(sorted(set(classes) ^ set(test_classes)))} in only one of them"
-        )
-    both = _read([*names, *test_names], path, params)
-    images, test_images = both[: len(names)], both[len(names) :]
-    return (images, labels), (test_images, test_labels), classes
+def _arrays(found: Found, pixels: np.ndarray | None) -> Read:
+    """Images and labels by split; names of files where there are no pixels."""
+    everything = _names(found.every_file) if pixels is None else pixels
+    parts: dict[str, Arrays] = {}
+    start = 0
+    for name, labels in found.labels.items():
+        parts[name] = everything[start : start + len(labels)], labels
+        start += len(labels)
+    test, validation = parts.get("test"), parts.get("validation")
+    held = Held(*test, validation) if test is not None and validation is not None else test
+    return parts["train"], held, found.classes
 
 
-def _class_folders(place: Path) -> tuple[list[Path], np.ndarray, list[str]]:
-    """Files, their labels, and the names of the classes."""
-    folders = sorted(p for p in place.iterdir() if p.is_dir() and not _ignored(p))
-    if len(folders) < 2:
-        raise DataError(
-            f"{place} has {len(folders)} class folders; allowed: one folder per class, two or more"
-        )
-    names: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and not _ignored(p))
-        if not files:
-            raise DataError(f"class folder {folder} is empty; fill it or delete it")
-        names += files
-        labels += [label] * len(files)
-    return names, np.asarray(labels), [folder.name for folder in folders]
+def _names(files: list[Path]) -> np.ndarray:
+    """Relative to the repository where they are in it."""
+    here = root()
+    return np.array([str(f.relative_to(here) if f.is_relative_to(here) else f) for f in files])
 
 
-def _read(names: list[Path], place: Path, params: "DataParams") -> np.ndarray:
-    """The images of these files, (N, C, H, W) uint8; their names where they are to be streamed."""
-    channels = 1 if params.grayscale else 3
-    first = read_image(names[0], channels, params.image_size)
-    if params.stream is True or (params.stream == "auto" and len(names) * first.size > IN_MEMORY):
-        _check(names, params)
-        here = root()
-        return np.array([str(n.relative_to(here) if n.is_relative_to(here) else n) for n in names])
-    if first.shape[1] != first.shape[2]:
-        raise DataError(
-            f"the images in {place} are {first.shape[2]}×{first.shape[1]} pixels; "
-            "set data.image_size to make them square"
-        )
-    images = np.empty((len(names), *first.shape), np.uint8)
-    for position, name in enumerate(names):
-        image = read_image(name, channels, params.image_size)
-        if image.shape != first.shape:
-            raise DataError(
-                f"{name} is {image.shape[2]}×{image.shape[1]} pixels and {names[0]} "
-                f"{first.shape[2]}×{first.shape[1]}; set data.image_size to bring them to one size"
-            )
-        images[position] = image
+def _pixels(found: Found, place: Path, params: "DataParams") -> np.ndarray | None:
+    """All images, (N, C, H, W) uint8; None where they are to be streamed, and can be.
+
+    Raises:
+        DataError: names the first ten files that cannot be used.
+    """
+    for note in found.notes:
+        print(f"[prepare_data] {shown(place)}: {note}", flush=True)
+    files = found.every_file
+    first, shape = _first(files, place, params)
+    if params.stream is True or (
+        params.stream == "auto" and len(files) * math.prod(shape) > IN_MEMORY
+    ):
+        _check(files, place, params)
+        return None
+    check_memory(len(files), shape, "data.stream: true, or a smaller data.image_size")
+    images, faults = np.empty((len(files), *shape), np.uint8), Faults()
+    for position, file in enumerate(files):
+        with faults.noted():
+            image = read_image(file, shape[0], params.image_size)
+            if image.shape != shape:
+                raise DataError(
+                    f"{shown(file)} is {_pixels_of(image.shape)} and {shown(first)} "
+                    f"{_pixels_of(shape)}; set data.image_size to bring them to one size"
+                )
+            images[position] = image
         if position and position % 50_000 == 0:
-            print(f"[prepare_data] {position} of {len(names)} images read", flush=True)
+            print(f"[prepare_data] {position} of {len(files)} images read", flush=True)
+    faults.refuse(shown(place))
     return images
 
 
-def _check(names: list[Path], params: "DataParams") -> None:
-    """Find out before a training, not in it, that a file is no image; reads their heads."""
-    from PIL import Image
+def _first(files: list[Path], place: Path, params: "DataParams") -> tuple[Path, tuple[int, ...]]:
+    """The first file that is an image, and the (C, H, W) that it gives all of them."""
+    channels, size = 1 if params.grayscale else 3, params.image_size
+    if size is not None:
+        return files[0], (channels, size, size)
+    faults = Faults()
+    for file in files:
+        with faults.noted():
+            shape = read_image(file, channels, None).shape
+            if shape[1] != shape[2]:
+                break
+            return file, shape
+    else:
+        faults.refuse(shown(place))
+    raise DataError(f"{shown(file)} is {_pixels_of(shape)}; set data.image_size for square images")
 
+
+def _pixels_of(shape: tuple[int, ...]) -> str:
+    return f"{shape[2]}×{shape[1]} pixels"
+
+
+def _check(files: list[Path], place: Path, params: "DataParams") -> None:
+    """Find out before a training, not in it, that a file is no image; reads their heads."""
     if params.image_size is None:
         raise DataError(
-            f"data.image_size is null; allowed for the {len(names)} images of {params.path}, "
+            f"data.image_size is null; allowed for the {len(files)} images of {shown(place)}, "
             "which are read from their files as they are needed: a number of pixels"
         )
-    for position, name in enumerate(names):
-        try:
-            Image.open(name).close()
-        except Exception as error:
-            raise DataError(f"{name} cannot be read as an image ({error})") from error
+    faults = Faults()
+    for position, file in enumerate(files):
+        with faults.noted():
+            check_image(file)
         if position and position % 50_000 == 0:
-            print(f"[prepare_data] {position} of {len(names)} files looked at", flush=True)
+            print(f"[prepare_data] {position} of {len(files)} files looked at", flush=True)
+    faults.refuse(shown(place))
 
 
-# -- archives --------------------------------------------------------------------------------------
-
-
-def _archive(path: Path, params: "DataParams") -> tuple[Arrays, Arrays | None, list[str]]:
-    """What is in an archive; it stays unpacked where its images are too many for the memory."""
-    state = path.stat()
-    unpacked = root() / UNPACKED
-    folder = unpacked / f"{path.name}-{state.st_size}-{state.st_mtime_ns}"
-    if not folder.exists():
-        unpacked.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=unpacked) as temporary:
-            inside = Path(temporary) / "all"
-            _unpack(path, inside)
-            contents = _folder(_inside(inside), params)
-            if contents[0][0].ndim == 4:
-                return contents
-            inside.rename(folder)
-    return _folder(_inside(folder), params)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack; members that would land outside ``folder`` are refused."""
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(folder)
-        else:
-            with tarfile.open(archive) as file:
-                file.extractall(folder, filter="data")
-                rest: Any = file.fileobj
-                rest.seek(file.offset)  # tarfile takes a cut-off end for the end
-                if not rest.read().startswith(bytes(tarfile.BLOCKSIZE)):
-                    raise tarfile.ReadError("it ends before its end mark")
-    except Exception as error:  # every compression has errors of its own for a broken file
-        raise DataError(
-            f"{archive} cannot be unpacked ({error}); allowed: tar, tar.gz, zip"
-        ) from error
-
-
-def _ignored(path: Path) -> bool:
-    """Hidden files, and what macOS adds to archives."""
-    return path.name.startswith(".") or path.name == "__MACOSX"
-
-
-def _inside(folder: Path) -> Path:
-    """Skip a single folder around everything."""
-    inside = [entry for entry in folder.iterdir() if not _ignored(entry)]
-    return _inside(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
-
-
-Source = Callable[["DataParams"], tuple[Arrays, Arrays | None, list[str]]]
+Source = Callable[["DataParams"], Read]
 SOURCES: dict[str, Source] = {
     "digits": _digits,
     **dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "cifar100"), _torchvision),
     "folder": _folder_or_archive,
 }
+NEEDS_PATH = {"folder": "a folder or an archive"}  # source → what its ``data.path`` names

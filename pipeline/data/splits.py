@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.data.checks import check_samples, shown
 from pipeline.data.images import read_image
 from pipeline.errors import DataError
 
@@ -131,7 +132,7 @@ def save_split(split: Samples, path: Path) -> None:
     if isinstance(split, Split):
         tensors["images"] = split.images
     else:
-        joined = "\n".join(split.names).encode()
+        joined = b"\0".join(map(os.fsencode, split.names))  # no name of a file has a byte 0
         tensors["names"] = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
         metadata["shape"] = " ".join(map(str, split.shape))
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
@@ -150,16 +151,23 @@ def load_split(path: Path, readers: int = 0) -> Samples:
             metadata = file.metadata()
             classes = metadata["classes"].split("\n")
             labels, ids = file.get_tensor("labels"), file.get_tensor("ids")
-            if "shape" not in metadata:
-                return Split(file.get_tensor("images"), labels, ids, classes)
-            c, h, w = map(int, metadata["shape"].split())
-            names = file.get_tensor("names").numpy().tobytes().decode().split("\n")
+            kept = file.get_tensor("names" if "shape" in metadata else "images")
+        if "shape" not in metadata:
+            _check(kept.numpy(), labels, ids, classes)
+            return Split(kept, labels, ids, classes)
+        c, h, w = map(int, metadata["shape"].split())
+        if c not in (1, 3) or h != w or h < 1:
+            raise DataError(f"its images are {c}×{h}×{w}; allowed: 1 or 3 channels of a square")
+        root = Path(os.environ.get("DVC_ROOT") or path.resolve().parents[2])
+        names = np.array([str(root / os.fsdecode(n)) for n in kept.numpy().tobytes().split(b"\0")])
+        _check(names, labels, ids, classes)
+        return Files(names, labels, ids, classes, (c, h, w), readers)
     except Exception as error:
-        raise DataError(f"{path} is no split of a data set ({error}); run prepare_data") from error
-    root = Path(os.environ.get("DVC_ROOT") or path.resolve().parents[2])
-    return Files(np.array([str(root / n) for n in names]), labels, ids, classes, (c, h, w), readers)
+        why = shown(error) or type(error).__name__
+        raise DataError(f"{path} is no split of a data set ({why}); run prepare_data") from error
 
 
-def load_splits(folder: Path, device: torch.device, *names: str, readers: int = 0) -> list[Samples]:
-    """The splits of these names that prepare_data wrote to a folder, on a device."""
-    return [load_split(folder / f"{name}.safetensors", readers).to(device) for name in names]
+def _check(images: np.ndarray, labels: Tensor, ids: Tensor, classes: list[str]) -> None:
+    check_samples(images, labels.numpy(), classes, "it")
+    if ids.shape != labels.shape or ids.dtype != torch.int64 or labels.dtype != torch.int64:
+        raise DataError("its labels and ids are not as many, or no int64")

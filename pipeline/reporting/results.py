@@ -25,6 +25,8 @@ class SplitSummary(_Record):
     """Number of images."""
     sha256: str
     """Digest of its file."""
+    own: bool = False
+    """Whether the source has this split itself; else it was drawn."""
 
 
 class DataSummary(_Record):

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import pipeline.data.archives
 import pipeline.data.sources
 from pipeline.data import (
     DataError,
@@ -352,7 +353,7 @@ def test_a_streamed_archive_is_unpacked_once(tmp_path, monkeypatch):
     assert list(Path("data/unpacked").iterdir()) == []
     names = read_source(params(**there, stream=True))[0][0]
     assert all(Path(name).is_file() for name in names)
-    monkeypatch.setattr(pipeline.data.sources, "_unpack", None)  # it would fail
+    monkeypatch.setattr(pipeline.data.archives, "_unpack", None)  # it would fail
     assert np.array_equal(read_source(params(**there, stream=True))[0][0], names)
 
 

@@ -107,6 +107,9 @@ def test_no_count_may_be_a_fraction(tmp_path, section, key):
         ("network", "architecture", "no file.py:f"),
         ("data", "image_size", 0),
         ("data", "image_size", "large"),
+        ("data", "image_size", 16385),
+        ("data", "path", ""),
+        ("data", "path", "a\0b"),
         ("data", "train_limit", 0),
         ("data", "test_fraction", 0),
         ("data", "source", "MNIST"),
@@ -277,7 +280,7 @@ def test_train_and_test_with_different_classes_are_refused(tmp_path):
 
 def test_images_that_are_not_square_need_a_size(tmp_path):
     """Without image_size they are refused, with it the middle is cut out."""
-    write(tmp_path, cat=[png(0, (8, 12))], dog=[png(1, (8, 12))])
+    write(tmp_path, cat=[png(0, (8, 12))] * 3, dog=[png(1, (8, 12))] * 3)
     with pytest.raises(DataError, match=r"12×8 pixels; set data\.image_size"):
         read_source(params(tmp_path))
     (images, _), _, _ = read_source(params(tmp_path, image_size=8))
@@ -287,9 +290,9 @@ def test_images_that_are_not_square_need_a_size(tmp_path):
 
 def test_grayscale_gives_one_channel(tmp_path):
     """Read as grey: (N, 1, H, W)."""
-    write(tmp_path, cat=[png(0)], dog=[png(1)])
+    write(tmp_path, cat=[png(0)] * 3, dog=[png(1)] * 3)
     (images, _), _, _ = read_source(params(tmp_path, grayscale=True))
-    assert images.shape == (2, 1, 8, 8)
+    assert images.shape == (6, 1, 8, 8)
 
 
 # -- splits ----------------------------------------------------------------------------------------
