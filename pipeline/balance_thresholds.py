@@ -14,7 +14,7 @@ from pipeline.data import load_split, normalise
 from pipeline.files import ANN, DATA, PLOTS, THRESHOLDS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
-from pipeline.learning.networks import build_ann, build_snn, load_weights
+from pipeline.learning.networks import build_ann, build_snn, load_weights, use_threads
 from pipeline.stage import Stage, run_stage
 
 
@@ -43,6 +43,7 @@ def balance_loop(worker: Worker) -> None:
     train = load_split(worker.path(DATA) / "train.safetensors")
     ann = build_ann(worker.params.network, train)
     load_weights(ann, worker.path(ANN))
+    use_threads(worker, ann.to(worker.device), train, params.batch_size)
     snn = build_snn(ann, worker.params.stdb, params.seed).to(worker.device)
     generator = torch.Generator().manual_seed(params.seed)
     chosen = torch.randperm(len(train), generator=generator)[: params.images]

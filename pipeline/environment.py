@@ -8,6 +8,8 @@ MLFLOW = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
 }
+# a thread that waits for others leaves its core to whoever has work
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 # quick reports, no line twice, tame logs
 RAY = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",

@@ -25,7 +25,7 @@ from pipeline.learning.evaluation import (
     longest,
     spike_metrics,
 )
-from pipeline.learning.networks import load_converted
+from pipeline.learning.networks import load_converted, use_threads
 from pipeline.stage import Stage, run_stage
 
 
@@ -98,6 +98,7 @@ def evaluate_loop(worker: Worker) -> None:
     params, timesteps = worker.params.evaluate_converted, worker.params.stdb.timesteps
     validation, test = worker.split("validation"), worker.split("test")
     ann, snn = load_converted(worker.params.network, worker.params.stdb, test, worker.root)
+    use_threads(worker, ann.to(worker.device), test, params.batch_size)
     snn = snn.to(worker.device)
     best = best_scale(worker, snn, validation, timesteps, params)
     snn.scale_thresholds(best)

@@ -23,7 +23,7 @@ from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning.dropout import SampleDropout
 from pipeline.learning.evaluation import evaluate_ann
 from pipeline.learning.fit import Task, fit
-from pipeline.learning.networks import build_ann, load_weights, save_weights
+from pipeline.learning.networks import build_ann, load_weights, save_weights, use_threads
 from pipeline.stage import Stage, run_stage
 
 
@@ -61,6 +61,7 @@ def train_loop(worker: Worker) -> None:
     train, validation, test = (worker.split(name) for name in ("train", "validation", "test"))
     torch.manual_seed(params.seed)
     ann = build_ann(worker.params.network, train).to(worker.device)
+    use_threads(worker, ann, train, params.batch_size)
     ann.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU by a sixth
     if params.weights is not None:
         load_weights(ann, worker.path(Path(params.weights)))

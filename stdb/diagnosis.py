@@ -63,8 +63,8 @@ class LayerDiagnosis:
             )
         if self.residual > UNSAID:
             return (
-                f"the neurons of {self.layer} are left with a potential of {self.residual:.3g} V on "
-                "average, spikes that they had no steps for: its threshold is too small for its "
+                f"the neurons of {self.layer} are left with a potential of {self.residual:.3g} V "
+                "on average, spikes that they had no steps for: its threshold is too small for its "
                 "input; balance it, or raise its threshold scale"
             )
         if self.correlation < UNLIKE:

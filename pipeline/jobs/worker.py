@@ -17,6 +17,8 @@ from pipeline.files import DATA
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.params import Params
 
+WORK_PER_THREAD = 1 << 28  # multiply-accumulates of a batch; the digits' network has 46 million
+
 Row = dict[str, float]  # the metrics of an epoch
 State = dict[str, Any]  # what a job goes on from, and ends with
 
@@ -53,6 +55,20 @@ class Worker:
         """A line for the person who watches, once for all workers."""
         if self.rank == 0:
             print(f"[{self.stage}] {text}", flush=True)
+
+    def use_threads(self, work: float) -> None:
+        """Compute with as many threads as a batch's work is worth, up to this worker's cores.
+
+        The layers of a small network are done before a second thread has begun, and on a busy
+        machine each of them waits for a thread that is not running. It follows from the work alone
+        and not from what is free: torch's sums depend on the number of threads in their last bits.
+
+        Args:
+            work: multiply-accumulates of a forward pass over a batch.
+        """
+        if self.device.type == "cpu":
+            wanted = max(1, round(work / WORK_PER_THREAD))
+            torch.set_num_threads(min(wanted, torch.get_num_threads()))
 
     # -- files and data ------------------------------------------------------------------------
 

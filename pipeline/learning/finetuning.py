@@ -18,7 +18,13 @@ from pipeline.learning.evaluation import (
     spike_metrics,
 )
 from pipeline.learning.fit import BackwardPasses, Task, fit, order
-from pipeline.learning.networks import build_ann, build_snn, load_thresholds, load_weights
+from pipeline.learning.networks import (
+    build_ann,
+    build_snn,
+    load_thresholds,
+    load_weights,
+    use_threads,
+)
 from pipeline.params import StdbParams
 
 SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 90.0
@@ -94,6 +100,7 @@ def starting_network(
         for module in ann.modules():
             if isinstance(module, nn.Dropout):
                 module.p = params.dropout
+    use_threads(worker, ann.to(worker.device), train, params.batch_size)
     snn = build_snn(ann, params, params.seed).to(worker.device)
     if params.from_scratch:
         balance_random(snn, train, params)

@@ -9,11 +9,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import stdb
 from pipeline.data import Samples
 from pipeline.errors import StageError
 from pipeline.files import ANN, THRESHOLDS, read_json, writing
+from pipeline.jobs.worker import Worker
 from pipeline.params import NetworkParams, StdbParams
 
 
@@ -30,6 +32,17 @@ def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
         return stdb.build_network(**recipe(params, data))
     except ValueError as error:
         raise StageError(f"network: {error}") from error
+
+
+def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) -> None:
+    """Compute with as many threads as a network's batch is worth."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        image = torch.zeros(1, *data.shape, device=worker.device)
+        training = ann.training
+        ann.eval()(image)
+        ann.train(training)
+    operations = counter.get_total_flops() / 2  # a multiply-accumulate counts as two
+    worker.use_threads(operations * batch_size / worker.world)
 
 
 def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetwork:

@@ -5,8 +5,17 @@ from collections.abc import Callable
 
 import mlflow
 import pytest
+import torch
 
 from tests.pipeline.support import FINETUNE, Repository, copy_of, make_repository, results
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """A job chooses the threads of its process; the next test has those that there were."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,13 @@ import pytest
 import torch
 
 import pipeline.repro
+from pipeline.data import Split
 from pipeline.errors import StageError
+from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.failures import reason, worker_lost
 from pipeline.jobs.plan import plan_workers
+from pipeline.jobs.worker import Worker
+from pipeline.learning.networks import build_ann, use_threads
 from pipeline.params import ClusterParams, load_params
 from tests.pipeline.support import ROOT
 
@@ -126,3 +130,36 @@ def test_make_repro_owns_a_ray_where_jobs_would_start_one_each(
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
     assert pipeline.repro.several_workers() is several
+
+
+@pytest.fixture
+def threads():
+    """Four, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("architecture", "width", "size", "batch", "world", "expected"),
+    [
+        ("resnet12", 0.25, 8, 64, 1, 1),  # the digits' default
+        ("vgg5", 1.0, 32, 64, 1, 4),
+        ("resnet8", 0.25, 32, 80, 1, 2),
+        ("resnet8", 0.25, 32, 80, 2, 1),
+        ("vgg5", 1.0, 32, 1, 1, 1),
+    ],
+)
+def test_threads_follow_the_work(tmp_path, architecture, width, size, batch, world, expected):
+    """A small network has one, a large one all of the worker's cores; whatever the load is."""
+    params = load_params(ROOT / "params.yaml")
+    network = params.network.model_copy(update={"architecture": architecture, "width": width})
+    images = torch.zeros(1, 1, size, size, dtype=torch.uint8)
+    data = Split(images, torch.zeros(1, dtype=torch.int64), torch.arange(1), list("abcdefghij"))
+    ann = build_ann(network, data).train()
+    worker = Worker(params, "work", Checkpoints(str(tmp_path), "work", "key"), world=world)
+    use_threads(worker, ann, data, batch)
+    assert torch.get_num_threads() == expected
+    assert ann.training
