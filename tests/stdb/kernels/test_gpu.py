@@ -16,6 +16,8 @@ triton = pytest.importorskip("triton", reason="Triton has no build for this plat
 from stdb.kernels import gpu  # noqa: E402
 
 FLOATS = ("fp32", "fp64")
+# whole numbers that are 1 are constants, multiples of 16 are known to be, and more than 2³¹ is long
+FORMS = ("any", "ones", "multiples", "long")
 SCAN = {"count": "i32", "row_bytes": "i32", "steps": "i32"}
 
 
@@ -42,18 +44,30 @@ def specialisations():
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_the_compiler_takes_every_kernel(name, signature, constants, architecture):
-    """Ahead of time, for GPUs that are not here."""
+    """Ahead of time, for GPUs that are not here, in the forms that Triton makes of numbers."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = constants | {"block": gpu.BYTES_PER_PROGRAM}
-    source = ASTSource(
-        fn=getattr(gpu, name),
-        signature=signature | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-    assert compiled.asm["cubin"]
+    kernel = getattr(gpu, name)
+    for form in FORMS:
+        ones = [n for n, kind in signature.items() if form == "ones" and kind == "i32"]
+        fixed = constants | {"block": gpu.BYTES_PER_PROGRAM} | dict.fromkeys(ones, 1)
+        types = signature | dict.fromkeys(fixed, "constexpr")
+        if form == "long":
+            types["count"] = "i64"
+        multiples = [
+            (place,)
+            for place, argument in enumerate(kernel.arg_names)
+            if form == "multiples" and types[argument][0] in "*i"
+        ]
+        source = ASTSource(
+            fn=kernel,
+            signature={argument: types[argument] for argument in kernel.arg_names},
+            constexprs=fixed,
+            attrs=dict.fromkeys(multiples, [["tt.divisibility", 16]]),
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+        assert compiled.asm["cubin"], form
 
 
 def test_all_kernels_are_compiled_here():
