@@ -10,6 +10,7 @@ data set that is too large for the memory the names of its files are kept.
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
@@ -18,7 +19,7 @@ from pipeline.data import DataError, Files, Samples, Split, save_split
 from pipeline.data.sources import read_source
 from pipeline.files import DATA, METRICS, digest, write_json, writing
 from pipeline.params import DataParams
-from pipeline.stage import Stage, run_stage
+from pipeline.stage import Stage, stage_command
 
 
 def main(stage: Stage) -> None:
@@ -73,6 +74,7 @@ def _split(
 ) -> Samples:
     own = torch.from_numpy(labels).long(), torch.from_numpy(ids), classes
     if images.ndim == 4:
+        _check_room(images, params.image_size)
         return Split(_resize(torch.from_numpy(images), params.image_size), *own)
     assert params.image_size is not None
     size = params.image_size
@@ -89,6 +91,17 @@ def _draw(
     return np.asarray(rest), np.asarray(drawn)
 
 
+def _check_room(images: np.ndarray, size: int | None) -> None:
+    """Images of ``size`` pixels square take so much memory; float32 while they are resized."""
+    needed = 5 * images.shape[0] * images.shape[1] * (size or 0) ** 2
+    there = psutil.virtual_memory().available
+    if needed > there:
+        raise DataError(
+            f"{len(images)} images at data.image_size {size} need {needed / 2**30:,.3g} GiB; there "
+            f"are {there / 2**30:,.3g} GiB free; allowed: a smaller image_size, or train_limit"
+        )
+
+
 def _resize(images: torch.Tensor, size: int | None) -> torch.Tensor:
     """To ``size`` pixels square, bilinear with antialiasing."""
     if size is None or images.shape[-1] == size == images.shape[-2]:
@@ -98,4 +111,4 @@ def _resize(images: torch.Tensor, size: int | None) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run_stage("prepare_data", main)
+    stage_command("prepare_data", main, __doc__)
