@@ -6,16 +6,21 @@ Nothing is changed where the result would not be allowed.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.command import command, parser
 from pipeline.overlays import apply, show
 
 __all__ = ["apply", "main"]
 
 
-def main(arguments: list[str]) -> int:
-    """Apply, show; the exit status."""
-    return show(Path(arguments[0] if arguments else "sweep/best_params.yaml"))
+@command
+def main(arguments: Sequence[str]) -> None:
+    """Apply, show."""
+    line = parser(__doc__, "apply_best")
+    line.add_argument("overlay", nargs="?", default="sweep/best_params.yaml", type=Path)
+    show(line.parse_args(arguments).overlay)
 
 
 if __name__ == "__main__":

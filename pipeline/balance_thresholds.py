@@ -11,11 +11,12 @@ import torch
 
 import stdb
 from pipeline.data import load_split, normalise
+from pipeline.errors import StageError
 from pipeline.files import ANN, DATA, PLOTS, THRESHOLDS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.networks import build_ann, build_snn, load_weights, use_threads
-from pipeline.stage import Stage, run_stage
+from pipeline.stage import Stage, stage_command
 
 
 def main(stage: Stage) -> None:
@@ -49,20 +50,23 @@ def balance_loop(worker: Worker) -> None:
     chosen = torch.randperm(len(train), generator=generator)[: params.images]
     batches = chosen.split(params.batch_size)[worker.rank :: worker.world]
     share = train.take(torch.cat([*batches, chosen[:0]])).to(worker.device)
-    thresholds = stdb.balance_thresholds(
-        snn,
-        normalise(share.images),
-        params.timesteps,
-        batch_size=params.batch_size,
-        percentile=params.percentile,
-        residual_blocks=params.residual_blocks,
-        sample_ids=share.ids,
-        reduce=worker.all_reduce,
-        progress=lambda layer, threshold: worker.say(f"{layer:24} V = {threshold:.4f}"),
-    )
+    try:
+        thresholds = stdb.balance_thresholds(
+            snn,
+            normalise(share.images),
+            params.timesteps,
+            batch_size=params.batch_size,
+            percentile=params.percentile,
+            residual_blocks=params.residual_blocks,
+            sample_ids=share.ids,
+            reduce=worker.all_reduce,
+            progress=lambda layer, threshold: worker.say(f"{layer:24} V = {threshold:.4f}"),
+        )
+    except ValueError as error:  # of a layer that is dead or has diverged
+        raise StageError(str(error)) from error
     kept = [] if params.residual_blocks else sorted(stdb.residual_layers(snn))
     worker.checkpoint({"thresholds": thresholds, "kept": kept})
 
 
 if __name__ == "__main__":
-    run_stage("balance_thresholds", main)
+    stage_command("balance_thresholds", main, __doc__)

@@ -13,7 +13,8 @@ from typing import Any
 
 import stdb
 from pipeline.data import load_split
-from pipeline.files import CONVERSION, DATA, METRICS, PLOTS, read_json, write_csv, write_json
+from pipeline.files import CONVERSION, DATA, METRICS, PLOTS, write_csv, write_json
+from pipeline.handed_on import read_ann_results
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import (
@@ -26,7 +27,7 @@ from pipeline.learning.evaluation import (
     spike_metrics,
 )
 from pipeline.learning.networks import load_converted, use_threads
-from pipeline.stage import Stage, run_stage
+from pipeline.stage import Stage, stage_command
 
 
 def main(stage: Stage) -> None:
@@ -34,7 +35,7 @@ def main(stage: Stage) -> None:
     params = stage.params
     train = load_split(DATA / "train.safetensors")
     ann, _ = load_converted(params.network, params.stdb, train)
-    ann_accuracy = read_json(METRICS / "train_ann.json")["accuracy"]["test"]
+    ann_accuracy = read_ann_results().accuracy.test
     state = run_job(stage, evaluate_loop)
     long, reduced = Evaluation(**state["long"]), Evaluation(**state["reduced"])
     write_json(CONVERSION, {"timesteps": params.stdb.timesteps, "scale": state["scale"]})
@@ -121,4 +122,4 @@ def evaluate_loop(worker: Worker) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("evaluate_converted", main)
+    stage_command("evaluate_converted", main, __doc__)

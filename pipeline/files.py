@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline import reading
 from pipeline.errors import StageError
 
 DATA = Path("data/prepared")  # of the repository, as all of these
@@ -80,7 +81,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_json(path: Path) -> Any:
     """Read what an earlier stage wrote."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path)
     except (OSError, ValueError) as error:
         raise StageError(f"{path} cannot be read ({error}); run dvc repro") from error
 
@@ -88,8 +89,7 @@ def read_json(path: Path) -> Any:
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Read rows that an earlier stage wrote; values are text."""
     try:
-        with path.open(encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return reading.read_csv(path)
     except (OSError, ValueError) as error:
         raise StageError(f"{path} cannot be read ({error}); run dvc repro") from error
 

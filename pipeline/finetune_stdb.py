@@ -16,24 +16,15 @@ import torch
 
 import stdb
 from pipeline.data import Samples, load_split, subset
-from pipeline.files import (
-    CONVERSION,
-    DATA,
-    METRICS,
-    PLOTS,
-    SNN,
-    read_json,
-    write_csv,
-    write_json,
-    writing,
-)
+from pipeline.files import DATA, METRICS, PLOTS, SNN, write_csv, write_json, writing
+from pipeline.handed_on import read_conversion
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import Evaluation, collapse, diagnose, evaluate_snn, longest
 from pipeline.learning.finetuning import BATCH, fine_tune
 from pipeline.learning.networks import build_ann, load_converted, recipe
 from pipeline.params import DataParams, StdbParams
-from pipeline.stage import Stage, run_stage
+from pipeline.stage import Stage, stage_command
 from pipeline.tracking.messages import About
 
 
@@ -128,7 +119,7 @@ def threshold_scale(params: StdbParams, root: Path = Path()) -> float:
     """The scale that is asked for, or the one that evaluate_converted found."""
     if params.threshold_scale is not None:
         return params.threshold_scale
-    return 1.0 if params.from_scratch else float(read_json(root / CONVERSION)["scale"])
+    return 1.0 if params.from_scratch else float(read_conversion(root).scale)
 
 
 def train_loop(worker: Worker) -> None:
@@ -147,4 +138,4 @@ def train_loop(worker: Worker) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("finetune_stdb", main)
+    stage_command("finetune_stdb", main, __doc__)

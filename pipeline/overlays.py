@@ -4,7 +4,6 @@ An overlay is a YAML file with any part of params.yaml.
 """
 
 import difflib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from ruamel.yaml.comments import CommentedSeq
 
 from pipeline.errors import ParamsError
 from pipeline.files import writing
-from pipeline.params import PARAMS_FILE, load_params
-from pipeline.typed import read_yaml
+from pipeline.params import PARAMS_FILE, Params
+from pipeline.reading import read_text
+from pipeline.typed import read_yaml, shown, shown_key, validate
 
 
 def apply(overlay: Path, target: Path = PARAMS_FILE) -> str:
@@ -30,13 +30,15 @@ def apply(overlay: Path, target: Path = PARAMS_FILE) -> str:
     )
     if not overlay.exists():
         raise ParamsError(f"{overlay} is missing; make sweep makes it")
-    before = target.read_text(encoding="utf-8")
+    if not isinstance(read_yaml(target), dict):
+        raise ParamsError(f"{target} is no file of parameters; git has one")
+    before = read_text(target)
     params = yaml.load(before)
-    merge(params, read_yaml(overlay) or {}, str(overlay))
+    merge(params, read_yaml(overlay), str(overlay))
     with writing(target) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
             yaml.dump(params, file)
-        load_params(temporary)
+        validate(read_yaml(temporary), Params, f"{target} with {overlay} in it")
         after = temporary.read_text(encoding="utf-8")
     lines = difflib.unified_diff(
         before.splitlines(True), after.splitlines(True), str(target), str(target), n=0
@@ -44,17 +46,31 @@ def apply(overlay: Path, target: Path = PARAMS_FILE) -> str:
     return "".join(lines)
 
 
-def merge(into: Any, changes: dict[str, Any], overlay: str) -> None:
+def merge(into: Any, changes: Any, overlay: str, place: str = "") -> None:
     """Write ``changes`` into a mapping of mappings, in place.
 
+    Args:
+        into: is changed.
+        changes: a mapping of some of the same keys.
+        overlay: names the file that they come from.
+        place: the key that they stand under; empty at the top.
+
     Raises:
-        ParamsError: a key that ``into`` lacks; the message names ``overlay`` and what is allowed.
+        ParamsError: a key that ``into`` lacks, or no mapping where ``into`` has one; the message
+            names ``overlay`` and what is allowed.
     """
+    if not isinstance(changes, dict):
+        what = f"has {place}: {shown(changes)}" if place else f"is {shown(changes)}"
+        raise ParamsError(f"{overlay} {what}; allowed: a mapping of {', '.join(map(str, into))}")
     for key, value in changes.items():
+        inside = f"{place}.{key}" if place else shown_key(key)
         if key not in into:
-            raise ParamsError(f"{overlay} has {key}; allowed: {', '.join(into)}")
-        if isinstance(value, dict):
-            merge(into[key], value, overlay)
+            allowed = ", ".join(map(str, into))
+            raise ParamsError(f"{overlay} has {shown_key(key)}; allowed: {allowed}")
+        if isinstance(into[key], dict):
+            merge(into[key], value, overlay, inside)
+        elif isinstance(value, dict):
+            raise ParamsError(f"{overlay} has {inside}: {shown(value)}; allowed: a value")
         elif value != into[key] or not isinstance(into[key], type(value)):  # else 1.0e-4 stays so
             into[key] = value
             if isinstance(value, list):
@@ -62,13 +78,8 @@ def merge(into: Any, changes: dict[str, Any], overlay: str) -> None:
                 into[key].fa.set_flow_style()
 
 
-def show(overlay: Path) -> int:
-    """Apply an overlay to params.yaml and print what changed; the exit status."""
-    try:
-        changed = apply(overlay)
-    except ParamsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def show(overlay: Path) -> None:
+    """Apply an overlay to params.yaml and print what changed."""
+    changed = apply(overlay)
     print(changed or f"params.yaml is already as {overlay} says")
     print("make repro runs it")
-    return 0

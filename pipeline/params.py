@@ -15,13 +15,18 @@ __all__ = ["Params", "ParamsError", "load_params"]
 
 PARAMS_FILE = Path("params.yaml")
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST_STEPS = 32767  # T of a presentation: spike times are 16 bits
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+BatchSize = Annotated[int, Field(ge=1, le=65536)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal["float32", "tf32", "bf16"]
-Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Workers = Annotated[int, Field(ge=1, le=10_000)]
+Range = Annotated[list[Workers], Field(min_length=2, max_length=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -32,8 +37,8 @@ class DataParams(Section):
     """The data set; ``folder`` is any folder or archive of class folders."""
     path: str | None
     """``folder``: the folder or archive. Others: where downloads are kept (data/downloads)."""
-    image_size: Annotated[int, Field(ge=1, le=16384)] | None
-    """Images are resized to this many pixels square, 1 to 16384; None leaves them."""
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None
+    """Images are resized to this many pixels square, 1 to 4096; None leaves them."""
     grayscale: bool
     """``folder`` only: read images as one grey channel."""
     stream: bool | Literal["auto"]
@@ -65,9 +70,9 @@ class NetworkParams(Section):
     architecture: str
     """A name of ``stdb.ARCHITECTURES``, or ``module:function`` of your own, called with
     (in_channels, image_size, num_classes)."""
-    width: Positive
-    """Factor of the channels of every convolution, above 0; the paper's is 1."""
-    hidden: Count
+    width: Annotated[float, Field(gt=0, le=100)]
+    """Factor of the channels of every convolution, above 0, up to 100; the paper's is 1."""
+    hidden: Annotated[int, Field(ge=1, le=2**20)]
     """Neurons of each of a VGG's hidden linear layers; the paper's is 4096."""
     dropout: Rate
     """Dropout probability after convolutions, in [0, 1)."""
@@ -89,17 +94,17 @@ class NetworkParams(Section):
 class Schedule(Section):
     """What both trainings have in common."""
 
-    epochs: Count
+    epochs: Annotated[int, Field(ge=1, le=100_000)]
     """How often the training images are seen."""
-    batch_size: Count
+    batch_size: BatchSize
     """Images per optimiser step, over all workers together."""
     learning_rate: Positive
     """Learning rate of the first epoch, above 0."""
     weight_decay: NonNegative
     """L2 coefficient, 0 or more."""
-    milestones: list[Share]
+    milestones: Annotated[list[Share], Field(max_length=1000)]
     """Fractions of the epochs after which the learning rate is divided."""
-    decay: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    decay: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)]
     """Divisor of the learning rate at each milestone, above 1."""
     augment: bool
     """Random crops (padding 4) and horizontal flips, by (seed, epoch, sample)."""
@@ -121,11 +126,11 @@ class TrainAnnParams(Schedule):
 class BalanceThresholdsParams(Section):
     """Algorithm 1."""
 
-    timesteps: Count
+    timesteps: Steps
     """Time steps T of the calibration."""
     images: Count
     """Number of calibration images, from the training split."""
-    batch_size: Count
+    batch_size: BatchSize
     """Number of images that are presented at once."""
     percentile: Annotated[float, Field(gt=0, le=100)]
     """V is this percentile of a layer's weighted inputs; 100, the paper's way, is the maximum."""
@@ -138,18 +143,18 @@ class BalanceThresholdsParams(Section):
 class EvaluateConvertedParams(Section):
     """The converted network before fine-tuning (Table 1, columns 3 and 4)."""
 
-    timesteps: Count
+    timesteps: Steps
     """Time steps T of the long presentation, at the balanced thresholds."""
-    scales: Annotated[list[Positive], Field(min_length=1)]
+    scales: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
     """Threshold scales tried at the reduced T; the best on validation is taken."""
-    batch_size: Count
+    batch_size: BatchSize
     """Number of images that are presented at once."""
 
 
 class StdbParams(Schedule):
     """STDB fine-tuning (Algorithms 2 and 3): Adam with amsgrad."""
 
-    timesteps: Annotated[int, Field(ge=1, le=32767)]
+    timesteps: Steps
     """Time steps T of the network that is wanted, 1 to 32767."""
     encoder: Annotated[str, AfterValidator(one_of(ENCODERS))]
     """Name of the encoder, of ``stdb.ENCODERS``: how pixels become input."""
@@ -195,20 +200,20 @@ class StdbParams(Schedule):
 class ClusterParams(Section):
     """Where the jobs run. Changes no result, so no stage tracks it."""
 
-    workers: Count | Range | Literal["auto"]
+    workers: Workers | Range | Literal["auto"]
     """Processes of a job, each with its share of every batch; [2, 8]: as many as there are, and on
     a cluster that loses and gains nodes a job goes on with fewer or more."""
     use_gpu: bool | Literal["auto"]
     """One GPU per worker, nccl; or CPU workers, gloo."""
-    cpus_per_worker: Count | Literal["auto"]
+    cpus_per_worker: Workers | Literal["auto"]
     """Number of cores that are reserved for a worker, and of its threads."""
     storage: str
     """Folder or URL of the checkpoints of unfinished stages."""
     checkpoint_steps: Count | None
     """Steps of an epoch after which the state is kept, beside every epoch; None: epochs only."""
-    restarts: Annotated[int, Field(ge=0)]
+    restarts: Annotated[int, Field(ge=0, le=1000)]
     """How often a job goes on from its last checkpoint when a worker or a node is lost."""
-    readers: Annotated[int, Field(ge=0)] | Literal["auto"]
+    readers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"]
     """Processes of a worker that read image files ahead of need; auto: half of its cores, 1 to 8.
     Data sets in memory need none."""
 

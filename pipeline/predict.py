@@ -12,6 +12,7 @@ at: the largest square in the middle.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,28 @@ import torch
 from torch import Tensor
 
 import stdb
+from pipeline.command import command, parser
 from pipeline.data import DataError, normalise, read_image
 from pipeline.files import SNN, writing
+from pipeline.params import MOST_STEPS
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 60  # of the line of bars
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Read, classify, print; the exit status."""
+@command
+def main(arguments: Sequence[str]) -> None:
+    """Read, classify, print."""
     options = parse(arguments)
+    if not options.model.exists():
+        raise DataError(f"{options.model} is missing; make repro makes it")
     try:
-        if not options.model.exists():
-            raise DataError(f"{options.model} is missing; make repro makes it")
         snn, about = stdb.load(options.model)
-        timesteps = options.timesteps or about["timesteps"]
-        pixels = read(options.images, about["network"])
-        decision = classify(snn, pixels, timesteps, options.confidence)
-    except (DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    timesteps = options.timesteps or about["timesteps"]
+    pixels = read(options.images, about["network"])
+    decision = classify(snn, pixels, timesteps, options.confidence)
     classes = about["classes"]
     for k, name in enumerate(options.images):
         print(describe(name, decision, k, classes))
@@ -49,22 +52,19 @@ def main(arguments: Sequence[str]) -> int:
         steps = decision.steps.double().mean().item()
         saved = 1 - steps / timesteps
         print(f"{steps:.1f} of {timesteps} steps on average, {saved:.0%} saved")
-    return 0
 
 
 def parse(arguments: Sequence[str]) -> Any:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.predict", description="Classify images with the trained SNN."
-    )
-    parser.add_argument("images", nargs="+", type=Path, help="image files")
-    parser.add_argument("--model", type=Path, default=SNN, help=f"of stdb.save ({SNN})")
-    parser.add_argument("--timesteps", type=_count, help="T; that of the training by default")
-    parser.add_argument(
+    line = parser(__doc__, "predict")
+    line.add_argument("images", nargs="+", type=Path, help="image files")
+    line.add_argument("--model", type=Path, default=SNN, help=f"of stdb.save ({SNN})")
+    line.add_argument("--timesteps", type=_count, help="T; that of the training by default")
+    line.add_argument(
         "--confidence", type=_share, help="leave when the largest probability reaches this"
     )
-    parser.add_argument("--plot", type=Path, help="a folder for pictures of probabilities by step")
-    return parser.parse_args(arguments)
+    line.add_argument("--plot", type=Path, help="a folder for pictures of probabilities by step")
+    return line.parse_args(arguments)
 
 
 def read(images: Sequence[Path], network: dict[str, Any]) -> Tensor:
@@ -111,17 +111,16 @@ def draw(name: Path, decision: stdb.Decision, k: int, classes: Sequence[str], fo
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; allowed: 1 or more")
-    return value
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_STEPS:
+        raise argparse.ArgumentTypeError(f"{text}; allowed: 1 to {MOST_STEPS}")
+    return int(text)
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value}; allowed: above 0, at most 1")
-    return value
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}; allowed: above 0, at most 1")
 
 
 if __name__ == "__main__":

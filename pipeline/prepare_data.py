@@ -25,7 +25,7 @@ from pipeline.data.checks import (
 from pipeline.data.sources import Arrays, Held, read_source
 from pipeline.files import DATA, METRICS, digest, write_json, writing
 from pipeline.params import DataParams
-from pipeline.stage import Stage, run_stage
+from pipeline.stage import Stage, stage_command
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # images or names of files, labels, ids
 AT_ONCE = 1 << 26  # pixels that are resized at once, as floats
@@ -162,4 +162,4 @@ def _resize(images: torch.Tensor, size: int | None) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run_stage("prepare_data", main)
+    stage_command("prepare_data", main, __doc__)

@@ -9,26 +9,32 @@ part of params.yaml.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.command import command, parser
+from pipeline.errors import ParamsError
 from pipeline.overlays import show
+from pipeline.reading import read_text
 
 PRESETS = Path("presets")
 
 
-def main(arguments: list[str]) -> int:
-    """Apply, or list; the exit status."""
+@command
+def main(arguments: Sequence[str]) -> None:
+    """Apply, or list."""
+    line = parser(__doc__, "preset")
+    line.add_argument("name", nargs="?", default="", metavar="NAME")
+    name = line.parse_args(arguments).name
     known = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
-    if not arguments or not arguments[0]:
-        for name, path in known.items():
-            print(f"{name:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
-        return 0
-    chosen = known.get(arguments[0], Path(arguments[0]))
+    if not name:
+        for preset, path in known.items():
+            print(f"{preset:24} {read_text(path).partition(chr(10))[0].removeprefix('# ')}")
+        return
+    chosen = known.get(name, Path(name))
     if not chosen.is_file():
-        text = f"there is no preset {arguments[0]!r}; allowed: a file, or {', '.join(known)}"
-        print(f"error: {text}", file=sys.stderr)
-        return 1
-    return show(chosen)
+        raise ParamsError(f"there is no preset {name!r}; allowed: a file, or {', '.join(known)}")
+    show(chosen)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pipeline.params import Params
 from pipeline.reporting import figures
 from pipeline.reporting.page import as_html, gist, page, table
 from pipeline.reporting.results import Results, headline, read_results, summary
-from pipeline.stage import Stage, run_stage
+from pipeline.stage import Stage, stage_command
 
 
 def main(stage: Stage) -> None:
@@ -62,4 +62,4 @@ def draw(params: Params, results: Results) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    run_stage("report", main)
+    stage_command("report", main, __doc__)

@@ -2,25 +2,32 @@
 
     python -m pipeline.repro [ARGUMENTS OF dvc repro]
 
-Plain `dvc repro` starts Ray for each stage and stops it after it; both make the same.
+Plain `dvc repro` starts Ray for each stage and stops it after it; both make the same. All arguments
+are those of `dvc repro`, whose --help follows.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 
+from pipeline.command import command
 from pipeline.errors import ParamsError, StageError
 from pipeline.jobs.cluster import ray_cluster
 from pipeline.jobs.plan import machine, plan_workers
 from pipeline.params import load_params
 
 
-def main(arguments: list[str]) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run dvc repro; its exit status."""
+    asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    if asks_for_help:
+        print(__doc__, flush=True)
     with ExitStack() as stack:
         environment = dict(os.environ)
-        if several_workers():
+        if not asks_for_help and several_workers():
             import ray
 
             stack.enter_context(ray_cluster(None))

@@ -11,18 +11,19 @@ import sys
 from collections.abc import Sequence
 from statistics import mean, stdev
 
+from pipeline.command import command, parser
+from pipeline.errors import ParamsError
+
+MOST = 1000  # seeds
 SECTIONS = ("data", "train_ann", "balance_thresholds", "stdb")  # that have a seed
 
 
+@command
 def main(arguments: Sequence[str]) -> int:
-    """Run, print the table; the exit status."""
-    try:
-        count = int(arguments[0]) if arguments else 3
-    except ValueError:
-        count = 0
-    if count < 1:
-        print(f"error: N is {arguments[0]}; allowed: 1 or more seeds", file=sys.stderr)
-        return 1
+    """Run, print the table; the exit status of dvc where it fails."""
+    line = parser(__doc__, "seeds")
+    line.add_argument("count", nargs="?", default="3", metavar="N")
+    count = count_of(line.parse_args(arguments).count)
     names = []
     for seed in range(count):
         name = f"seed-{seed}"
@@ -37,6 +38,13 @@ def main(arguments: Sequence[str]) -> int:
         names.append(name)
     print(table({name: columns(name) for name in names}))
     return 0
+
+
+def count_of(text: str) -> int:
+    """The number of seeds that is asked for."""
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= MOST or len(text) > 9:
+        raise ParamsError(f"N is {text}; allowed: 1 to {MOST} seeds")
+    return int(text)
 
 
 def columns(experiment: str) -> dict[str, float]:

@@ -14,20 +14,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import DataError, ParamsError, StageError
-from pipeline.files import DATA, METRICS, check_outs, digest, files_below, read_json, write_json
+from pipeline.command import FAULT, INTERRUPTED, parser, print_on_any_terminal, status_of
+from pipeline.errors import ParamsError, StageError
+from pipeline.files import DATA, check_outs, digest, files_below, write_json
+from pipeline.handed_on import RUNS, Run, read_data_summary, read_runs
 from pipeline.params import Params, load_params
 from pipeline.tracking.messages import Dataset, Start
 from pipeline.tracking.tracker import Tracker
-from pipeline.typed import read_yaml
-from stdb import ConversionError
+from pipeline.typed import problems, read_yaml
 
-__all__ = ["RUNS", "Stage", "StageError", "run_stage"]
+__all__ = ["Stage", "StageError", "run_stage", "stage_command"]
 
-RUNS = Path(".results/runs.json")  # when and how long each stage ran here last; nobody's input
 HANDED_ON = ("data", "metrics", "models", "plots")  # folders of what stages hand on to each other
+
+
+class Spec(BaseModel):
+    """What dvc.yaml says of a stage."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    deps: list[str] = []
+    params: list[str | dict[str, None]] = []
+    outs: list[str | dict[str, Any]] = []
+    metrics: list[str | dict[str, Any]] = []
+    plots: list[str | dict[str, Any]] = []
 
 
 class Stage:
@@ -45,16 +57,16 @@ class Stage:
 
     def __init__(self, name: str, params: Params, file: Path = Path("dvc.yaml")) -> None:
         self.name, self.params = name, params
-        spec = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"][name]
+        spec = read_spec(file, name)
         self.outs = [
-            Path(next(iter(o)) if isinstance(o, dict) else o)
-            for group in ("outs", "metrics", "plots")
-            for o in spec.get(group, [])
+            Path(next(iter(out)) if isinstance(out, dict) else out)
+            for out in (*spec.outs, *spec.metrics, *spec.plots)
         ]
         check_outs(self.outs)
-        self.tracked = _flatten(params.model_dump(), spec.get("params", []))
-        self.inputs = {str(f): digest(f) for d in spec["deps"] for f in files_below(Path(d))}
-        made = [Path(d) for d in spec["deps"] if Path(d).parts[0] in HANDED_ON]
+        read_runs()  # a broken one is refused now, and not after the work
+        self.tracked = _flatten(params.model_dump(), spec.params)
+        self.inputs = {str(f): digest(f) for d in spec.deps for f in files_below(Path(d))}
+        made = [Path(d) for d in spec.deps if d.split("/")[0] in HANDED_ON]
         self.handed_on = [path.resolve() for path in made]
         identity = json.dumps([name, self.tracked, self.inputs], sort_keys=True)
         self.key = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -81,41 +93,66 @@ class Stage:
         self.tracker.log(metrics, step)
 
 
+def stage_command(name: str, main: Callable[[Stage], None], doc: str | None) -> None:
+    """A stage as a program, which takes no arguments; ``--help`` says what it does."""
+    print_on_any_terminal()
+    parser(doc, name).parse_args()
+    run_stage(name, main)
+
+
 def run_stage(name: str, main: Callable[[Stage], None], file: Path = Path("dvc.yaml")) -> None:
-    """Run a stage as a program: exit 0, or a message on stderr and exit 1.
+    """Run a stage as a program; where it fails, a message on stderr and the error's exit status.
 
     ctrl-C, and the SIGTERM of a scheduler, end it in order: the run is closed, checkpoints stay.
     """
-    start = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    stage, status, interrupted = None, "FAILED", False
-    try:
+    started: list[Stage] = []
+
+    def work() -> None:
+        start = time.monotonic()
         stage = Stage(name, load_params(), file)
+        started.append(stage)
         main(stage)
         seconds = time.monotonic() - start
         stage.log({"duration_seconds": seconds})
-        status = "FINISHED"
         note_run(name, seconds)
         stage.say(f"done in {seconds:.0f} s")
-    except (ParamsError, DataError, ConversionError, StageError, OSError) as error:
-        print(f"\nerror in stage {name}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        interrupted = True
-        print(
+
+    status = FAULT
+    try:
+        status = status_of(
+            work,
+            f"\nerror in stage {name}",
             f"\nstage {name} was interrupted; dvc repro goes on from its last checkpoint",
-            file=sys.stderr,
         )
-        sys.exit(130)
     finally:
-        if stage is not None:
-            stage.tracker.end(status, interrupted)
+        for stage in started:
+            stage.tracker.end("FAILED" if status else "FINISHED", status == INTERRUPTED)
+    if status:
+        sys.exit(status)
+
+
+def read_spec(file: Path, name: str) -> Spec:
+    """What a file such as dvc.yaml says of a stage.
+
+    Raises:
+        ParamsError: the file has no such stage, or is none of DVC's; names it, and the key.
+    """
+    whole = read_yaml(file)
+    stages = whole.get("stages") if isinstance(whole, dict) else None
+    if not isinstance(stages, dict) or name not in stages:
+        raise ParamsError(f"{file} has no stage {name}; allowed: stages.{name}, as git has it")
+    try:
+        return Spec.model_validate(stages[name])
+    except ValidationError as error:
+        said = problems(error, Spec)[0]
+        raise ParamsError(f"{file} cannot be used: stages.{name}.{said}") from None
 
 
 def datasets(params: Params, inputs: dict[str, str]) -> list[Dataset]:
     """The splits among a stage's inputs, as MLflow shows data sets."""
-    summary = METRICS / "data.json"
-    known = read_json(summary) if summary.exists() else {}
+    summary = read_data_summary()
+    known = summary.model_dump() if summary else {}
     contexts = {"train": "training", "validation": "validation", "test": "test"}
     return [
         Dataset(
@@ -132,10 +169,10 @@ def datasets(params: Params, inputs: dict[str, str]) -> list[Dataset]:
 
 def note_run(name: str, seconds: float) -> None:
     """For the report: when, where and how long a stage ran; no out, since it differs each time."""
-    known = read_json(RUNS) if RUNS.exists() else {}
+    known = read_runs()
     ended = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    known[name] = {"seconds": seconds, "ended": ended, "machine": socket.gethostname()}
-    write_json(RUNS, known)
+    known[name] = Run(seconds=seconds, ended=ended, machine=socket.gethostname())
+    write_json(RUNS, {stage: run.model_dump() for stage, run in known.items()})
 
 
 def _flatten(params: dict[str, Any], tracked: Sequence[str | dict[str, None]]) -> dict[str, Any]:
@@ -143,10 +180,13 @@ def _flatten(params: dict[str, Any], tracked: Sequence[str | dict[str, None]]) -
     for entry in tracked:
         if isinstance(entry, dict):  # all of another file
             for file in entry:
-                flat |= read_yaml(Path(file))
+                values = read_yaml(Path(file))
+                flat |= values if isinstance(values, dict) else {}  # the stage refuses it
             continue
         value: Any = params
         for part in entry.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise ParamsError(f"dvc.yaml has the parameter {entry}, which params.yaml has not")
             value = value[part]
         if isinstance(value, dict):
             flat |= {f"{entry}.{key}": v for key, v in value.items()}

@@ -12,17 +12,18 @@ import logging
 import math
 import os
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.command import parser, print_on_any_terminal
 from pipeline.data import load_split
 from pipeline.environment import TUNE, set_default_environment
 from pipeline.errors import StageError
-from pipeline.files import DATA, METRICS, read_json, write_csv, write_text, writing
+from pipeline.files import DATA, write_csv, write_text, writing
+from pipeline.handed_on import read_ann_results
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.cluster import ray_cluster
 from pipeline.jobs.failures import reason
@@ -42,7 +43,7 @@ def main(stage: Stage, folder: Path) -> None:
     sweep = load_sweep(folder / "params.yaml", params.stdb)
     train = load_split(DATA / "train.safetensors")
     load_converted(params.network, params.stdb, train)  # refuses files of another network
-    accuracy = read_json(METRICS / "train_ann.json")["accuracy"]["validation"]
+    accuracy = read_ann_results().accuracy.validation
     trials, epochs = search(stage, sweep)
     tried = candidates(trials, list(sweep.space), sweep.cost)
     if not tried:
@@ -183,5 +184,8 @@ def _work(stage: Stage) -> Path:
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1] if len(sys.argv) > 1 else "sweep")
-    run_stage(where.name, partial(main, folder=where), where / "dvc.yaml")
+    print_on_any_terminal()
+    line = parser(__doc__, "sweep")
+    line.add_argument("folder", nargs="?", default="sweep", type=Path, help="by default sweep")
+    where = line.parse_args().folder
+    run_stage(where.resolve().name, partial(main, folder=where), where / "dvc.yaml")

@@ -24,7 +24,7 @@ from pipeline.learning.dropout import SampleDropout
 from pipeline.learning.evaluation import evaluate_ann
 from pipeline.learning.fit import Task, fit
 from pipeline.learning.networks import build_ann, load_weights, save_weights, use_threads
-from pipeline.stage import Stage, run_stage
+from pipeline.stage import Stage, stage_command
 
 
 def main(stage: Stage) -> None:
@@ -105,4 +105,4 @@ def train_ann(worker: Worker, ann: nn.Module, train: Samples, validation: Sample
 
 
 if __name__ == "__main__":
-    run_stage("train_ann", main)
+    stage_command("train_ann", main, __doc__)

@@ -1,15 +1,17 @@
 """YAML files as typed, frozen models; an error names every key, its value, and what is allowed."""
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
-from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import YAMLError
 
-from pipeline.errors import ParamsError
+from pipeline import reading
+from pipeline.errors import ParamsError, StageError
+
+LONGEST = 400  # characters of the problems that a message names
+WIDEST = 80  # characters of a value in a message
 
 
 class Section(BaseModel):
@@ -21,6 +23,7 @@ class Section(BaseModel):
 
 
 Model = TypeVar("Model", bound=Section)
+Result = TypeVar("Result", bound=BaseModel)
 
 
 def one_of(allowed: Any) -> Any:
@@ -38,17 +41,19 @@ def one_of(allowed: Any) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """A file's value by YAML 1.2, as DVC reads it: 1e-4 is a number, no key may stand twice."""
+    """A file's value by YAML 1.2, as DVC reads it: 1e-4 is a number, no key may stand twice.
+
+    Raises:
+        ParamsError: names the file, and what is wrong in it.
+    """
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return reading.read_yaml(path)
     except FileNotFoundError:
         raise ParamsError(f"{path} is missing; run from the root of the repository") from None
-    except DuplicateKeyError as error:
-        key = str(error.problem).split('"')[1]
-        line = error.problem_mark.line + 1
-        raise ParamsError(f"{path} is not valid YAML: {key} stands twice, line {line}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except reading.UnreadableError as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ParamsError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def load(path: Path, model: type[Model]) -> Model:
@@ -66,20 +71,57 @@ def validate(values: Any, model: type[Model], where: str) -> Model:
     Raises:
         ParamsError: names every offending key, its value, and what is allowed.
     """
+    if not isinstance(values, dict):
+        what = "is empty" if values is None else f"is {shown(values)}"
+        raise ParamsError(f"{where} {what}; allowed: {', '.join(model.model_fields)}")
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines: dict[str, str] = {}
-        for problem in error.errors():  # the branches of a union come one by one
-            statement, _, allowed = _explain(problem, model).partition("; allowed: ")
-            lines[statement] = f"{lines[statement]} or {allowed}" if statement in lines else allowed
-        said = [f"{what}; allowed: {a}" if a else what for what, a in lines.items()]
-        raise ParamsError(f"{where} cannot be used:\n  " + "\n  ".join(said)) from None
+        said = problems(error, model)
+    named = said[:1]
+    for problem in said[1:]:
+        if len(" | ".join([*named, problem])) <= LONGEST:
+            named.append(problem)
+    more = [f"and {len(said) - len(named)} more"] if len(said) > len(named) else []
+    raise ParamsError(f"{where} cannot be used: {' | '.join([*named, *more])}")
+
+
+def load_result(path: Path, model: type[Result], remedy: str = "run dvc repro") -> Result:
+    """Read and check a JSON file that a stage wrote.
+
+    Raises:
+        StageError: names the file, what is wrong in it, and what makes it again.
+    """
+    try:
+        values = reading.read_json(path)
+        return model.model_validate_json(json.dumps(values))  # JSON's lists are tuples, too
+    except OSError as error:
+        raise StageError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    except ValidationError as error:
+        what = problems(error, model)[0]
+    except reading.UnreadableError as error:
+        what = str(error)
+    raise StageError(f"{path} is not what its stage writes: {what}; {remedy}")
+
+
+def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """A line for each key: its value, and what is allowed."""
+    lines: dict[str, str] = {}
+    for problem in error.errors():  # the branches of a union come one by one
+        statement, _, allowed = _explain(problem, model).partition("; allowed: ")
+        lines[statement] = f"{lines[statement]} or {allowed}" if statement in lines else allowed
+    return [f"{what}; allowed: {a}" if a else what for what, a in lines.items()]
+
+
+def shown(value: Any) -> str:
+    """A value in a message, of bounded length."""
+    text = repr(value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
     """One line: key, value, what is allowed."""
-    location = [str(part) for part in error["loc"] if not _is_branch(part)]
+    location = [shown_key(part) for part in error["loc"] if not _is_branch(part)]
     key = ".".join(location)
     if error["type"] == "missing":
         return f"{key} is missing"
@@ -90,8 +132,17 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         return f"{key} is no known key; allowed: {', '.join(section.model_fields)}"
     if error["type"] == "value_error":
         return f"{key}.{error['ctx']['error']}"
+    if error["type"] == "invalid_key":
+        return f"{key} is no known key; allowed: text"
     allowed = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{key} is {error['input']!r}; allowed: {allowed.replace('boolean', 'true, false')}"
+    value = shown(error["input"])
+    return f"{key or 'it'} is {value}; allowed: {allowed.replace('boolean', 'true, false')}"
+
+
+def shown_key(part: object) -> str:
+    """A key in a message: short, and on one line."""
+    text = str(part)
+    return text if text.isprintable() and len(text) <= WIDEST else shown(text)
 
 
 def _inside(annotation: Any, part: str) -> Any:
@@ -101,11 +152,11 @@ def _inside(annotation: Any, part: str) -> Any:
             inner: Any = one.model_fields[part].annotation
             models = [a for a in get_args(inner) if hasattr(a, "model_fields")]
             return inner if get_origin(inner) is dict or not models else models[0]
-    return get_args(annotation)[-1]
+    return (get_args(annotation) or [annotation])[-1]  # of a list, its positions
 
 
 def _is_branch(part: object) -> bool:
     """Pydantic adds the branch of a union, such as ``int`` or ``literal['auto']``, to the key."""
     return isinstance(part, str) and (
-        part in ("int", "float", "bool", "str", "constrained-int") or "[" in part
+        part in ("int", "float", "bool", "str") or part.startswith("constrained-") or "[" in part
     )

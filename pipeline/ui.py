@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from pipeline.command import command, parser
+from pipeline.errors import StageError
 from pipeline.tracking.origin import EXPERIMENT, tracking_uri, without_secrets
 
 HOST, PORT = "127.0.0.1", 5000
@@ -26,12 +28,16 @@ PATIENCE = 180.0  # seconds until the server answers
 GOODBYE = 10.0  # and until it has ended
 
 
-class UiError(RuntimeError):
+class UiError(StageError):
     """The pages cannot be shown; the message says why and what to do."""
 
 
-def main(arguments: list[str]) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Show the pages until ctrl-C, SIGTERM or the end of the terminal; the exit status."""
+    line = parser(__doc__, "ui")
+    line.add_argument("port", nargs="?", default=str(PORT), metavar="PORT")
+    wanted = line.parse_args(arguments).port
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, signal.default_int_handler)
@@ -40,7 +46,7 @@ def main(arguments: list[str]) -> int:
         if uri.startswith(("http://", "https://")):
             show(without_secrets(uri))
             return 0
-        port = port_of(arguments)
+        port = port_of(wanted)
         database = Path(uri.removeprefix("sqlite:///"))
         if uri.startswith("sqlite:///") and not database.exists():
             print("no runs yet: make repro")
@@ -49,17 +55,13 @@ def main(arguments: list[str]) -> int:
             show(address + page_of(address), " (ctrl-C ends it)")
             server.wait()
         raise UiError(f"MLflow's server ended by itself, with status {server.returncode}")
-    except UiError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 0
 
 
-def port_of(arguments: list[str]) -> int:
+def port_of(text: str) -> int:
     """The port that is wanted, which nobody else listens on."""
-    text = arguments[0] if arguments else str(PORT)
-    if not text.isdecimal() or not 0 < int(text) < 65536:
+    if not text.isdecimal() or len(text) > 9 or not 0 < int(text) < 65536:
         raise UiError(f"PORT is {text!r}; allowed are 1 to 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -8,9 +8,14 @@ DVC's own page.
 """
 
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import vl_convert
+
+from pipeline.command import command, parser
+from pipeline.errors import StageError
 
 PAGE = Path(".dvc/plots/page.html")
 VEGA_LITE = "5.21"  # DVC's templates are written for version 5
@@ -35,15 +40,19 @@ body > div {{ display: inline-block; margin: 1em; vertical-align: top; }}
 """
 
 
-def main() -> None:
+@command
+def main(arguments: Sequence[str]) -> None:
     """Write the page, then name it to DVC: the setting never points to nothing."""
+    parser(__doc__, "write_plots_page").parse_args(arguments)
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
     html = HTML.format(bundle=bundle, refresh_tag="{refresh_tag}", plot_divs="{plot_divs}")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(html, encoding="utf8")
     name = str(PAGE.relative_to(".dvc"))
-    subprocess.run(["dvc", "config", "--local", "plots.html_template", name], check=True)
+    setting = ["dvc", "config", "--local", "plots.html_template", name]
+    if status := subprocess.run(setting).returncode:
+        raise StageError(f"`{' '.join(setting)}` ended with status {status}; it says why above")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 import torch.distributed as dist
 
+from pipeline.command import is_known, message
 from pipeline.errors import StageError
 from pipeline.jobs.ray_private import wrapped_cause
 
@@ -38,3 +39,12 @@ def reason(error: Exception) -> str:
     cause = _cause(error)
     text = str(cause).strip() or type(cause).__name__
     return text if isinstance(cause, ValueError | StageError) else f"{type(cause).__name__}: {text}"
+
+
+def worker_error(error: Exception) -> BaseException:
+    """What a stage ends with: the worker's message, or its own error where that is a fault of ours.
+
+    Ray's error, which holds the worker's traceback, is to be its cause.
+    """
+    cause = _cause(error)
+    return StageError(message(cause)) if is_known(cause) else cause

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from pipeline.command import print_on_any_terminal
 from pipeline.environment import RAY, set_default_environment
 from pipeline.errors import StageError
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.cluster import check_nodes, ray_cluster
-from pipeline.jobs.failures import reason, worker_lost
+from pipeline.jobs.failures import reason, worker_error, worker_lost
 from pipeline.jobs.plan import Plan, machine, plan_workers
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.params import Params
@@ -61,6 +62,7 @@ class Job:
         """The worker that this process is, inside Ray Train; ``log`` gets its metrics, too."""
         import ray.train.torch
 
+        print_on_any_terminal()
         use_device(self.plan, self.params, self.stage)
         context = ray.train.get_context()
 
@@ -101,7 +103,8 @@ def run_job(stage: Stage, loop: Loop) -> State:
         loop: calls :meth:`Worker.checkpoint` at least once.
 
     Raises:
-        StageError: too few resources, or a worker failed; the message is the worker's.
+        StageError: too few resources, or a worker failed in a way that a person can mend; the
+            message is the worker's. Any other error of a worker comes as it is.
     """
     set_default_environment(RAY)
     cluster = stage.params.cluster
@@ -142,10 +145,7 @@ def _run_here(stage: Stage, loop: Loop, job: Job) -> None:
     where = "a GPU" if job.plan.use_gpu else f"{job.plan.cpus} core(s)"
     stage.say(f"one worker, {where}")
     scaling = ray.train.ScalingConfig(num_workers=0, use_gpu=job.plan.use_gpu)
-    try:
-        TorchTrainer(lambda: loop(job.worker(stage.tracker.rows)), scaling_config=scaling).fit()
-    except ValueError as error:
-        raise StageError(str(error)) from error
+    TorchTrainer(lambda: loop(job.worker(stage.tracker.rows)), scaling_config=scaling).fit()
 
 
 def _run_on_ray(stage: Stage, loop: Loop, job: Job) -> None:
@@ -161,7 +161,7 @@ def _run_on_ray(stage: Stage, loop: Loop, job: Job) -> None:
             return
         except ray.train.TrainingFailedError as error:
             if not worker_lost(error):
-                raise StageError(reason(error)) from error
+                raise worker_error(error) from error
             if restart == restarts:
                 raise StageError(
                     f"workers were lost {restart + 1} times, the last one with: {reason(error)}; "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import stdb
 from pipeline.data import Samples, normalise
+from pipeline.errors import StageError
 from pipeline.files import ANN, THRESHOLDS
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning.evaluation import (
@@ -139,14 +140,17 @@ def balance_random(snn: stdb.SpikingNetwork, train: Samples, params: StdbParams)
     highest are silent, and nothing is learned.
     """
     few = train.take(order(len(train), SCRATCH_IMAGES, params.seed, 0)[0])
-    stdb.balance_thresholds(
-        snn,
-        normalise(few.images),
-        params.timesteps,
-        percentile=SCRATCH_PERCENTILE,
-        residual_blocks=True,
-        sample_ids=few.ids,
-    )
+    try:
+        stdb.balance_thresholds(
+            snn,
+            normalise(few.images),
+            params.timesteps,
+            percentile=SCRATCH_PERCENTILE,
+            residual_blocks=True,
+            sample_ids=few.ids,
+        )
+    except ValueError as error:  # of a layer that is dead
+        raise StageError(f"stdb.from_scratch: {error}") from error
 
 
 def free_memory(device: torch.device, world: int) -> int:

@@ -1,22 +1,32 @@
 """Networks as params.yaml and earlier stages' files say: built, loaded, saved, made spiking."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stdb
 from pipeline.data import Samples
 from pipeline.errors import StageError
-from pipeline.files import ANN, THRESHOLDS, read_json, writing
+from pipeline.files import ANN, THRESHOLDS
+from pipeline.handed_on import read_thresholds
 from pipeline.jobs.worker import Worker
+from pipeline.learning.checks import build_own, check_room
+from pipeline.learning.weights import load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams
+
+__all__ = [
+    "build_ann",
+    "build_snn",
+    "load_converted",
+    "load_thresholds",
+    "load_weights",
+    "recipe",
+    "save_weights",
+    "use_threads",
+]
 
 
 def recipe(params: NetworkParams, data: Samples) -> dict[str, Any]:
@@ -27,9 +37,17 @@ def recipe(params: NetworkParams, data: Samples) -> dict[str, Any]:
 
 
 def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
-    """The ANN for a data set's images and classes, weights drawn from torch's generator."""
+    """The ANN for a data set's images and classes, weights drawn from torch's generator.
+
+    Raises:
+        StageError: it does not fit the memory, or the images; your own: anything that it raises.
+    """
+    arguments = recipe(params, data)
+    if ":" in params.architecture:
+        return build_own(arguments, data.shape)
     try:
-        return stdb.build_network(**recipe(params, data))
+        check_room(arguments)
+        return stdb.build_network(**arguments)
     except ValueError as error:
         raise StageError(f"network: {error}") from error
 
@@ -62,67 +80,19 @@ def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetw
     )
 
 
-def save_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: object) -> None:
-    """Write a state dict as safetensors, the same bytes for the same values.
-
-    The metadata are one JSON object under the key ``config``: the format does not order its keys.
-    """
-    with writing(path) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={"config": json.dumps(metadata)},
-        )
-
-
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a state dict into a network of the same layers.
-
-    Args:
-        network: takes the weights.
-        path: .safetensors, or a file of ``torch.save`` (read with ``weights_only=True``).
+def load_thresholds(snn: stdb.SpikingNetwork, path: Path) -> None:
+    """Set a network's thresholds to the balanced ones.
 
     Raises:
-        StageError: the file cannot be read, or belongs to another network; says which layers.
+        StageError: they are another network's, or no thresholds; names file and key.
     """
+    layers = read_thresholds(path).layers
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        else:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            state = state.get("state_dict", state)
-    except Exception as error:
-        raise StageError(f"the weights file {path} cannot be read: {error}") from error
-    own = network.state_dict()
-    problems = [
-        *(f"{name} is missing" for name in own if name not in state),
-        *(f"{name} is not known" for name in state if name not in own),
-        *(
-            f"{name} is {tuple(state[name].shape)}, the network's is {tuple(own[name].shape)}"
-            for name in own
-            if name in state and state[name].shape != own[name].shape
-        ),
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise StageError(
-            f"the weights in {path} belong to another network than network.* describes: "
-            + "; ".join(problems[:4])
-            + more
-        )
-    network.load_state_dict(state)
-
-
-def load_thresholds(snn: stdb.SpikingNetwork, path: Path) -> None:
-    """Set a network's thresholds to the balanced ones; an error if they are another network's."""
-    try:
-        layers = read_json(path)["layers"]
         snn.set_thresholds(
-            {row["layer"]: row["threshold"] for row in layers},
-            balanced=[row["layer"] for row in layers if row["balanced"]],
+            {row.layer: row.threshold for row in layers},
+            balanced=[row.layer for row in layers if row.balanced],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise StageError(f"{path}: {error}; run balance_thresholds for this network") from error
 
 

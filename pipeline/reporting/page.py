@@ -13,11 +13,12 @@ import torch
 from markdown_it import MarkdownIt
 from scipy.stats import binomtest
 
-from pipeline.files import REPORT, SNN, read_json
+from pipeline.files import REPORT, SNN
+from pipeline.handed_on import read_runs
 from pipeline.params import Params
 from pipeline.reporting.paper import nearest
 from pipeline.reporting.results import Results
-from pipeline.stage import RUNS, Stage
+from pipeline.stage import Stage
 from pipeline.tracking.origin import provenance
 
 STYLE = """
@@ -228,9 +229,8 @@ def origin(stage: Stage, results: Results) -> str:
     ):
         lines.append(f"- {name}: {split.images:,} images, sha256 `{split.sha256}`")
     lines.append(f"- network: sha256 `{stage.inputs[str(SNN)]}`")
-    done = read_json(RUNS) if RUNS.exists() else {}
-    for name, run in done.items():
-        lines.append(f"- {name}: {run['seconds']:.0f} s, ended {run['ended']}, on {run['machine']}")
+    for name, run in read_runs().items():
+        lines.append(f"- {name}: {run.seconds:.0f} s, ended {run.ended}, on {run.machine}")
     return "\n".join(lines)
 
 

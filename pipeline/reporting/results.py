@@ -1,124 +1,83 @@
 """What the other stages measured, typed: their metrics files and the rows of their plots."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import StageError
-from pipeline.files import METRICS, PLOTS, read_csv, read_json
+from pipeline.files import METRICS, PLOTS, read_csv
+from pipeline.handed_on import (
+    Accuracies,
+    Accuracy,
+    AnnResults,
+    Count,
+    DataSummary,
+    NonNegative,
+    Positive,
+)
+from pipeline.typed import Section, load_result, problems
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    """A row of a CSV file, whose values are text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
-Model = TypeVar("Model", bound=_Record)
+Loss = Annotated[float, Field(ge=-1, le=1)]
 EpochRow = dict[str, float]  # the metrics of an epoch, by name
 
 
-class SplitSummary(_Record):
-    """One split."""
-
-    images: int
-    """Number of images."""
-    sha256: str
-    """Digest of its file."""
-    own: bool = False
-    """Whether the source has this split itself; else it was drawn."""
-
-
-class DataSummary(_Record):
-    """metrics/data.json."""
-
-    classes: list[str]
-    """Names of the classes."""
-    shape: tuple[int, int, int]
-    """(C, H, W) of an image."""
-    train: SplitSummary
-    """The images to learn from."""
-    validation: SplitSummary
-    """The images that choose."""
-    test: SplitSummary
-    """The images that are read once."""
-
-
-class Accuracies(_Record):
-    """Top-1 accuracies of a network, in [0, 1]."""
-
-    validation: float
-    """Accuracy on the validation split."""
-    test: float
-    """Accuracy on the test split."""
-
-
-class TrainingLoss(_Record):
-    """Mean cross-entropy of an epoch."""
-
-    train: float | None
-    """Loss on the training split; None where nothing was trained."""
-
-
-class AnnResults(_Record):
-    """metrics/train_ann.json."""
-
-    accuracy: Accuracies
-    """Accuracies of the best epoch."""
-    epoch: int
-    """The best epoch; 0: a file of weights."""
-    loss: TrainingLoss
-    """Loss of the best epoch."""
-
-
-class Spiking(_Record):
+class Spiking(Section):
     """A spiking network on the test split."""
 
-    timesteps: int
+    timesteps: Count
     """T."""
-    spikes_per_neuron: dict[str, float]
+    spikes_per_neuron: dict[str, NonNegative]
     """Layer → spikes per neuron and image (Fig. 3)."""
-    synaptic_operations: float
+    synaptic_operations: NonNegative
     """Synaptic operations per image."""
-    energy_pj: float
+    energy_pj: NonNegative
     """Picojoules per image."""
-    energy_delay: float
+    energy_delay: NonNegative
     """Picojoules per image × time steps."""
 
 
 class Converted(Spiking):
     """The converted network."""
 
-    accuracy: float
+    accuracy: Accuracy
     """Test accuracy."""
 
 
 class Scaled(Converted):
     """The converted network at the reduced T, thresholds scaled."""
 
-    threshold_scale: float
+    threshold_scale: Positive
     """The scale that is best on validation."""
 
 
-class AnnOnTest(_Record):
+class AnnOnTest(Section):
     """The ANN that was converted."""
 
-    accuracy: float
+    accuracy: Accuracy
     """Test accuracy."""
-    energy_pj: float
+    energy_pj: NonNegative
     """Picojoules per image."""
 
 
-class Losses(_Record):
+class Losses(Section):
     """Accuracy of the ANN less that of the converted network."""
 
-    long: float
+    long: Loss
     """Accuracy that is lost at the long T."""
-    reduced: float
+    reduced: Loss
     """Accuracy that is lost at the reduced T."""
 
 
-class ConversionResults(_Record):
+class ConversionResults(Section):
     """metrics/evaluate_converted.json."""
 
     ann: AnnOnTest
@@ -136,7 +95,7 @@ class FinetunedResults(Spiking):
 
     accuracy: Accuracies
     """Accuracies of the best epoch."""
-    epoch: int
+    epoch: Annotated[int, Field(ge=0)]
     """The best epoch."""
 
 
@@ -237,31 +196,24 @@ def read_results() -> Results:
         StageError: a file is missing or is not theirs; names it, and what is wrong in it.
     """
     return Results(
-        data=_read(METRICS / "data.json", DataSummary),
-        ann=_read(METRICS / "train_ann.json", AnnResults),
-        converted=_read(METRICS / "evaluate_converted.json", ConversionResults),
-        finetuned=_read(METRICS / "finetune_stdb.json", FinetunedResults),
-        plots=_checked(
-            PLOTS,
-            lambda: Plots.model_validate(
-                {name: read_csv(PLOTS / f"{name}.csv") for name in Plots.model_fields}
-            ),
-        ),
+        data=load_result(METRICS / "data.json", DataSummary),
+        ann=load_result(METRICS / "train_ann.json", AnnResults),
+        converted=load_result(METRICS / "evaluate_converted.json", ConversionResults),
+        finetuned=load_result(METRICS / "finetune_stdb.json", FinetunedResults),
+        plots=read_plots(),
     )
 
 
-def _read(path: Path, model: type[Model]) -> Model:
-    return _checked(path, lambda: model.model_validate(read_json(path)))
-
-
-def _checked(path: Path, read: Callable[[], Model]) -> Model:
+def read_plots() -> Plots:
+    """The rows of plots/*.csv; raises as :func:`read_results` does."""
+    rows = {name: read_csv(PLOTS / f"{name}.csv") for name in Plots.model_fields}
     try:
-        return read()
+        return Plots.model_validate(rows)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
+        name, _, what = problems(error, Plots)[0].partition(".")
+        path = PLOTS / f"{name}.csv"
         raise StageError(
-            f"{path} is not what its stage writes: {key}: {problem['msg']}; run dvc repro"
+            f"{path} is not what its stage writes: row {what}; run dvc repro"
         ) from error
 
 

@@ -11,7 +11,7 @@ the paper's. ``alpha`` and ``beta`` themselves can be searched, too.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import ParamsError
 from pipeline.params import Count, NonNegative, Positive, Seed, StdbParams
-from pipeline.typed import Section, load
+from pipeline.typed import Section, load, problems, shown
 
 Scaled = tuple[str, Callable[[float, int], float]]
 SCALED: dict[str, Scaled] = {  # name → what it stands for, and its value from this one's and T
@@ -28,7 +28,8 @@ SCALED: dict[str, Scaled] = {  # name → what it stands for, and its value from
 }
 SEARCHABLE = (*StdbParams.model_fields, *SCALED)
 
-Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Bounds = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 Integers = Annotated[list[int], Field(min_length=2, max_length=2)]
 Values = Annotated[list[Any], Field(min_length=1)]
 
@@ -72,12 +73,15 @@ class Range(Section):
         return next(iter(self.model_dump(exclude_none=True).values()))
 
 
+Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class BudgetParams(Section):
     """When a sweep ends, besides the number of trials; what runs then is stopped and counts."""
 
-    neuron_steps: Positive | None
+    neuron_steps: Limit | None
     """Neurons × time steps × images of all trials' training: a trial's cost, which grows with T."""
-    seconds: Positive | None
+    seconds: Limit | None
     """Wall-clock time, over all attempts where a sweep was killed and goes on."""
 
     def __str__(self) -> str:
@@ -173,13 +177,30 @@ def load_sweep(path: Path, base: StdbParams) -> SweepParams:
         ParamsError: names keys, values, and what is allowed.
     """
     sweep = load(path, SweepParams)
-    ends = [[(name, value) for value in values.values] for name, values in sweep.space.items()]
-    for corner in itertools.islice(itertools.product(*ends), 4096):
-        try:
-            settings(dict(corner), base)
-        except ParamsError as error:
-            raise ParamsError(f"{path} cannot be used:\n  space: {error}") from None
+    try:
+        for sample in samples(sweep.space, base):
+            settings(sample, base)
+    except ParamsError as error:
+        raise ParamsError(f"{path} cannot be used: space: {error}") from None
     return sweep
+
+
+def samples(space: dict[str, Range], base: StdbParams) -> Iterator[dict[str, Any]]:
+    """Every value alone, T first, a scaled one at the least and the largest T; then the corners.
+
+    No parameter of ``stdb`` depends on another but those of :data:`SCALED` on T, so what is allowed
+    alone is allowed together; corners, up to 4096 of them, make sure of it.
+    """
+    steps = space["timesteps"].values if "timesteps" in space else [base.timesteps]
+    yield from ({"timesteps": value} for value in steps)
+    extremes = sorted({min(steps), max(steps)})
+    for name, values in space.items():
+        for value in values.values:
+            yield from ({name: value} | {"timesteps": t} for t in extremes if name in SCALED)
+            if name not in SCALED:
+                yield {name: value}
+    ends = [[(name, r.values[0]), (name, r.values[-1])] for name, r in space.items()]
+    yield from map(dict, itertools.islice(itertools.product(*ends), 4096))
 
 
 def settings(sample: dict[str, Any], base: StdbParams) -> StdbParams:
@@ -191,10 +212,10 @@ def settings(sample: dict[str, Any], base: StdbParams) -> StdbParams:
     values = base.model_dump() | {k: v for k, v in sample.items() if k not in SCALED}
     for name, (stands_for, of) in SCALED.items():
         if name in sample:
+            if type(sample[name]) not in (int, float):
+                raise ParamsError(f"{name} is {shown(sample[name])}; allowed: a number")
             values[stands_for] = of(sample[name], values["timesteps"])
     try:
         return StdbParams(**values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"][:1]))
-        raise ParamsError(f"{key} is {problem['input']!r}; allowed: {problem['msg']}") from None
+        raise ParamsError(problems(error, StdbParams)[0]) from None

@@ -339,7 +339,8 @@ def wait_for_progress(repository, before: list[str], started: Started) -> None:
 # section: none of it changes a result
 PLUMBING = {
     *(f"pipeline/{name}.py" for name in ("__init__", "stage", "files", "errors", "environment")),
-    *("pipeline/params.py", "pipeline/typed.py", "pipeline/tracking"),
+    *(f"pipeline/{name}.py" for name in ("params", "typed", "reading", "handed_on", "command")),
+    "pipeline/tracking",
 }
 
 

@@ -5,9 +5,9 @@ import torch
 
 import pipeline.repro
 from pipeline.data import Split
-from pipeline.errors import StageError
+from pipeline.errors import DivergenceError, StageError
 from pipeline.jobs.checkpoints import Checkpoints
-from pipeline.jobs.failures import reason, worker_lost
+from pipeline.jobs.failures import reason, worker_error, worker_lost
 from pipeline.jobs.plan import plan_workers
 from pipeline.jobs.worker import Worker
 from pipeline.learning.networks import build_ann, use_threads
@@ -112,6 +112,15 @@ def test_the_message_is_the_workers_own():
     """Out of what wraps it; of other errors than ours with the type."""
     assert reason(Failed(ValueError("the training diverged"))) == "the training diverged"
     assert reason(Failed(KeyError("a bug"))) == "KeyError: 'a bug'"
+
+
+def test_a_fault_of_ours_in_a_worker_stays_one():
+    """What a person can mend is a message; any other error reaches the stage's boundary."""
+    mistake = worker_error(Failed(DivergenceError("the training diverged")))
+    assert isinstance(mistake, StageError)
+    assert str(mistake) == "the training diverged"
+    bug = KeyError("a bug")
+    assert worker_error(Failed(bug)) is bug
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,8 @@ def test_what_cannot_be_read_is_said(network, tmp_path, arguments, message, caps
     ("arguments", "message"),
     [
         (["--confidence", "1.5"], "1.5; allowed: above 0, at most 1"),
-        (["--timesteps", "0"], "0; allowed: 1 or more"),
-        (["--timesteps", "x"], "invalid"),
+        (["--timesteps", "0"], "0; allowed: 1 to 32767"),
+        (["--timesteps", "x"], "x; allowed: 1 to 32767"),
     ],
 )
 def test_impossible_wishes_are_refused(arguments, message, capsys):

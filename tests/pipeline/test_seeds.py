@@ -21,7 +21,7 @@ def test_the_table_has_mean_and_standard_deviation():
 def test_an_impossible_number_of_seeds_is_refused(count, capsys):
     """Before anything runs."""
     assert main([count]) == 1
-    assert f"N is {count}; allowed: 1 or more" in capsys.readouterr().err
+    assert f"N is {count}; allowed: 1 to 1000 seeds" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What every stage does around its work, and that dvc.yaml says what a result depends on."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -171,7 +173,10 @@ def test_the_splits_that_a_stage_reads_are_its_data_sets(project):
     for name in ("train", "test"):
         (folder / f"{name}.safetensors").write_text(name)
     Path("metrics").mkdir()
-    Path("metrics/data.json").write_text('{"classes": ["a"], "test": {"images": 7}}')
+    part = {"images": 7, "sha256": "0" * 64}
+    parts = dict.fromkeys(("train", "validation", "test"), part)
+    summary = {"classes": ["a"], "shape": [1, 8, 8], **parts}
+    Path("metrics/data.json").write_text(json.dumps(summary))
     spec = yaml.safe_load(Path("dvc.yaml").read_text())
     spec["stages"]["work"]["deps"].append("data/prepared")
     Path("dvc.yaml").write_text(yaml.safe_dump(spec))
@@ -181,7 +186,7 @@ def test_the_splits_that_a_stage_reads_are_its_data_sets(project):
     assert (train.name, train.context) == ("digits train", "training")
     assert (test.name, test.context) == ("digits test", "test")
     assert test.digest == digest(folder / "test.safetensors")
-    assert test.profile == {"shape": None, "classes": ["a"], "images": 7}
+    assert test.profile == {"shape": (1, 8, 8), "classes": ["a"], **part}
     assert stage.handed_on == [folder.resolve()]
 
 
@@ -242,10 +247,13 @@ def test_an_error_with_a_message_is_shown_without_a_traceback(project, capsys, e
     assert project.status == ["FAILED"]
 
 
-def test_a_bug_is_no_success(project):
-    """It goes through, and the run is FAILED."""
-    with pytest.raises(KeyError):
-        run_stage("work", raising(KeyError("a bug")))
+def test_a_bug_is_no_success(project, capsys):
+    """A line of its own, the traceback in a file, and the run is FAILED."""
+    assert failing(raising(KeyError("a bug"))) == 70
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"\nerror in stage work: this is a fault of ours.*'a bug'.*\n", said)
+    path = Path(re.search(r"in (\.results/fault-\S+\.txt)", said)[1])
+    assert "raise error" in path.read_text()
     assert project.status == ["FAILED"]
 
 

@@ -1,0 +1,117 @@
+"""Networks that cannot work are refused before they are built or trained."""
+
+import sysconfig
+import traceback
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+import stdb
+from pipeline.errors import StageError
+
+TRAINING = 4 * 5  # bytes a weight: itself, its gradient, three of Adam with amsgrad; float32
+OURS = (  # and Python's: folders of code that is not a person's own
+    str(Path(str(stdb.__file__)).parent),
+    str(Path(__file__).parents[1]),
+    sysconfig.get_path("stdlib"),
+)
+
+
+def check_room(arguments: dict[str, Any]) -> None:
+    """Find out how large a network would be before any of it is allocated.
+
+    Args:
+        arguments: of ``stdb.build_network``.
+
+    Raises:
+        StageError: its training needs more memory than is free; names what makes it large.
+        ValueError: there is no such network.
+    """
+    try:
+        with torch.device("meta"):
+            network = stdb.build_network(**arguments)
+        weights = sum(parameter.numel() for parameter in network.parameters())
+    except (RuntimeError, OverflowError, TypeError):  # not even its size is a number for torch
+        weights = 2**63
+    needed, there = weights * TRAINING, psutil.virtual_memory().available
+    if needed > there:
+        raise StageError(
+            f"{arguments['architecture']} with network.width {arguments['width']:g}, "
+            f"network.hidden {arguments['hidden']} and data.image_size "
+            f"{arguments['image_size']} needs {needed / 2**30:,.3g} GiB for weights and "
+            f"optimiser; there are {there / 2**30:,.3g} GiB free; allowed: smaller ones"
+        )
+
+
+def build_own(arguments: dict[str, Any], shape: tuple[int, int, int]) -> nn.Module:
+    """The network of a function of one's own, which is called once, on two images.
+
+    Args:
+        arguments: of ``stdb.build_network``, with ``module:function`` as architecture.
+        shape: (C, H, W) of an image.
+
+    Raises:
+        StageError: it cannot be built or called, or does not give a logit for each class; names
+            the function, its own exception, and where that was raised.
+    """
+    name, classes = arguments["architecture"], arguments["num_classes"]
+    try:
+        network = stdb.build_network(**arguments)
+    except (Exception, SystemExit) as error:
+        raise StageError(f"network.architecture is {name}, which {_raised(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise StageError(
+            f"network.architecture is {name}, which returns a {type(network).__name__}; allowed: "
+            "an nn.Module"
+        )
+    logits = _call(name, network, shape)
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        gives = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise StageError(
+            f"network.architecture is {name}, whose network gives {gives} for two images; allowed: "
+            f"a tensor of (2, {classes}), a logit for each of the {classes} classes"
+        )
+    if not logits.is_floating_point() or not logits.isfinite().all():
+        raise StageError(
+            f"network.architecture is {name}, whose logits of two grey images are {logits.dtype}, "
+            "not all of them finite; allowed: finite floating point numbers"
+        )
+    return network
+
+
+def _call(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Any:
+    """The logits of two images of grey; leaves the network and torch's generator as they are."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return network.eval()(torch.zeros(2, *shape))
+    except (Exception, SystemExit) as error:
+        raise StageError(
+            f"network.architecture is {name}, whose network is given images of "
+            f"{tuple(shape)} (C, H, W) and {_raised(error)}"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _raised(error: BaseException) -> str:
+    """An exception of a person's own code, and the line of it."""
+    cause = error
+    while isinstance(cause.__cause__, BaseException):  # the engine's words for it come on top
+        cause = cause.__cause__
+    text = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+    if isinstance(cause, SyntaxError):
+        return f"raises {text}"  # the message has the line
+    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if _is_own(frame)]
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"raises {text}{where}"
+
+
+def _is_own(frame: traceback.FrameSummary) -> bool:
+    """Whether a line is of a person's own code: not of a package, Python or this project."""
+    elsewhere = ("site-packages", "<frozen")
+    return not frame.filename.startswith(OURS) and not any(p in frame.filename for p in elsewhere)

@@ -1,0 +1,168 @@
+"""Weights files: our own, and those that other people's training loops write.
+
+A state dict may lie in a container, ``{"state_dict": …, "epoch": 3}``, and its names may have the
+prefixes of wrappers, such as ``module.`` of DataParallel. Both are taken off where the names then
+are the network's.
+"""
+
+import json
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.errors import StageError
+from pipeline.files import writing
+from pipeline.typed import shown
+
+CONTAINERS = (
+    *("state_dict", "model_state_dict", "net_state_dict", "model", "net", "network", "module"),
+    *("weights", "params", "ema", "ema_state_dict", "model_ema", "state_dict_ema", "state"),
+)
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+BESIDE = ("n_averaged",)  # what torch's averaged models keep beside the weights
+REALS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NAMED = 4  # names or problems in a message, of each side
+
+State = dict[str, Tensor]
+
+
+def save_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: object) -> None:
+    """Write a state dict as safetensors, the same bytes for the same values.
+
+    The metadata are one JSON object under the key ``config``: the format does not order its keys.
+    """
+    with writing(path) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"config": json.dumps(metadata)},
+        )
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a state dict into a network of the same layers.
+
+    Args:
+        network: takes the weights.
+        path: .safetensors, or a file of ``torch.save`` (read with ``weights_only=True``); in a
+            container and with the prefixes of wrappers, too.
+
+    Raises:
+        StageError: the file cannot be read, belongs to another network (says which names each of
+            them has), or holds what are no weights (says which tensor).
+    """
+    own = network.state_dict()
+    content = _read(path)
+    states = list(_states(content))
+    if not states:
+        kind = type(content).__name__
+        what = (
+            f"a {kind} of {shown(list(content))}" if isinstance(content, Mapping) else f"a {kind}"
+        )
+        raise StageError(
+            f"the weights file {path} holds {what}; allowed: a state dict, name → tensor, or one "
+            f"under a key such as {', '.join(CONTAINERS[:4])}"
+        )
+    stripped = [_without_prefixes(state, own) for state in states]
+    fits = [state for state in stripped if state.keys() == own.keys()]
+    state = fits[0] if fits else max(stripped, key=lambda s: len(s.keys() & own.keys()))
+    if problems := _differences(state, own):
+        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise StageError(
+            f"the weights in {path} belong to another network than network.* describes: "
+            f"{'; '.join(problems[:NAMED])}{more}; the file has {_names(state)}, the network has "
+            f"{_names(own)}"
+        )
+    for name, tensor in state.items():
+        if problem := _problem(tensor, own[name]):
+            raise StageError(f"the weights in {path} cannot be used: {name} {problem}")
+    network.load_state_dict(state)
+
+
+def _read(path: Path) -> Any:
+    """What the file holds."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with warnings.catch_warnings(action="ignore"):  # of pickles that are refused below
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" not in str(error):
+            raise _unreadable(path, error) from error
+        raise StageError(
+            f"the weights file {path} holds Python objects, which are not loaded, since they could "
+            "run any code; allowed: tensors alone, as torch.save(net.state_dict(), …) writes them"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, EOFError) as error:
+        raise _unreadable(path, error) from error
+    except (TypeError, AttributeError, pickle.PickleError) as error:  # of damaged pickles
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> StageError:
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return StageError(f"the weights file {path} cannot be read: {text}")
+
+
+def _states(content: Any, depth: int = 3) -> Iterator[State]:
+    """The state dicts that there are, the outermost and usual first."""
+    if not isinstance(content, Mapping):
+        return
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if tensors and len(tensors) == len(content):
+        yield tensors
+    elif depth:
+        for name in CONTAINERS:
+            yield from _states(content.get(name), depth - 1)
+
+
+def _without_prefixes(state: State, own: Mapping[str, Tensor]) -> State:
+    """The state with the network's names, where wrappers' prefixes make the difference."""
+    inner = {name: tensor for name, tensor in state.items() if name not in BESIDE or name in own}
+    while inner and inner.keys() != own.keys():
+        prefix = next((p for p in PREFIXES if all(n.startswith(p) for n in inner)), None)
+        if prefix is None:
+            return state
+        inner = {name.removeprefix(prefix): tensor for name, tensor in inner.items()}
+    return inner or state
+
+
+def _differences(state: State, own: Mapping[str, Tensor]) -> list[str]:
+    """What keeps the state from being the network's."""
+    return [
+        *(f"{name} is missing" for name in own if name not in state),
+        *(f"{name} is not known" for name in state if name not in own),
+        *(
+            f"{name} is {tuple(state[name].shape)}, the network's is {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ),
+    ]
+
+
+def _names(state: Mapping[str, Tensor]) -> str:
+    """How many tensors there are, and the first few names."""
+    more = ", …" if len(state) > NAMED else ""
+    return f"{len(state)} tensors ({', '.join(list(state)[:NAMED])}{more})"
+
+
+def _problem(tensor: Tensor, own: Tensor) -> str:
+    """What is wrong with a tensor; empty where nothing is."""
+    if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+        return f"is {tensor.dtype}, {tensor.layout}; allowed: dense tensors that are not quantised"
+    if not own.is_floating_point():
+        return "" if tensor.dtype == own.dtype else f"is {tensor.dtype}; allowed: {own.dtype}"
+    if tensor.dtype not in REALS:
+        return f"is {tensor.dtype}; allowed: {', '.join(map(str, REALS))}"
+    finite = tensor.to(own.dtype).isfinite()
+    if not finite.all():
+        return f"has {int((~finite).sum())} values that are not finite; allowed: finite numbers"
+    return ""

@@ -1,0 +1,91 @@
+"""Networks that cannot work are refused before they are built or trained."""
+
+import itertools
+
+import pytest
+import torch
+
+from pipeline.errors import StageError
+from pipeline.learning.checks import build_own, check_room
+
+NUMBERS = itertools.count()
+ARGUMENTS = {
+    **{"architecture": "vgg16", "in_channels": 3, "image_size": 32, "num_classes": 10},
+    **{"width": 1.0, "hidden": 4096, "dropout": 0.2, "classifier_dropout": 0.5},
+}
+MODULE = """
+import torch
+from torch import nn
+class Mine(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.classes, self.calls = classes, 0
+        self.norm = nn.BatchNorm2d(1)
+    def forward(self, x):
+        self.calls += 1
+        x = self.norm(x)
+        return torch.rand(len(x), self.classes)
+def build(in_channels, image_size, num_classes):
+    return Mine(num_classes)
+def fails(in_channels, image_size, num_classes):
+    network = nn.Flatten()
+    raise KeyError("mine")
+"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden": 10**11}, {"width": 1e300}, {"image_size": 10**6}, {"width": 1e9}],
+    ids=repr,
+)
+def test_a_network_that_is_too_large_is_refused_before_it_is_built(changes):
+    """The line names what is large, and its value."""
+    ((key, value),) = changes.items()
+    with pytest.raises(StageError, match=rf"{key} \S+.* needs .*GiB free") as caught:
+        check_room(ARGUMENTS | changes)
+    shown = f"{value:g}" if key == "width" else str(value)
+    assert shown in str(caught.value)
+
+
+def test_the_papers_networks_fit_and_no_random_number_is_drawn():
+    """The check leaves the weights as they would be without it."""
+    before = torch.random.get_rng_state()
+    check_room(ARGUMENTS)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module of one's own; its name."""
+    name = f"mine_{next(NUMBERS)}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_a_network_of_ones_own_is_called_once_on_two_images(module):
+    """Nothing of it is changed: neither its mode, nor its statistics, nor the random numbers."""
+    before = torch.random.get_rng_state()
+    network = build_own(ARGUMENTS | {"architecture": f"{module}:build"}, (1, 8, 8))
+    assert network.calls == 1
+    assert network.training
+    assert network.norm.num_batches_tracked == 0
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_its_own_exception_is_named_with_its_line(module):
+    """File and line of the person's code."""
+    arguments = ARGUMENTS | {"architecture": f"{module}:fails"}
+    with pytest.raises(
+        StageError,
+        match=rf"{module}:fails, which raises KeyError: 'mine' \(.*{module}\.py, line 17\)",
+    ):
+        build_own(arguments, (1, 8, 8))
+
+
+def test_logits_for_other_classes_are_refused(module, monkeypatch):
+    """How many there are, and how many are needed."""
+    network = build_own(ARGUMENTS | {"architecture": f"{module}:build"}, (1, 8, 8))
+    monkeypatch.setattr(type(network), "forward", lambda self, x: torch.zeros(2, 7))
+    with pytest.raises(StageError, match=r"gives \(2, 7\) for two images; allowed: .*\(2, 10\)"):
+        build_own(ARGUMENTS | {"architecture": f"{module}:build"}, (1, 8, 8))
