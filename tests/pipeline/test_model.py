@@ -142,8 +142,8 @@ def test_a_registry_that_fails_is_said_and_the_run_goes_on(database, tmp_path, c
     """Accuracy and figures are still logged."""
     process = mlflow_process("a")
     missing = str(tmp_path / "missing")
-    process.model(Model(path=missing, name=NAME, example=[[[[0]]]], about=ABOUT))
-    assert "did not take the model" in capfd.readouterr().err
+    assert process.take(Model(path=missing, name=NAME, example=[[[[0]]]], about=ABOUT))
+    assert f"did not take '{missing}'" in capfd.readouterr().err
     process.log(Log(entries=[("accuracy/test", 0.5, 1, 0)]))
     process.end(End(status="FINISHED"))
     run = database.get_run(process.run_id)
