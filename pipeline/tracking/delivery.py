@@ -139,7 +139,7 @@ class Delivery:
         return bool(self.earlier) and in_time
 
     def _step(self) -> None:
-        """Send a message of this stage; in its first seconds, or where it has none, an earlier's."""
+        """Send a message of this stage; early, or where it has none, of an earlier one."""
         early = not self.opened and time.monotonic() - self.began < BEFORE
         late = self.earlier and (early or not self.own.waiting)
         run = self.earlier[0] if late else self.own

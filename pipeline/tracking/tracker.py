@@ -49,7 +49,7 @@ from pipeline.tracking.origin import execution, provenance, this_process
 from pipeline.tracking.spool import Journal, keep_report, spool, waiting
 
 PATIENCE = 60.0  # seconds that a stage waits for MLflow at its end
-BEHIND = 10.0  # where an earlier stage's messages wait already: MLflow does not answer, or slowly
+BEHIND = 30.0  # where an earlier stage's messages wait already: MLflow does not answer, or slowly
 OPENING = 30.0  # until MLflow has opened a run, which a job with several workers asks for
 KEPT = 3  # exit status of the process: it has said what was not taken
 
