@@ -202,6 +202,16 @@ def test_an_interrupted_run_is_gone_on_in_by_its_own_job_and_closed_by_others(da
     assert mlflow_process("a").run_id != mine
 
 
+def test_a_trial_is_not_taken_for_its_sweep(database):
+    """Both have the job; the trials of a sweep that was killed are closed until they go on."""
+    first = mlflow_process("a")
+    first.take(Child(name="trial-1", params={}))
+    for run_id in (first.children["trial-1"], first.run_id):
+        killed(database, run_id)
+    assert mlflow_process("a").run_id == first.run_id
+    assert database.get_run(first.children["trial-1"]).info.status == "KILLED"
+
+
 def parent(client, run_id: str):
     return client.get_run(client.get_run(run_id).data.tags["mlflow.parentRunId"])
 
