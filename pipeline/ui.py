@@ -15,13 +15,20 @@ import time
 import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import urlopen
 
 from pipeline.command import command, parser
 from pipeline.errors import StageError
-from pipeline.tracking.origin import EXPERIMENT, tracking_uri, without_secrets
+from pipeline.tracking.address import (
+    experiment,
+    experiment_id,
+    fault_of,
+    tracking_uri,
+    without_secrets,
+)
+from pipeline.tracking.database import alone, file_of
 
 HOST, PORT = "127.0.0.1", 5000
 PATIENCE = 180.0  # seconds until the server answers
@@ -43,12 +50,14 @@ def main(arguments: Sequence[str]) -> int:
             signal.signal(number, signal.default_int_handler)
     uri = tracking_uri()
     try:
+        if fault := fault_of(uri):
+            raise UiError(fault)
         if uri.startswith(("http://", "https://")):
             show(without_secrets(uri))
             return 0
         port = port_of(wanted)
-        database = Path(uri.removeprefix("sqlite:///"))
-        if uri.startswith("sqlite:///") and not database.exists():
+        database = file_of(uri)
+        if database is not None and not database.exists():
             print("no runs yet: make repro")
         with serving(uri, port) as server:
             address = f"http://{HOST}:{port}"
@@ -94,7 +103,8 @@ def serving(uri: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
         start_new_session=True,  # a group of its own, which ends with this process
     )
     try:
-        wait_for(server, f"http://{HOST}:{port}")
+        with alone(uri):  # it makes the database where there is none
+            wait_for(server, f"http://{HOST}:{port}")
         yield server
     finally:
         end(server)
@@ -126,12 +136,18 @@ def end(server: subprocess.Popen[bytes]) -> None:
 
 def page_of(address: str) -> str:
     """Address of the page of the pipeline's runs; the start page where there are none yet."""
-    call = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={EXPERIMENT}"
-    try:
-        with urlopen(call, timeout=30) as answer:
-            number = json.load(answer)["experiment"]["experiment_id"]
-    except HTTPError:  # there is none
-        return ""
+    number = experiment_id()
+    if not number:
+        name = quote(experiment(), safe="")
+        call = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}"
+        try:
+            with urlopen(call, timeout=30) as answer:
+                found = json.load(answer)["experiment"]
+        except HTTPError:  # there is none
+            return ""
+        if found["lifecycle_stage"] == "deleted":
+            return ""
+        number = found["experiment_id"]
     return f"/#/experiments/{number}/runs?workflowType=machine_learning"
 
 

@@ -157,7 +157,7 @@ def _run_on_ray(stage: Stage, loop: Loop, job: Job) -> None:
     restarts = stage.params.cluster.restarts
     for restart in range(restarts + 1):
         try:
-            fit_on_ray(loop, job, _callback(Reporter(stage.tracker.run_id)))
+            fit_on_ray(loop, job, _callback(stage.tracker.reporter()))
             return
         except ray.train.TrainingFailedError as error:
             if not worker_lost(error):

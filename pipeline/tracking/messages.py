@@ -1,11 +1,14 @@
 """What a stage tells the process that talks to MLflow: typed messages, a line of JSON each."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from pipeline.tracking.address import EXPERIMENT
 
 Entry = tuple[str, float, int, int]  # a metric: key, value, milliseconds since 1970, step
 
@@ -51,6 +54,18 @@ class Start(_Record):
     """The process that the stage runs in."""
     execution: str = ""
     """The process that runs the pipeline."""
+    origin: dict[str, str] = {}
+    """Tags that lead to the code and to DVC."""
+    journal: str = ""
+    """Names the run among those that wait on disk."""
+    address: str = ""
+    """Names the tracking server, without secrets; "" is the database at the root."""
+    experiment: str = EXPERIMENT
+    """Name of the experiment."""
+    experiment_id: str = ""
+    """Number of the experiment, where it is named by its number."""
+    time: int | None = None
+    """Milliseconds since 1970."""
 
 
 class Log(_Record):
@@ -79,7 +94,7 @@ class Summary(_Record):
     """The metrics."""
     text: str
     """Description, in Markdown."""
-    page: str
+    path: str
     """Path of a page that becomes an artefact."""
 
 
@@ -138,6 +153,8 @@ class End(_Record):
     """FINISHED or FAILED."""
     interrupted: bool = False
     """Whether the next attempt is to go on in it."""
+    time: int | None = None
+    """Milliseconds since 1970."""
 
 
 Message = Start | Log | Figure | Summary | Model | Child | ChildEnd | End
@@ -154,10 +171,26 @@ def from_line(line: str) -> Message:
     return _ADAPTER.validate_python(json.loads(line))
 
 
+def key_of(name: str) -> str:
+    """A name as MLflow takes it for a metric, parameter or tag: its characters, 250 of them."""
+    parts = re.sub(r"[^/\w.\- :]", "_", text_of(name)).split("/")
+    return "/".join(part for part in parts if part.strip(". "))[:250].rstrip("/") or "_"
+
+
+def text_of(value: Any) -> str:
+    """A value as text that any database takes: without NUL and halves of characters."""
+    return str(value).replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
 def entries(metrics: Mapping[str, float], step: int) -> list[Entry]:
     """Metrics as they are now."""
-    now = int(time.time() * 1000)
-    return [(key, float(value), now, step) for key, value in metrics.items()]
+    when = now()
+    return [(key, float(value), when, step) for key, value in metrics.items()]
 
 
 def entries_of_rows(rows: list[dict[str, float]]) -> list[Entry]:

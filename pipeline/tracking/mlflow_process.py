@@ -12,15 +12,11 @@ runs the pipeline. A stage leaves it as FINISHED as it is itself; the next one o
 
 import json
 import logging
-import os
-import sys
-import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from pipeline.environment import MLFLOW, set_default_environment
-from pipeline.files import root
+from pipeline.tracking.address import tracking_uri
 from pipeline.tracking.messages import (
     Child,
     ChildEnd,
@@ -32,77 +28,46 @@ from pipeline.tracking.messages import (
     Model,
     Start,
     Summary,
-    from_line,
+    key_of,
+    text_of,
 )
-from pipeline.tracking.origin import (
-    EXPERIMENT,
-    is_gone,
-    provenance,
-    tracking_uri,
-    without_secrets,
-)
+from pipeline.tracking.opening import open_mlflow
+from pipeline.tracking.origin import is_gone
+from pipeline.tracking.outages import OutageError, UnavailableError, is_outage, report
 from pipeline.tracking.registry import register
+from pipeline.tracking.spool import spool
 from pipeline.tracking.tracker import log_entries
 
 QUIET = ("alembic", "mlflow", "mlflow.system_metrics")
 PARAMS_AT_ONCE = 100  # MLflow's limit
 DIGEST = 12  # characters of a data set's that MLflow's pages show; the tags have all of it
-PURPOSE = """\
-A run is one execution of the pipeline, with a run for each stage below it. Select two to compare.
-
-Image classifiers become spiking networks that are accurate at few time steps T: an ANN is trained,
-converted by threshold balancing, and fine-tuned by STDB. `accuracy/` is that of the test split,
-`spikes/` are per neuron and image, `energy/` is per image. Runs are named after network, T and
-commit, or after their DVC experiment.
-"""
-# whose exceptions say that MLflow, its database or its store does not answer
-OUTSIDE = (
-    *("mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3", "alembic"),
-    *("botocore", "boto3", "google", "azure"),
-)
-
-
-def main() -> None:
-    """Take messages from standard input until it ends."""
-    set_default_environment(MLFLOW)
-    process = MlflowProcess()
-    for line in sys.stdin:
-        message = from_line(line)
-        process.take(message)
-        if isinstance(message, Start):
-            with suppress(BrokenPipeError):  # where the stage was killed meanwhile
-                os.write(sys.stdout.fileno(), f"{process.run_id}\n".encode())
-
-
-def warn(text: str) -> None:
-    """Say that something of MLflow's failed; nothing else does with it."""
-    print(f"warning: {without_secrets(text)}", file=sys.stderr, flush=True)
-
-
-def report(error: Exception, outage: str, outcome: str) -> None:
-    """Say what came of an error: an outage in one line, an error of our own with its traceback."""
-    outside = type(error).__module__.partition(".")[0] in OUTSIDE
-    missing = isinstance(error, FileNotFoundError)  # a file that we said there is
-    if outside or (isinstance(error, OSError) and not missing):
-        warn(f"MLflow at {tracking_uri()} {outage}, {outcome}: {error}")
-    else:
-        lines = "".join(traceback.format_exception(error))
-        warn(f"a fault of this program, {outcome}:\n{lines.rstrip()}")
+TAGS_AT_ONCE = 50  # MLflow's limit is 100, its own tags among them
 
 
 class MlflowProcess:
-    """MLflow's side of a :class:`.tracker.Tracker`."""
+    """MLflow's side of a :class:`.tracker.Tracker`.
 
-    def __init__(self) -> None:
+    Args:
+        folder: what files of messages are relative to.
+        late: whether the stage has ended, so that its run is completed and nothing is gone on in.
+    """
+
+    def __init__(self, folder: Path = Path(), late: bool = False) -> None:
+        self.folder, self.late = folder, late
         self.run_id = self.parent_id = ""
         self.children: dict[str, str] = {}  # name → run, of those that are open
         self.failed = False  # said once; MLflow is a view, and its failure stops nothing
         self.monitor: Any = None
+        self.client: Any = None
 
-    def take(self, message: Message) -> None:
-        """Do what a message says; after a failure, which is reported once, only the end."""
-        if self.failed and not (isinstance(message, End) and self.run_id):
-            return
+    def take(self, message: Message) -> bool:
+        """Do what a message says; whether it is not to be sent again.
+
+        One that cannot be taken at any time is said, the first one only, and left out.
+
+        Raises:
+            OutageError: MLflow may take it later, and what comes after it only then.
+        """
         takers: dict[type[Any], Callable[[Any], None]] = {
             Start: self.start,
             Log: self.log,
@@ -116,80 +81,93 @@ class MlflowProcess:
         try:
             takers[type(message)](message)
         except Exception as error:
+            again = is_outage(error)
+            if isinstance(message, Start) or (again and not self._answers()):
+                dead = again and not isinstance(error, UnavailableError)
+                raise OutageError(error, dead) from error
+            what = f"did not take {getattr(message, 'path', '') or message.kind!r}"
+            rest = f"which is kept in {spool()}; the next stage sends it" if again else "going on"
             if not self.failed:
-                report(error, "does not answer", "going on without")
+                report(error, what, rest)
             self.failed = True
+            return not again
+        return True
+
+    def _answers(self) -> bool:
+        """Whether MLflow takes anything at all."""
+        try:
+            self.client.get_experiment(self.experiment_id)
+        except Exception:
+            return False
+        return True
 
     def start(self, message: Start) -> None:
         """Open the stage's run, or go on in the one that was interrupted, below its parent."""
-        import mlflow
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
         for name in QUIET:
             logging.getLogger(name).setLevel(logging.ERROR)
-        self.client = client = mlflow.MlflowClient(tracking_uri=tracking_uri())
-        self.experiment_id = self._experiment()
-        tags = {"job": message.job, "process": message.process} | provenance()
+        self.client, self.experiment_id = open_mlflow(message)
+        tags = {"job": message.job, "process": message.process} | message.origin
         self.tags = dict(tags)
         self.source = self._source(f"dvc repro {message.stage}")
-        self.run_id = self._unfinished_run(tags)
-        self.parent_id = self._parent(message)
-        below = {"mlflow.parentRunId": self.parent_id}
-        if self.run_id:
-            client.update_run(self.run_id, status="RUNNING")
-            again = {"process": tags["process"], "interrupted": "false", **below}
-            for key, value in again.items():
-                client.set_tag(self.run_id, key, value)
-        else:
-            tags |= below | self.source
-            tags |= {f"input.{path}": value for path, value in message.inputs.items()}
-            run = client.create_run(self.experiment_id, run_name=message.stage, tags=tags)
+        self.run_id = self._run_of(message.journal)
+        again = "" if self.run_id else self._unfinished_run(message)
+        self.parent_id = self._parent(message, again)
+        own = {"mlflow.parentRunId": self.parent_id}
+        own |= {"journal": message.journal} if message.journal else {}
+        if again:
+            self.run_id = again
+            self.client.update_run(again, status="RUNNING")
+            self._set_tags(again, own | {"process": message.process, "interrupted": "false"})
+        elif not self.run_id:
+            tags |= own | self.source
+            run = self.client.create_run(
+                self.experiment_id, message.time, _texts(tags), run_name=message.stage
+            )
             self.run_id = run.info.run_id
-            self._log_params(self.run_id, message.params)
+        self._set_tags(self.run_id, {f"input.{path}": d for path, d in message.inputs.items()})
+        self._log_params(self.run_id, message.params)
         for run_id in (self.run_id, self.parent_id):
             self._log_datasets(run_id, message.datasets)
-        self.monitor = SystemMetricsMonitor(
-            self.run_id, resume_logging=True, tracking_uri=tracking_uri()
-        )
-        self.monitor.start()
+        if not self.late:
+            self._watch_machine()
 
-    def _experiment(self) -> str:
-        from mlflow.exceptions import MlflowException
+    def _watch_machine(self) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        experiment = self.client.get_experiment_by_name(EXPERIMENT)
-        if experiment is not None:
-            return experiment.experiment_id
-        local = tracking_uri().startswith("sqlite")
-        place = (root() / "mlartifacts").as_uri() if local else None
-        try:
-            return self.client.create_experiment(
-                EXPERIMENT, artifact_location=place, tags={"mlflow.note.content": PURPOSE}
+        if self.monitor is None:
+            self.monitor = SystemMetricsMonitor(
+                self.run_id, resume_logging=True, tracking_uri=tracking_uri()
             )
-        except MlflowException:  # perhaps another process was faster
-            experiment = self.client.get_experiment_by_name(EXPERIMENT)
-            if experiment is None:
-                raise
-            return experiment.experiment_id
+            self.monitor.start()
 
-    def _unfinished_run(self, tags: dict[str, str]) -> str:
+    def _run_of(self, journal: str) -> str:
+        """The run that these messages have opened before; or ""."""
+        found = self._search(f"tags.journal = '{journal}'") if journal else []
+        return found[0].info.run_id if found else ""
+
+    def _unfinished_run(self, message: Start) -> str:
         """The run of this job that was interrupted, to go on in; or "".
 
-        A kill leaves it RUNNING; those of other jobs are closed, and so are parents.
+        A kill leaves it RUNNING; those of other jobs are closed as KILLED, and so are parents.
+        Where messages of a run wait on disk, they say how it ended.
         """
         unfinished = ""
+        mine = {"job": message.job, "dvc.experiment": self.tags["dvc.experiment"]}
         running = self._search("attributes.status = 'RUNNING'")
         stopped = self._search("tags.interrupted = 'true'")
         for run in [*running, *stopped]:
-            if run.info.status == "RUNNING" and not is_gone(run.data.tags.get("process", "")):
+            tags, runs = run.data.tags, run.info.status == "RUNNING"
+            waits = tags.get("journal") and (spool() / tags["journal"]).exists()
+            if waits or (runs and not is_gone(tags.get("process", ""))):
                 continue
-            same = all(run.data.tags.get(k) == tags[k] for k in ("job", "dvc.experiment"))
-            if same and not unfinished:
+            stage = run.info.run_name == message.stage  # no trial of it
+            if stage and not unfinished and all(tags.get(k) == v for k, v in mine.items()):
                 unfinished = run.info.run_id
-            elif run.info.status == "RUNNING":
-                self.client.set_terminated(run.info.run_id, "FAILED")
+            elif runs and not self.late:
+                self.client.set_terminated(run.info.run_id, "KILLED")
         return unfinished
 
-    def _parent(self, message: Start) -> str:
+    def _parent(self, message: Start, again: str) -> str:
         """The run of this execution: the one there is, that of the interrupted run, or a new one.
 
         Where the stage searches some of the parameters, it is named after the stage.
@@ -200,17 +178,21 @@ class MlflowProcess:
         own = " and ".join(f"tags.`{key}` = '{value}'" for key, value in mine.items())
         if parents := self._search(f"{own} and tags.kind = 'execution'"):
             parent = parents[0].info.run_id
-        elif self.run_id and (earlier := self._parent_of(self.run_id)):
+        elif again and (earlier := self._parent_of(again)):
             parent = earlier
             self.client.set_tag(parent, "process", mine["process"])
         else:
             origin = {k: v for k, v in self.tags.items() if k.startswith("git.")}
             tags = mine | origin | self._source("dvc repro") | {"kind": "execution"}
-            run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+            run = self.client.create_run(
+                self.experiment_id, message.time, _texts(tags), run_name=name
+            )
             parent = run.info.run_id
-            self._log_params(parent, params)
+        self._log_params(parent, params)
         renamed = name if message.searches else None  # stages above a sweep did not know of it
-        self.client.update_run(parent, status="RUNNING", name=renamed)
+        if renamed or not self.late:
+            self.client.update_run(parent, status=None if self.late else "RUNNING", name=renamed)
+        self.execution = message.execution
         return str(parent)
 
     def _name(self, params: dict[str, Any], sweep: str) -> str:
@@ -260,66 +242,99 @@ class MlflowProcess:
 
     def log(self, message: Log) -> None:
         """Metrics."""
-        run_id = self.run_id if message.child is None else self.children[message.child]
+        run_id = self.run_id if message.child is None else self._child(message.child)
         log_entries(self.client, run_id, message.entries)
 
     def figure(self, message: Figure) -> None:
         """An artefact."""
-        self.client.log_artifact(self.run_id, message.path)
+        self.client.log_artifact(self.run_id, str(self.folder / message.path))
 
     def summary(self, message: Summary) -> None:
         """The execution's final figures, its description, and a page, to the parent run."""
         log_entries(self.client, self.parent_id, message.entries)
         self.client.set_tag(self.parent_id, "mlflow.note.content", message.text)
-        self.client.log_artifact(self.parent_id, message.page)
+        self.client.log_artifact(self.parent_id, str(self.folder / message.path))
 
     def model(self, message: Model) -> None:
         """Log the network as a registered model (:func:`.registry.register`)."""
         from mlflow.entities import LoggedModelOutput
 
-        commit = self.tags["git.commit"]
+        commit, before = self.tags["git.commit"], self.client.get_run(self.run_id).info
+        here = message.model_copy(update={"path": str(self.folder / message.path)})
         try:
-            logged = register(self.client, self.run_id, message, self.source, commit)
+            logged = register(self.client, self.run_id, here, self.source, commit)
             self.client.log_outputs(self.parent_id, [LoggedModelOutput(logged, step=0)])
-        except Exception as error:
-            report(error, "did not take the model", "going on without its registration")
         finally:
-            self.client.update_run(self.run_id, status="RUNNING")
+            if before.status == "RUNNING":
+                self.client.update_run(self.run_id, status="RUNNING")
+            else:  # where all but the model was taken before
+                self.client.set_terminated(self.run_id, before.status, before.end_time)
 
     def child(self, message: Child) -> None:
         """Open a run below the stage's, or the one of this name that there is."""
         name = message.name
+        if self._find_child(name):
+            self.client.update_run(self.children[name], status="RUNNING")
+        else:
+            tags = {**self.tags, "mlflow.parentRunId": self.run_id}
+            run = self.client.create_run(self.experiment_id, tags=_texts(tags), run_name=name)
+            self.children[name] = run.info.run_id
+        self._log_params(self.children[name], message.params)
+
+    def _find_child(self, name: str) -> bool:
         earlier = self._search(
             f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{name}'"
         )
         if earlier:
             self.children[name] = earlier[0].info.run_id
-            self.client.update_run(self.children[name], status="RUNNING")
-            return
-        tags = {**self.tags, "mlflow.parentRunId": self.run_id}
-        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
-        self.children[name] = run.info.run_id
-        self._log_params(run.info.run_id, message.params)
+        return bool(earlier)
+
+    def _child(self, name: str) -> str:
+        """Its run; where the process before this one opened it, MLflow knows it."""
+        if name not in self.children and self.late:
+            self._find_child(name)
+        return self.children[name]
 
     def child_end(self, message: ChildEnd) -> None:
         """Close a child."""
-        self.client.set_terminated(self.children.pop(message.name), message.status)
+        self.client.set_terminated(self._child(message.name), message.status)
+        del self.children[message.name]
+
+    def _set_tags(self, run_id: str, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entries = [RunTag(*entry) for entry in _texts(tags).items()]
+        for start in range(0, len(entries), TAGS_AT_ONCE):
+            self.client.log_batch(run_id, tags=entries[start : start + TAGS_AT_ONCE])
 
     def _log_params(self, run_id: str, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        entries = [Param(key, str(value)) for key, value in params.items()]
+        known = self.client.get_run(run_id).data.params
+        new = {key: value for key, value in _texts(params).items() if key not in known}
+        entries = [Param(*entry) for entry in new.items()]
         for start in range(0, len(entries), PARAMS_AT_ONCE):
             self.client.log_batch(run_id, params=entries[start : start + PARAMS_AT_ONCE])
 
     def end(self, message: End) -> None:
-        """Close the stage's run, its children, and the parent with it."""
+        """Close the stage's run, its children, and the parent with it.
+
+        Late, only a parent that nobody else closes: its execution has ended.
+        """
         if self.monitor is not None:
             self.monitor.finish()
+            self.monitor = None
         for name in list(self.children):
             self.child_end(ChildEnd(name=name, status="FAILED"))
         if message.interrupted:
             self.client.set_tag(self.run_id, "interrupted", "true")
-        for run_id in (self.run_id, self.parent_id):
-            if run_id:
-                self.client.set_terminated(run_id, message.status)
+        self.client.set_terminated(self.run_id, message.status, message.time)
+        if not self.late or self._is_left(self.parent_id):
+            self.client.set_terminated(self.parent_id, message.status, message.time)
+
+    def _is_left(self, parent: str) -> bool:
+        return is_gone(self.execution) and self.client.get_run(parent).info.status == "RUNNING"
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    return {key_of(key): text_of(value) for key, value in values.items()}

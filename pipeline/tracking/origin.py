@@ -1,7 +1,6 @@
-"""Where runs go, and where they come from: code, DVC, processes."""
+"""Where runs come from: code, DVC, processes."""
 
 import os
-import re
 import socket
 import subprocess
 from contextlib import suppress
@@ -9,19 +8,11 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.files import root
-
-EXPERIMENT = "stdb"
 # What a run itself changes in git's eyes
 GENERATED = (
     *("**/dvc.lock", "metrics/**", "plots/**", "report/**"),
     *("sweep/**/trials.csv", "sweep/**/best_params.yaml", "sweep/**/*.png"),
 )
-
-
-def tracking_uri() -> str:
-    """Where runs go."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"
 
 
 def provenance() -> dict[str, str]:
@@ -40,11 +31,6 @@ def provenance() -> dict[str, str]:
         "dvc.stage": os.environ.get("DVC_STAGE", "none"),
         "dvc.experiment": os.environ.get("DVC_EXP_NAME", "workspace"),
     }
-
-
-def without_secrets(text: str) -> str:
-    """A text without the user names and passwords of the addresses in it."""
-    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
 
 
 def execution() -> str:

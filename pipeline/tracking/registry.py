@@ -11,8 +11,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.address import tracking_uri
 from pipeline.tracking.messages import About, Model
-from pipeline.tracking.origin import tracking_uri
 
 CHAMPION = "champion"
 ACCURACY_TAG = "accuracy.validation"  # of a version; what decides who is champion
@@ -32,12 +32,28 @@ def register(client: Any, run_id: str, model: Model, source: dict[str, str], com
     Returns:
         The logged model's id.
     """
+    earlier = client.search_model_versions(f"run_id = '{run_id}'")  # where the answer was lost
+    if earlier:
+        model_id, version = str(earlier[0].model_id), earlier[0].version
+    else:
+        model_id, version = _log(run_id, model)
+    name, about = model.name, model.about
+    client.set_logged_model_tags(model_id, source)
+    _describe(client, name, version, about, commit)
+    champion = _crown(client, name, version, about.accuracy)
+    which = f"now models:/{name}@{CHAMPION}" if champion else "the champion is better"
+    print(f"MLflow: model {name}, version {version}, {which}", file=sys.stderr, flush=True)
+    return model_id
+
+
+def _log(run_id: str, model: Model) -> tuple[str, str]:
+    """Log a network as a model of a run, and register it; the model's id, its version."""
     import mlflow
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-    name, about = model.name, model.about
+    about = model.about
     images = np.array(model.example, dtype=np.uint8)
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype(np.uint8), (-1, *images.shape[1:]), "images")]),
@@ -57,16 +73,10 @@ def register(client: Any, run_id: str, model: Model, source: dict[str, str], com
             pip_requirements=[
                 f"{p}=={metadata.version(p).partition('+')[0]}" for p in REQUIREMENTS
             ],
-            registered_model_name=name,
+            registered_model_name=model.name,
             metadata=about.model_dump(),
         )
-    client.set_logged_model_tags(info.model_id, source)
-    version = info.registered_model_version
-    _describe(client, name, version, about, commit)
-    champion = _crown(client, name, version, about.accuracy)
-    which = f"now models:/{name}@{CHAMPION}" if champion else "the champion is better"
-    print(f"MLflow: model {name}, version {version}, {which}", file=sys.stderr, flush=True)
-    return str(info.model_id)
+    return str(info.model_id), str(info.registered_model_version)
 
 
 def _code(architecture: str) -> list[str]:

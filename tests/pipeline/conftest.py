@@ -1,7 +1,9 @@
 """A copy of the repository with tiny parameters, in which the real pipeline runs once."""
 
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -35,9 +37,18 @@ def changed(finished):
     (finished.root / "params.yaml").write_text(params)
 
 
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory) -> Path:
+    """A database with MLflow's tables, which take seconds to make."""
+    file = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
 @pytest.fixture
-def database(tmp_path, monkeypatch):
+def database(tables, tmp_path, monkeypatch):
     """An empty MLflow of its own."""
+    shutil.copyfile(tables, tmp_path / "mlflow.db")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     return mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -32,7 +32,7 @@ from pipeline.params import NetworkParams, StdbParams, load_params
 from pipeline.prepare_data import split
 from pipeline.tracking.messages import Start
 from pipeline.tracking.mlflow_process import MlflowProcess
-from pipeline.tracking.origin import this_process
+from pipeline.tracking.origin import provenance, this_process
 
 ROOT = Path(__file__).parents[2]
 STAGES = [
@@ -211,6 +211,7 @@ def mlflow_process(
         **{"params": {}, "everything": {"stdb.alpha": 0.3}, **message},
         process=this_process(),
         execution=execution or this_process(),
+        origin=provenance(),
     )
     process.start(start)
     return process

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from moto.server import ThreadedMotoServer
 
 import stdb
@@ -138,12 +140,58 @@ def test_a_model_says_what_it_takes_and_needs(database, network):
     assert (folder / "code" / "stdb" / "network.py").exists()
 
 
+def test_the_champion_of_a_renamed_repository_is_found(tables, network, tmp_path, monkeypatch):
+    """Its files are where the database lies now."""
+    _, path, images = network
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    shutil.copyfile(tables, old / "mlflow.db")
+    monkeypatch.setenv("DVC_ROOT", str(old))
+    register(mlflow.MlflowClient(f"sqlite:///{old / 'mlflow.db'}"), path, images, 0.5)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # which MLflow has set
+    old.rename(new)
+    monkeypatch.setenv("DVC_ROOT", str(new))
+    mlflow_process("next")
+    mlflow.set_tracking_uri(f"sqlite:///{new / 'mlflow.db'}")
+    monkeypatch.chdir(new)
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    assert model.predict({"images": images.numpy()}).shape == (5, 4)
+
+
+def test_a_model_that_was_registered_is_not_registered_again(database, network):
+    """Where MLflow took it and its answer was lost; the run keeps the status that it had."""
+    _, path, images = network
+    process = register(database, path, images, 0.5)
+    about = ABOUT.model_copy(update={"accuracy": 0.5})
+    message = Model(path=str(path), name=NAME, example=images[:1].tolist(), about=about)
+    assert process.take(message)
+    assert len(database.search_model_versions(f"name = '{NAME}'")) == 1
+    assert database.get_run(process.run_id).info.status == "FINISHED"
+
+
+def test_a_served_model_holds_no_pickle(database, network):
+    """Only code that is read as such, and files that are data; the network is stdb's."""
+    _, path, images = network
+    register(database, path, images, 0.5)
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}@champion"))
+    about = yaml.safe_load((folder / "MLmodel").read_text())["flavors"]["python_function"]
+    assert about["loader_module"] == "mlflow.pyfunc.loaders.code_model"
+    assert Path(about["model_code_path"]).name == "served_model.py"
+    assert "python_model" not in about
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    data = {file for file in files if file.suffix not in (".py", ".pyc", ".so")}
+    assert not [file.name for file in data if file.read_bytes()[:1] == b"\x80"]
+    kinds = {"", ".txt", ".yaml", ".json", ".safetensors", ".typed"}
+    assert {file.suffix for file in data} <= kinds
+
+
 def test_a_registry_that_fails_is_said_and_the_run_goes_on(database, tmp_path, capfd):
     """Accuracy and figures are still logged."""
     process = mlflow_process("a")
     missing = str(tmp_path / "missing")
-    process.model(Model(path=missing, name=NAME, example=[[[[0]]]], about=ABOUT))
-    assert "did not take the model" in capfd.readouterr().err
+    assert process.take(Model(path=missing, name=NAME, example=[[[[0]]]], about=ABOUT))
+    assert f"did not take '{missing}'" in capfd.readouterr().err
     process.log(Log(entries=[("accuracy/test", 0.5, 1, 0)]))
     process.end(End(status="FINISHED"))
     run = database.get_run(process.run_id)

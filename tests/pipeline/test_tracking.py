@@ -13,6 +13,7 @@ import mlflow
 import pytest
 
 from pipeline.tracking import tracker as trackers
+from pipeline.tracking.address import without_secrets
 from pipeline.tracking.messages import (
     About,
     Child,
@@ -31,13 +32,7 @@ from pipeline.tracking.messages import (
     to_line,
 )
 from pipeline.tracking.mlflow_process import MlflowProcess
-from pipeline.tracking.origin import (
-    GENERATED,
-    execution,
-    provenance,
-    this_process,
-    without_secrets,
-)
+from pipeline.tracking.origin import GENERATED, execution, provenance, this_process
 from pipeline.tracking.tracker import Reporter, Tracker
 from tests.pipeline.support import free_port, mlflow_process
 
@@ -63,7 +58,7 @@ MESSAGES = [
     Log(entries=ENTRIES),
     Log(entries=ENTRIES, child="trial-1"),
     Figure(path="plots/ä.png"),
-    Summary(entries=ENTRIES, text="**T = 3**\n\n| a |\r\n\u2028", page="index.html"),
+    Summary(entries=ENTRIES, text="**T = 3**\n\n| a |\r\n\u2028", path="index.html"),
     Model(path="snn.safetensors", name="stdb-digits", example=[[[[0, 255]]]], about=ABOUT),
     Child(name="trial-1", params={"alpha": 0.3}),
     ChildEnd(name="trial-1", status="FAILED"),
@@ -92,6 +87,12 @@ def test_metrics_that_are_no_number_go_through_the_pipe():
     found = {key: value for key, value, _, _ in read.entries}
     assert math.isnan(found.pop("nan"))
     assert found == {"up": math.inf, "down": -math.inf}
+
+
+@pytest.fixture(autouse=True)
+def empty(tmp_path, monkeypatch):
+    """A root of its own, where messages to MLflow are kept."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_an_interrupted_run_is_gone_on_in_by_its_own_job_and_closed_by_others(da
     killed(database, others)
     again = mlflow_process("a")
     assert again.run_id == mine
-    assert database.get_run(others).info.status == "FAILED"
+    assert database.get_run(others).info.status == "KILLED"
     assert database.get_run(alive).info.status == "RUNNING"
     again.end(End(status="FAILED", interrupted=True))
     assert database.get_run(mine).info.status == "FAILED"
@@ -199,6 +200,16 @@ def test_an_interrupted_run_is_gone_on_in_by_its_own_job_and_closed_by_others(da
     assert database.get_run(mine).info.status == "RUNNING"
     third.end(End(status="FINISHED"))
     assert mlflow_process("a").run_id != mine
+
+
+def test_a_trial_is_not_taken_for_its_sweep(database):
+    """Both have the job; the trials of a sweep that was killed are closed until they go on."""
+    first = mlflow_process("a")
+    first.take(Child(name="trial-1", params={}))
+    for run_id in (first.children["trial-1"], first.run_id):
+        killed(database, run_id)
+    assert mlflow_process("a").run_id == first.run_id
+    assert database.get_run(first.children["trial-1"]).info.status == "KILLED"
 
 
 def parent(client, run_id: str):
@@ -336,7 +347,7 @@ def test_a_run_is_closed_also_where_something_was_not_taken(database, tmp_path, 
 
 
 def test_an_error_of_our_own_is_no_outage(database, capfd):
-    """Its traceback is shown, once; what comes after it is silent, and the run is closed."""
+    """Its traceback is shown, once; what comes after it is logged, and the run is closed."""
     tracker = Tracker(begun())
     rows = [{"epoch": 1, "accuracy": 0.5}]
     for _ in range(3):
@@ -349,7 +360,7 @@ def test_an_error_of_our_own_is_no_outage(database, capfd):
     assert "does not answer" not in said
     run = database.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
-    assert "accuracy/test" not in run.data.metrics
+    assert run.data.metrics["accuracy/test"] == 0.5
 
 
 def test_a_run_of_another_machine_or_experiment_is_left_alone(database, monkeypatch):
@@ -381,7 +392,7 @@ def test_a_stage_that_dies_takes_its_tracker_with_it(database):
     """The process ends when nobody can tell it anything any more; the run stays RUNNING."""
     tracker = Tracker(begun())
     run_id = tracker.run_id
-    tracker._messages.put(None)  # as the end of this process would
+    tracker._lines.put(None)  # as the end of this process would
     assert tracker._process.wait(20) == 0
     assert database.get_run(run_id).info.status == "RUNNING"
 
@@ -399,4 +410,4 @@ def test_a_slow_mlflow_is_not_waited_for(nobody, monkeypatch, capfd):
         start = time.monotonic()
         tracker.end("FINISHED")
         assert time.monotonic() - start < 5
-    assert "is slow; what it has not taken by now is lost" in capfd.readouterr().out
+    assert "is slow; what it has not taken by now is kept in" in capfd.readouterr().err

@@ -73,3 +73,11 @@ def test_a_server_elsewhere_is_shown_and_none_started(tmp_path):
     assert result.returncode == 0
     assert result.stdout == "MLflow: https://***@mlflow.example\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_address_of_nonsense_is_refused(tmp_path):
+    """In one line, with what is allowed."""
+    said = refused(folder=tmp_path, MLFLOW_TRACKING_URI="foo://me:s3cret@x")
+    assert said.startswith("error: MLFLOW_TRACKING_URI is 'foo://***@x', ")
+    assert said.count("\n") == 1
+    assert "allowed are http://HOST:PORT" in said

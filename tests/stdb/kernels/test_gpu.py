@@ -64,7 +64,7 @@ def test_the_compiler_takes_every_kernel(name, signature, constants, architectur
             fn=kernel,
             signature={argument: types[argument] for argument in kernel.arg_names},
             constexprs=fixed,
-            attrs=dict.fromkeys(multiples, [["tt.divisibility", 16]]),
+            attrs={place: [["tt.divisibility", 16]] for place in multiples},
         )
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
         assert compiled.asm["cubin"], form
