@@ -18,8 +18,10 @@ import yaml
 
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.files import DATA, METRICS, check_outs, digest, files_below, read_json, write_json
+from pipeline.jobs.lock import Lock
 from pipeline.params import Params, load_params
 from pipeline.tracking.messages import Dataset, Start
+from pipeline.tracking.origin import execution, is_gone
 from pipeline.tracking.tracker import Tracker
 from pipeline.typed import read_yaml
 from stdb import ConversionError
@@ -27,6 +29,7 @@ from stdb import ConversionError
 __all__ = ["RUNS", "Stage", "StageError", "run_stage"]
 
 RUNS = Path(".results/runs.json")  # when and how long each stage ran here last; nobody's input
+LOCKS = Path(".results")  # a file for each stage that ran here
 HANDED_ON = ("data", "metrics", "models", "plots")  # folders of what stages hand on to each other
 
 
@@ -40,6 +43,8 @@ class Stage:
         inputs: path → sha256 of every file that the stage depends on.
         handed_on: where those of them are that earlier stages made.
         key: hash of both; names the checkpoints of the stage's job.
+        above: names the dvc that runs it.
+        locks: what no other process may do meanwhile; let go of at its end.
         tracker: its MLflow run.
     """
 
@@ -58,6 +63,9 @@ class Stage:
         self.handed_on = [path.resolve() for path in made]
         identity = json.dumps([name, self.tracked, self.inputs], sort_keys=True)
         self.key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.above = execution()
+        self.locks: list[Lock] = []
+        self.hold(LOCKS / f"lock-{name}", "this stage")
         sections = list(Params.model_fields)
         self.tracker = Tracker(
             Start(
@@ -71,6 +79,15 @@ class Stage:
                 searches=file != Path("dvc.yaml"),
             )
         )
+
+    def hold(self, path: Path, what: str) -> None:
+        """Wait until no other process does ``what``, and let none begin until the stage ends."""
+        self.locks.append(Lock(path, what, self.say))
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether another process waits to run it, or the dvc above it was killed."""
+        return is_gone(self.above) or any(lock.awaited for lock in self.locks)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -110,6 +127,8 @@ def run_stage(name: str, main: Callable[[Stage], None], file: Path = Path("dvc.y
     finally:
         if stage is not None:
             stage.tracker.end(status, interrupted)
+            for lock in stage.locks:
+                lock.release()
 
 
 def datasets(params: Params, inputs: dict[str, str]) -> list[Dataset]:
