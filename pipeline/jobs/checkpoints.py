@@ -9,7 +9,6 @@ so that a torn or damaged one is noticed and the one before it is taken.
 import hashlib
 import io
 import os
-import pickle
 import time
 import uuid
 from collections.abc import Iterator
@@ -97,7 +96,9 @@ class Checkpoints:
     def _state(self, content: bytes, path: str, device: torch.device | str) -> dict[str, Any]:
         try:
             state = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
-        except (pickle.UnpicklingError, EOFError, ValueError) as error:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # of strange bytes torch's unpickler raises errors of any kind
             raise self._strange(path) from error
         if not isinstance(state, dict):
             raise self._strange(path)

@@ -39,9 +39,9 @@ class Lock:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"{self._holder()} runs {what} already; waiting for it to end")
             with self.waiting.open("a", encoding="utf-8") as mark:
                 fcntl.flock(mark, fcntl.LOCK_SH)
+                say(f"{self._holder()} runs {what} already; waiting for it to end")
                 fcntl.flock(self.file, fcntl.LOCK_EX)
 
     def _holder(self) -> str:

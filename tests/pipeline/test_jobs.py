@@ -110,6 +110,12 @@ def test_the_message_is_the_workers_own():
     assert reason(Failed(KeyError("a bug"))) == "KeyError: 'a bug'"
 
 
+def test_of_several_failures_the_one_that_is_no_loss_is_the_cause():
+    """A worker that fails takes the connections of the others with it."""
+    assert reason(Failed(CLOSED, died(), ValueError("it diverged"))) == "it diverged"
+    assert "Connection closed" in reason(Failed(CLOSED, CLOSED))
+
+
 @pytest.mark.parametrize(
     ("address", "workers", "several"),
     [(None, "auto", False), (None, "2", True), ("127.0.0.1:1", "2", False), (None, "99", False)],
