@@ -114,9 +114,9 @@ def test_a_full_disk_is_named(tmp_path, full_disk, write):
     """With the file, whoever writes; the old one stays, and nothing half-made."""
     path = tmp_path / "out"
     path.write_text("old")
-    with full_disk(), pytest.raises(StageError, match=r"out cannot be written: "):
-        with writing(path) as temporary:
-            write(temporary)
+    named = pytest.raises(StageError, match=r"out cannot be written: ")
+    with full_disk(), named, writing(path) as temporary:
+        write(temporary)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -46,7 +46,7 @@ def test_without_an_address_a_job_starts_its_own_ray(monkeypatch, text):
 def test_an_address_that_is_none_is_refused(monkeypatch, text):
     """Before anything waits for it, with what is allowed."""
     monkeypatch.setenv("RAY_ADDRESS", text)
-    with pytest.raises(StageError, match="RAY_ADDRESS is .*; allowed: HOST:PORT .*or auto"):
+    with pytest.raises(StageError, match=r"RAY_ADDRESS is .*; allowed: HOST:PORT .*or auto"):
         cluster_address()
 
 
@@ -125,7 +125,9 @@ def test_a_start_that_is_late_is_tried_three_times(sessions, monkeypatch, failur
     late, said = Late(failures), []
     monkeypatch.setattr(ray, "init", late)
     if failures == 3:
-        with pytest.raises(StageError, match="did not start in 3 attempts.*timed out during start"):
+        with pytest.raises(
+            StageError, match=r"did not start in 3 attempts.*timed out during start"
+        ):
             start.start(sessions, said.append, dashboard=False, logs=False)
     else:
         start.start(sessions, said.append, dashboard=False, logs=False)
