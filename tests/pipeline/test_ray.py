@@ -125,9 +125,7 @@ def test_a_start_that_is_late_is_tried_three_times(sessions, monkeypatch, failur
     late, said = Late(failures), []
     monkeypatch.setattr(ray, "init", late)
     if failures == 3:
-        with pytest.raises(
-            StageError, match=r"did not start in 3 attempts.*timed out during"
-        ):
+        with pytest.raises(StageError, match=r"did not start in 3 attempts.*timed out during"):
             start.start(sessions, said.append, dashboard=False, logs=False)
     else:
         start.start(sessions, said.append, dashboard=False, logs=False)
