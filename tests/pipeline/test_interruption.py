@@ -170,11 +170,11 @@ def test_a_stage_that_ends_after_its_dvc_is_not_run_again(long, undisturbed, tmp
     first = Started(repository, tmp_path / "log", ["dvc", "repro", "finetune_stdb"])
     wait_for_progress(repository, [], first)
     first.process.kill()
-    first.wait_until_gone(120)
+    first.wait_until_gone(300)
     assert "its checkpoint stays" in first.says()
     several = [Started(repository, tmp_path / f"{n}", FINETUNE) for n in range(3)]
     for one in several:
-        assert one.process.wait(300) == 0, one.says()
+        assert one.process.wait(600) == 0, one.says()
     assert sum("runs this stage already; waiting" in one.says() for one in several) == 2
     assert not any("  loss " in one.says() for one in several)
     assert results(repository) == undisturbed(1)
