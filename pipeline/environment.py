@@ -20,6 +20,10 @@ RAY = {
     "RAY_COLOR_PREFIX": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # on a busy machine its parts come up late, and by itself it gives up after 30 s; it looks twice
+    # for so long where that is less, and ctrl-C waits for a look
+    "RAY_raylet_start_wait_time_s": "29",
+    "RAY_agent_register_timeout_ms": "60000",
 }
 # its state is written soon, ctrl-C is the stage's own, its progress tables are off
 TUNE = {

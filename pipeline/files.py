@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from pipeline import reading
 from pipeline.errors import StageError
@@ -49,14 +51,30 @@ def check_outs(outs: list[Path]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A path to write to that replaces ``path`` when all went well, and leaves it alone else."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A path to write to that replaces ``path`` when all went well, and leaves it alone else.
+
+    The file gets the mode of any new one, also from a writer that would hide it from others.
+
+    Raises:
+        StageError: it cannot be written, such as onto a full disk; names ``path``.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise StageError(f"{path} cannot be written: {error}") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save's only name for a failed write
+            raise
+        raise StageError(f"{path} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

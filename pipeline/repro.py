@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def several_workers() -> bool:
     """Whether jobs start a Ray of their own; stages say what is wrong with the parameters."""
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
         return False
     try:
         return plan_workers(load_params().cluster, *machine()).workers > 1

@@ -20,13 +20,16 @@ from pipeline.command import FAULT, INTERRUPTED, parser, print_on_any_terminal, 
 from pipeline.errors import ParamsError, StageError
 from pipeline.files import DATA, check_outs, digest, files_below, write_json
 from pipeline.handed_on import RUNS, Run, read_data_summary, read_runs
+from pipeline.jobs.lock import Lock
 from pipeline.params import Params, load_params
 from pipeline.tracking.messages import Dataset, Start
+from pipeline.tracking.origin import execution, is_gone
 from pipeline.tracking.tracker import Tracker
 from pipeline.typed import problems, read_yaml
 
 __all__ = ["Stage", "StageError", "run_stage", "stage_command"]
 
+LOCKS = Path(".results")  # a file for each stage that ran here
 HANDED_ON = ("data", "metrics", "models", "plots")  # folders of what stages hand on to each other
 
 
@@ -52,6 +55,8 @@ class Stage:
         inputs: path → sha256 of every file that the stage depends on.
         handed_on: where those of them are that earlier stages made.
         key: hash of both; names the checkpoints of the stage's job.
+        above: names the dvc that runs it.
+        locks: what no other process may do meanwhile; let go of at its end.
         tracker: its MLflow run.
     """
 
@@ -70,6 +75,9 @@ class Stage:
         self.handed_on = [path.resolve() for path in made]
         identity = json.dumps([name, self.tracked, self.inputs], sort_keys=True)
         self.key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.above = execution()
+        self.locks: list[Lock] = []
+        self.hold(LOCKS / f"lock-{name}", "this stage")
         sections = list(Params.model_fields)
         self.tracker = Tracker(
             Start(
@@ -83,6 +91,15 @@ class Stage:
                 searches=file != Path("dvc.yaml"),
             )
         )
+
+    def hold(self, path: Path, what: str) -> None:
+        """Wait until no other process does ``what``, and let none begin until the stage ends."""
+        self.locks.append(Lock(path, what, self.say))
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether another process waits to run it, or the dvc above it was killed."""
+        return is_gone(self.above) or any(lock.awaited for lock in self.locks)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -128,6 +145,8 @@ def run_stage(name: str, main: Callable[[Stage], None], file: Path = Path("dvc.y
     finally:
         for stage in started:
             stage.tracker.end("FAILED" if status else "FINISHED", status == INTERRUPTED)
+            for lock in stage.locks:
+                lock.release()
     if status:
         sys.exit(status)
 

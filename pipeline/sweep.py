@@ -10,7 +10,6 @@ Out, in FOLDER: trials.csv, best_params.yaml, pareto.png, epochs.png, parallel.p
 
 import logging
 import math
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from pipeline.environment import TUNE, set_default_environment
 from pipeline.errors import StageError
 from pipeline.files import DATA, write_csv, write_text, writing
 from pipeline.handed_on import read_ann_results
+from pipeline.jobs.address import cluster_address
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.cluster import ray_cluster
 from pipeline.jobs.failures import reason
@@ -72,7 +72,8 @@ def main(stage: Stage, folder: Path) -> None:
         f"{winner.accuracy:.2%} at T = {best['timesteps']}, {within} {sweep.floor} points of the "
         f"ANN's {accuracy:.2%} (validation); make apply-best writes it into params.yaml"
     )
-    shutil.rmtree(_work(stage), ignore_errors=True)
+    if not stage.runs_again:
+        shutil.rmtree(_work(stage), ignore_errors=True)
 
 
 def search(stage: Stage, sweep: SweepParams) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -85,16 +86,17 @@ def search(stage: Stage, sweep: SweepParams) -> tuple[list[dict[str, Any]], list
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # errors are in the table of trials
 
     params, work = stage.params, _work(stage)
+    stage.hold(work / "lock", "this sweep")
     total = sweep.combinations if sweep.method == "grid" else sweep.trials
     if sweep.method == "grid" and total > sweep.trials:
         raise StageError(
             f"the grid has {total} combinations; allowed: up to trials, {sweep.trials}"
         )
-    address = os.environ.get("RAY_ADDRESS")
+    address = cluster_address()
     several = sweep.resources.workers > 1
     if address is None:
         plan_trials(sweep.resources, *machine())  # refuses before Ray starts
-    with ray_cluster(address, dashboard=several, logs=False) as there:
+    with ray_cluster(address, stage.say, dashboard=several, logs=False) as there:
         parallel, use_gpu, needed = plan_trials(sweep.resources, *there)
         resources = sweep.resources
         cpus = max(1, math.floor(resources.cpus))

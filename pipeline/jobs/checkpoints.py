@@ -12,11 +12,13 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from pipeline.errors import StageError
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -37,12 +39,29 @@ class Checkpoints:
     def __init__(self, storage: str, stage: str, key: str) -> None:
         self.storage = storage if "://" in storage else str(Path(storage).resolve())
         self.stage, self.job = stage, f"{stage}-{key}"
+        self.folder = f"{self.storage.rstrip('/')}/{self.job}"
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a state, whole or not at all, and remove the one before the last."""
+        """Write a state, whole or not at all, and remove the one before the last.
+
+        Raises:
+            StageError: it cannot be written, such as onto a full disk; the one before it stays.
+        """
         system, root = self._open()
         folder = f"{root}/{self.job}"
+        try:
+            self._save(system, folder, state)
+        except OSError as error:
+            with suppress(OSError):
+                _remove_parts(system, folder)
+            raise StageError(
+                f"a checkpoint cannot be written into {self.folder}: {error}; dvc repro goes on "
+                "from the last one that was"
+            ) from error
+
+    def _save(self, system: "fs.FileSystem", folder: str, state: dict[str, Any]) -> None:
         system.create_dir(folder, recursive=True)
+        _remove_parts(system, folder)  # of a process that was killed while it wrote
         there = self._numbers(system, folder)
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -58,7 +77,11 @@ class Checkpoints:
             system.delete_file(f"{folder}/state-{number:06d}.pt")
 
     def load(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The newest state that is whole; None where there is none."""
+        """The newest state that is whole; None where there is none.
+
+        Raises:
+            StageError: it holds something other than a stage writes; no code of it has run.
+        """
         system, root = self._open()
         folder = f"{root}/{self.job}"
         for number in reversed(self._numbers(system, folder)):
@@ -66,12 +89,27 @@ class Checkpoints:
             with system.open_input_stream(path) as file:
                 digest, content = file.read(64), file.read()
             if hashlib.sha256(content).hexdigest().encode() == digest:
-                state: dict[str, Any] = torch.load(
-                    io.BytesIO(content), weights_only=True, map_location=device
-                )
-                return state
+                return self._state(content, path, device)
             print(f"[{self.stage}] {path} is damaged; trying the one before it", flush=True)
         return None
+
+    def _state(self, content: bytes, path: str, device: torch.device | str) -> dict[str, Any]:
+        try:
+            state = torch.load(io.BytesIO(content), weights_only=True, map_location=device)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # of strange bytes torch's unpickler raises errors of any kind
+            raise self._strange(path) from error
+        if not isinstance(state, dict):
+            raise self._strange(path)
+        return state
+
+    def _strange(self, path: str) -> StageError:
+        return StageError(
+            f"{path} is no checkpoint of this project: allowed are tensors, numbers, texts, lists "
+            f"and dictionaries, and nothing else is read from it; find out who wrote it, and "
+            f"remove {self.folder}: the job then begins afresh"
+        )
 
     @contextmanager
     def mark(self) -> Iterator[str]:
@@ -114,6 +152,15 @@ class Checkpoints:
         files = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         names = [f.base_name for f in files]
         return sorted(int(n[6:12]) for n in names if n.startswith("state-") and n.endswith(".pt"))
+
+
+def _remove_parts(system: "fs.FileSystem", folder: str) -> None:
+    """Remove states that were not written to their end."""
+    from pyarrow import fs
+
+    for file in system.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+        if file.base_name.startswith("state-") and file.extension == "part":
+            system.delete_file(file.path)
 
 
 def _flush(path: str) -> None:

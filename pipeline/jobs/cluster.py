@@ -2,47 +2,72 @@
 
 import logging
 import signal
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from pipeline.environment import RAY, set_default_environment
 from pipeline.errors import StageError
+from pipeline.jobs.address import WAY_OUT, is_loopback, place_of
 from pipeline.jobs.checkpoints import Checkpoints
-from pipeline.jobs.ray_private import in_folder
+from pipeline.jobs.ray_private import on_loopback
+from pipeline.jobs.start import own_ray
 
 
 @contextmanager
 def ray_cluster(
-    address: str | None, *, dashboard: bool = False, logs: bool = True
+    address: str | None,
+    say: Callable[[str], None] = print,
+    *,
+    dashboard: bool = False,
+    logs: bool = True,
 ) -> Iterator[tuple[int, int]]:
-    """Ray, joined or started; gives its CPUs and GPUs. What was started leaves nothing behind."""
+    """Ray, joined or started; gives its CPUs and GPUs. What was started leaves nothing behind.
+
+    Args:
+        address: of a cluster that answers, see :func:`cluster_address`; None: one is started, which
+            nobody outside this machine reaches.
+        say: takes a line where it does not start at once.
+        dashboard: whether one that is started has one.
+        logs: whether what workers print is shown.
+
+    Raises:
+        StageError: it cannot be joined, or did not start.
+    """
+    set_default_environment(RAY)
+    handler = signal.getsignal(signal.SIGTERM)  # Ray's own would end the process
+    with _joined(address, logs) if address else own_ray(say, dashboard=dashboard, logs=logs):
+        import ray
+
+        signal.signal(signal.SIGTERM, handler)
+        available = ray.cluster_resources()
+        yield int(available.get("CPU", 0)), int(available.get("GPU", 0))
+
+
+@contextmanager
+def _joined(address: str, logs: bool) -> Iterator[None]:
     import ray
 
-    set_default_environment(RAY)
-    with tempfile.TemporaryDirectory(
-        prefix="ray-", dir=_short_folder(), ignore_cleanup_errors=True
-    ) as folder:
-        handler = signal.getsignal(signal.SIGTERM)  # Ray's own would end the process
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else dashboard,
-            logging_level=logging.ERROR,
-            log_to_driver=logs,
-            **in_folder(None if address else folder),
-        )
-        signal.signal(signal.SIGTERM, handler)
-        try:
-            available = ray.cluster_resources()
-            yield int(available.get("CPU", 0)), int(available.get("GPU", 0))
-        finally:
-            ray.shutdown()
+    try:
+        # Ray looks for a cluster of 127.0.0.1 at this machine's other address
+        with on_loopback() if is_loopback(place_of(address)) else nullcontext():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=logs)
+    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        raise StageError(
+            f"the cluster of RAY_ADDRESS, {address}, cannot be joined: {error}; start the stage on "
+            f"one of its nodes, with its Ray and RAY_AUTH_MODE, {WAY_OUT}"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-def _short_folder() -> str:
-    """Where Ray's sockets can be: the system allows them a path of 107 characters."""
-    folder = tempfile.gettempdir()
-    return folder if len(folder) < 24 else "/tmp"
+def on_one_machine() -> bool:
+    """Whether all nodes of the Ray that is joined are reached from this machine only."""
+    import ray
+
+    return all(is_loopback(f"{node['NodeManagerAddress']}:1") for node in ray.nodes())
 
 
 def check_nodes(inputs: list[str], checkpoints: Checkpoints) -> None:

@@ -10,7 +10,7 @@ from pipeline.jobs.ray_private import wrapped_cause
 def worker_lost(error: Exception) -> bool:
     """Whether a job failed since a worker, its node or a connection was lost, not by an error."""
     failures = getattr(error, "worker_failures", None) or {}
-    return bool(failures) and all(_is_loss(_cause(failure)) for failure in failures.values())
+    return bool(failures) and _is_loss(_cause(error))
 
 
 def _is_loss(cause: BaseException) -> bool:
@@ -24,14 +24,17 @@ def _is_loss(cause: BaseException) -> bool:
 
 
 def _cause(error: Exception) -> BaseException:
-    """The worker's own exception, out of what Ray wraps around it."""
+    """A worker's own exception, out of what Ray wraps around it; a lost worker's where all are."""
     failures = getattr(error, "worker_failures", None)
-    cause: BaseException = next(iter(failures.values())) if failures else error
-    while True:
-        inner = wrapped_cause(cause)
-        if not isinstance(inner, BaseException):
-            return cause
-        cause = inner
+    causes = [_inner(failure) for failure in (failures.values() if failures else [error])]
+    # a worker that failed takes the others' connections with it
+    return next((cause for cause in causes if not _is_loss(cause)), causes[0])
+
+
+def _inner(error: BaseException) -> BaseException:
+    while isinstance(cause := wrapped_cause(error), BaseException):
+        error = cause
+    return error
 
 
 def reason(error: Exception) -> str:

@@ -8,7 +8,6 @@ own would count a worker's error, such as a wrong file, as well.
 """
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ import torch
 from pipeline.command import print_on_any_terminal
 from pipeline.environment import RAY, set_default_environment
 from pipeline.errors import StageError
+from pipeline.jobs.address import cluster_address
 from pipeline.jobs.checkpoints import Checkpoints
-from pipeline.jobs.cluster import check_nodes, ray_cluster
+from pipeline.jobs.cluster import check_nodes, on_one_machine, ray_cluster
 from pipeline.jobs.failures import reason, worker_error, worker_lost
 from pipeline.jobs.plan import Plan, machine, plan_workers
+from pipeline.jobs.ray_private import file_group
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.params import Params
 from pipeline.stage import Stage
@@ -109,12 +110,14 @@ def run_job(stage: Stage, loop: Loop) -> State:
     set_default_environment(RAY)
     cluster = stage.params.cluster
     checkpoints = Checkpoints(cluster.storage, stage.name, stage.key)
-    address = os.environ.get("RAY_ADDRESS")
+    address = cluster_address()
+    if "://" not in cluster.storage:  # other repositories may have it, too
+        stage.hold(Path(checkpoints.folder) / "lock", f"the job {checkpoints.job}")
     plan = None if address else plan_workers(cluster, *machine())
     if plan is not None and plan.workers == 1:
         _run_here(stage, loop, _job(stage, checkpoints, plan))
     else:
-        with ray_cluster(address) as available:
+        with ray_cluster(address, stage.say) as available:
             plan = plan or plan_workers(cluster, *available, elastic=True)
             _run_on_ray(stage, loop, _job(stage, checkpoints, plan))
     state = checkpoints.load()
@@ -124,7 +127,14 @@ def run_job(stage: Stage, loop: Loop) -> State:
 
 
 def forget_job(stage: Stage) -> None:
-    """Remove the checkpoints of a stage's job, now that its outs are written."""
+    """Remove the checkpoints of a stage's job, now that its outs are written.
+
+    They stay for a process that waits for this one, or will: dvc runs a stage again that outlived
+    it, and then only its outs are written again.
+    """
+    if stage.runs_again:
+        stage.say("its checkpoint stays, for the process that waits or since dvc was killed")
+        return
     Checkpoints(stage.params.cluster.storage, stage.name, stage.key).remove()
 
 
@@ -194,9 +204,10 @@ def fit_on_ray(loop: Loop, job: Job, callback: Any) -> None:
         "logging_config": ray.train.LoggingConfig(log_level="ERROR"),
     }
     failure: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": START_ATTEMPTS}
+    backend = "nccl" if plan.use_gpu else "gloo"
     trainer = TorchTrainer(
         lambda: loop(job.worker()),
-        torch_config=TorchConfig(backend="nccl" if plan.use_gpu else "gloo"),
+        torch_config=file_group(backend) if on_one_machine() else TorchConfig(backend=backend),
         scaling_config=ray.train.ScalingConfig(**scaling),
         run_config=ray.train.RunConfig(
             failure_config=ray.train.FailureConfig(**failure), **running

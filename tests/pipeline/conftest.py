@@ -1,8 +1,11 @@
 """A copy of the repository with tiny parameters, in which the real pipeline runs once."""
 
+import resource
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -52,6 +55,24 @@ def database(tables, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     return mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file gets longer than 64 KiB."""
+
+    @contextmanager
+    def full():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return full
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
@@ -159,6 +159,15 @@ class Started:
     def workers(self) -> list[psutil.Process]:
         """Ray Train's."""
         return [p for p in self.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
+
+    def listens_on(self) -> set[str]:
+        """The addresses that any of them listens on."""
+        found = set()
+        for process in self.processes():
+            with suppress(psutil.Error):
+                sockets = process.net_connections("inet")
+                found |= {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+        return found
 
     def says(self) -> str:
         return self.log.read_text()

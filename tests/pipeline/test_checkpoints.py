@@ -1,12 +1,15 @@
 """What an interrupted job goes on from: whole or not at all, never another job's."""
 
+import hashlib
 import os
+import pickle
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.errors import StageError
 from pipeline.jobs.checkpoints import STALE, Checkpoints
 
 
@@ -55,6 +58,8 @@ def test_a_write_that_was_interrupted_is_no_state(tmp_path):
     job.save({"epoch": 1})
     (tmp_path / "work-1/state-000002.pt.part").write_bytes(b"half")
     assert job.load()["epoch"] == 1
+    job.save({"epoch": 2})
+    assert states(tmp_path) == ["state-000001.pt", "state-000002.pt"]
 
 
 def test_a_job_has_no_part_in_another(storage, tmp_path):
@@ -80,9 +85,37 @@ def test_a_state_with_code_in_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = Checkpoints(str(tmp_path), "work", "1")
     job.save({"epoch": Payload()})
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(StageError, match=r"state-000001\.pt is no checkpoint.*remove .*work-1: "):
         job.load()
     assert not Path("touched").exists()
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({"a": 1}), b"", b"text", pickle.dumps(print)])
+def test_what_is_no_state_is_refused(tmp_path, content):
+    """Under a right digest; torch's own message would advise to trust it."""
+    path = tmp_path / "work-1/state-000001.pt"
+    path.parent.mkdir()
+    path.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
+    with pytest.raises(StageError, match="is no checkpoint of this project: allowed are tensors"):
+        Checkpoints(str(tmp_path), "work", "1").load()
+
+
+def test_a_state_that_is_no_dictionary_is_refused(tmp_path):
+    """Though it holds tensors alone."""
+    job = Checkpoints(str(tmp_path), "work", "1")
+    job.save([torch.zeros(1)])
+    with pytest.raises(StageError, match="is no checkpoint of this project"):
+        job.load()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(storage, tmp_path, full_disk):
+    """The state before it stays."""
+    job = Checkpoints(storage, "work", "1")
+    job.save({"epoch": 1})
+    with full_disk(), pytest.raises(StageError, match=f"cannot be written into {storage}/work-1: "):
+        job.save({"epoch": 2, "network": torch.zeros(100_000)})
+    assert states(tmp_path) == ["state-000001.pt"]
+    assert job.load()["epoch"] == 1
 
 
 class Payload:

@@ -1,7 +1,9 @@
 """Files between stages: weights, thresholds, outs; wrong ones are refused, old ones are kept."""
 
 import json
+import os
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 
 import stdb
 from pipeline.errors import StageError
-from pipeline.files import check_outs, writing
+from pipeline.files import check_outs, write_json, writing
 from pipeline.learning.fit import learning_rate, order
 from pipeline.learning.networks import load_thresholds, load_weights, save_weights
 
@@ -97,6 +99,38 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         fail(temporary)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out.txt"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: save_file({"w": torch.zeros(100_000)}, path),
+        lambda path: torch.save({"w": torch.zeros(100_000)}, path),
+        lambda path: path.write_text("x" * 400_000),
+    ],
+    ids=["safetensors", "torch", "text"],
+)
+def test_a_full_disk_is_named(tmp_path, full_disk, write):
+    """With the file, whoever writes; the old one stays, and nothing half-made."""
+    path = tmp_path / "out"
+    path.write_text("old")
+    named = pytest.raises(StageError, match=r"out cannot be written: ")
+    with full_disk(), named, writing(path) as temporary:
+        write(temporary)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_new_file_has_the_mode_of_new_files(tmp_path):
+    """By the umask; safetensors would let nobody else read it."""
+    before = os.umask(0o027)
+    try:
+        save_weights(small().state_dict(), tmp_path / "a.safetensors")
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    for path in tmp_path.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
 
 
 def test_outs_that_cannot_be_written_are_found_before_the_work(tmp_path):

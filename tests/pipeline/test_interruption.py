@@ -3,8 +3,10 @@
 import os
 import random
 import signal
+import stat
 import tempfile
 import time
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -97,13 +99,20 @@ def test_a_soak_of_kills(long, undisturbed, tmp_path, workers, kills):
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_ctrl_c_ends_it_and_leaves_nothing_but_the_checkpoint(long, tmp_path, workers):
-    """Within 15 seconds: no process, no temporary folder, no run in state RUNNING."""
+    """Within 15 seconds: no process, no temporary folder, no run in state RUNNING.
+
+    Meanwhile nobody outside this machine reaches Ray, and nobody else looks into its folder.
+    """
     repository = copy_of(long, tmp_path / "repository")
     repository.set(cluster={"workers": workers})
     outs, folders = repository.bytes_of_outs(), set(Path(tempfile.gettempdir()).glob("ray-*"))
     command = ["dvc", "repro", "--single-item", "finetune_stdb"]
     started = Started(repository, tmp_path / "log", command)
     wait_for_progress(repository, [], started)
+    assert all(ip_address(a.removeprefix("::ffff:")).is_loopback for a in started.listens_on())
+    made = set(Path(tempfile.gettempdir()).glob("ray-*")) - folders
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in made] == [0o700] * (workers - 1)
+    assert (len(started.listens_on()) > 0) == (workers > 1)
     begin = time.monotonic()
     os.killpg(started.process.pid, signal.SIGINT)
     started.wait_until_gone(15)
@@ -129,6 +138,46 @@ def test_sigterm_ends_a_stage_in_order(long, tmp_path, workers):
     assert started.process.wait(15) == 130
     assert checkpoints(repository)
     assert repository.runs("finetune_stdb")[0] == "FAILED"
+
+
+@pytest.mark.slow
+def test_a_stage_that_outlives_its_dvc_is_waited_for(long, undisturbed, tmp_path):
+    """The next `dvc repro` names it, and ends with its work: nothing is trained twice."""
+    repository = copy_of(long, tmp_path / "repository")
+    command = ["dvc", "repro", "--single-item", "finetune_stdb"]
+    first = Started(repository, tmp_path / "first", command)
+    wait_for_progress(repository, [], first)
+    (orphan,) = [p for p in first.processes() if p.cmdline()[1:] == FINETUNE[1:]]
+    first.process.kill()
+    first.process.wait()
+    second = Started(repository, tmp_path / "second", command)
+    assert second.process.wait(600) == 0, second.says()
+    assert f"process {orphan.pid} on " in second.says()
+    assert "runs this stage already; waiting for it to end" in second.says()
+    first.wait_until_gone(30)
+    assert "[finetune_stdb] done in" in first.says()
+    assert "  loss " in first.says()
+    assert "  loss " not in second.says()
+    assert results(repository) == undisturbed(1)
+    assert not list((repository.root / ".results").glob("finetune_stdb-*"))
+    assert "Running stage" not in repository.run("dvc", "repro", "finetune_stdb").stdout
+
+
+@pytest.mark.slow
+def test_a_stage_that_ends_after_its_dvc_is_not_run_again(long, undisturbed, tmp_path):
+    """The next `dvc repro` takes what it found; so does each of three that run at once."""
+    repository = copy_of(long, tmp_path / "repository")
+    first = Started(repository, tmp_path / "log", ["dvc", "repro", "finetune_stdb"])
+    wait_for_progress(repository, [], first)
+    first.process.kill()
+    first.wait_until_gone(300)
+    assert "its checkpoint stays" in first.says()
+    several = [Started(repository, tmp_path / f"{n}", FINETUNE) for n in range(3)]
+    for one in several:
+        assert one.process.wait(600) == 0, one.says()
+    assert sum("runs this stage already; waiting" in one.says() for one in several) == 2
+    assert not any("  loss " in one.says() for one in several)
+    assert results(repository) == undisturbed(1)
 
 
 @pytest.mark.slow

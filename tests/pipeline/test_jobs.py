@@ -123,6 +123,12 @@ def test_a_fault_of_ours_in_a_worker_stays_one():
     assert worker_error(Failed(bug)) is bug
 
 
+def test_of_several_failures_the_one_that_is_no_loss_is_the_cause():
+    """A worker that fails takes the connections of the others with it."""
+    assert reason(Failed(CLOSED, died(), ValueError("it diverged"))) == "it diverged"
+    assert "Connection closed" in reason(Failed(CLOSED, CLOSED))
+
+
 @pytest.mark.parametrize(
     ("address", "workers", "several"),
     [(None, "auto", False), (None, "2", True), ("127.0.0.1:1", "2", False), (None, "99", False)],
