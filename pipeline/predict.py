@@ -28,6 +28,7 @@ from pipeline.params import MOST_STEPS
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 60  # of the line of bars
+LARGEST = 4096  # pixels of an image's side, as params.yaml allows
 
 
 @command
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         raise DataError(str(error)) from error
     timesteps = options.timesteps or about["timesteps"]
-    pixels = read(options.images, about["network"])
+    pixels = read(options.images, *_image_of(options.model, about))
     decision = classify(snn, pixels, timesteps, options.confidence)
     classes = about["classes"]
     for k, name in enumerate(options.images):
@@ -67,11 +68,24 @@ def parse(arguments: Sequence[str]) -> Any:
     return line.parse_args(arguments)
 
 
-def read(images: Sequence[Path], network: dict[str, Any]) -> Tensor:
+def read(images: Sequence[Path], channels: int, size: int) -> Tensor:
     """(N, C, H, W) float32 in [−1, 1]: image files as the network was trained on them."""
-    channels, size = network["in_channels"], network["image_size"]
     pixels = np.stack([read_image(path, channels, size) for path in images])
     return normalise(torch.from_numpy(pixels))
+
+
+def _image_of(path: Path, about: dict[str, Any]) -> tuple[int, int]:
+    """Channels and size of the images that a saved network is for."""
+    network = about.get("network")
+    said = network if isinstance(network, dict) else {}
+    channels, size = said.get("in_channels"), said.get("image_size")
+    if channels not in (1, 3) or not isinstance(size, int) or not 1 <= size <= LARGEST:
+        raise DataError(
+            f"{path} does not say what images it is for: in_channels is {channels}, image_size "
+            f"{size}; allowed: 1 or 3, and 1 to {LARGEST} "
+            "(stdb.save(..., network={'in_channels': 3, 'image_size': 32}))"
+        )
+    return channels, size
 
 
 def classify(

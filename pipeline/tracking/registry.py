@@ -6,7 +6,6 @@ The alias ``champion`` is moved to the version that is best on validation.
 import sys
 from contextlib import redirect_stderr
 from importlib import metadata
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,8 @@ def _log(run_id: str, model: Model) -> tuple[str, str]:
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
+    import stdb
+
     about = model.about
     images = np.array(model.example, dtype=np.uint8)
     signature = ModelSignature(
@@ -67,7 +68,7 @@ def _log(run_id: str, model: Model) -> tuple[str, str]:
             name="snn",
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"network": model.path},
-            code_paths=_code(about.architecture),
+            code_paths=[str(Path(stdb.__file__).parent)],  # the engine, which needs no more
             signature=signature,
             input_example={"images": images},
             pip_requirements=[
@@ -77,20 +78,6 @@ def _log(run_id: str, model: Model) -> tuple[str, str]:
             metadata=about.model_dump(),
         )
     return str(info.model_id), str(info.registered_model_version)
-
-
-def _code(architecture: str) -> list[str]:
-    """What the model needs of this repository: the engine, and the user's own network."""
-    import stdb
-
-    code = [str(Path(stdb.__file__).parent)]
-    if ":" in architecture:
-        spec = find_spec(architecture.partition(":")[0].partition(".")[0])
-        assert spec is not None
-        assert spec.origin is not None
-        origin = Path(spec.origin)
-        code.append(str(origin.parent if origin.name == "__init__.py" else origin))
-    return code
 
 
 def _describe(client: Any, name: str, version: str, about: About, commit: str) -> None:

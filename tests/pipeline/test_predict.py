@@ -106,3 +106,12 @@ def test_the_pipelines_own_network_decides_on_its_own_images(finished, tmp_path,
     model = str(finished.root / "models/snn.safetensors")
     assert main(["--model", model, str(tmp_path / "digit.png")]) == 0
     assert "of 3" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_network_that_does_not_say_its_images(tmp_path, capsys):
+    """The engine saves any network; what its images are the caller has to have said."""
+    snn = stdb.convert(stdb.build_network(**NETWORK), stdb.PoissonEncoder(1))
+    stdb.save(snn, tmp_path / "snn", timesteps=12, classes=CLASSES)
+    assert main(["any.png", "--model", str(tmp_path / "snn")]) == 1
+    said = capsys.readouterr().err
+    assert "does not say what images it is for: in_channels is None" in said
