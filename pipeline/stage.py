@@ -171,7 +171,7 @@ def read_spec(file: Path, name: str) -> Spec:
 def datasets(params: Params, inputs: dict[str, str]) -> list[Dataset]:
     """The splits among a stage's inputs, as MLflow shows data sets."""
     summary = read_data_summary()
-    known = summary.model_dump() if summary else {}
+    known = summary.model_dump(exclude_unset=True) if summary else {}
     contexts = {"train": "training", "validation": "validation", "test": "test"}
     return [
         Dataset(

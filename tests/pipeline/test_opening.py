@@ -217,6 +217,7 @@ def test_artefacts_that_were_not_copied_along_stay_where_they_are(tables, tmp_pa
     for folder in (old, new):
         folder.mkdir()
     shutil.copyfile(tables, old / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(old))
     first = with_artefact(old, "first")
     shutil.copyfile(old / "mlflow.db", new / "mlflow.db")
