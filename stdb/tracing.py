@@ -82,19 +82,13 @@ class _Entry(nn.Module):
 def _check_arguments(net: nn.Module) -> None:
     """Refuse a forward method that takes more than an image."""
     try:
-        parameters = list(inspect.signature(net.forward).parameters.values())
-    except (TypeError, ValueError):  # of a builtin, say
-        return
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if len(needed) > 1:
+        inspect.signature(net.forward).bind(None)
+    except TypeError as error:  # "missing a required argument: 'y'"
+        name = str(error).rpartition("'")[0].rpartition("'")[2]
         raise TracingError(
-            f"the network has a second input, {needed[1]}; allowed: one, and arguments with a "
-            "default, which is taken"
-        )
+            f"the network has a second input, {name}; allowed: one, and arguments with a default, "
+            "which is taken"
+        ) from error
 
 
 # -- what is traced on -----------------------------------------------------------------------------

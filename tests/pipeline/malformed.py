@@ -92,7 +92,7 @@ NO_NUMBER = {
     "infinite": math.inf,
     "minus infinite": -math.inf,
     "negative": -1,
-    "huge": 10**30,
+    "huge": 10**40,
     "400 digits": 10**399,
     "true": True,
 }
