@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .encoding import Encoder
@@ -19,12 +19,13 @@ from .network import SpikingNetwork
 from .neuron import SpikingNeuron
 from .rewriting import ConversionError, rewrite
 from .surrogate import STDB, Surrogate
+from .tracing import inner, unwrapped
 from .weights import inner_copies
 
 __all__ = ["ConversionError", "convert"]
 
 
-def convert(
+def convert(  # noqa: PLR0913 (each with a default, by keyword)
     ann: nn.Module,
     encoder: Encoder,
     surrogate: Surrogate = STDB(),  # noqa: B008 (frozen)
@@ -36,6 +37,7 @@ def convert(
     chunk: int | None = None,
     dropout_seed: int = 0,
     precision: torch.dtype | None = None,
+    example: Tensor | None = None,
 ) -> SpikingNetwork:
     """Convert an ANN to a spiking network with all thresholds 1 (paper §2.3, Algorithm 1).
 
@@ -51,16 +53,19 @@ def convert(
         chunk: time steps computed at once; None chooses.
         dropout_seed: chooses the dropout masks of training.
         precision: of dense products, see ``SpikingNetwork``.
+        example: a batch of images, of which the shape counts, where none of the usual sizes is
+            what the network takes.
 
     Raises:
-        ConversionError: names the layer that has no spiking counterpart, and the remedy.
+        ConversionError: names every layer that has no spiking counterpart, and the remedy.
     """
     _check_parameters(ann)
+    ann = inner(ann)
     try:
-        net = copy.deepcopy(ann, inner_copies(ann))
+        net = unwrapped(copy.deepcopy(ann, inner_copies(ann)))
     except Exception as error:
         raise ConversionError(f"the network cannot be copied: {error}") from error
-    nodes, result = rewrite(net)
+    nodes, result = rewrite(net, example)
     graph = spiking_graph(nodes, result)
     parameter = next(ann.parameters())
     for i in graph.neurons:
@@ -80,6 +85,12 @@ def _check_parameters(ann: object) -> None:
     if not isinstance(ann, nn.Module):
         hint = "; build the network and load the state dict" if isinstance(ann, Mapping) else ""
         raise ConversionError(f"ann is a {type(ann).__name__}; allowed: an nn.Module{hint}")
+    for name, module in ann.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConversionError(
+                f"{f'layer {name}' if name else 'the network'} is scripted by torch.jit; allowed: "
+                "the nn.Module that it was made from"
+            )
     for name, parameter in ann.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ConversionError(f"{name} is uninitialised; call the network on an image first")

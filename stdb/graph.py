@@ -1,11 +1,8 @@
-"""A network as a graph: nodes in the order of a step, and how a module tree is traced to it."""
+"""A network as a graph: nodes in the order of a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
-
-from .architectures import ResidualBlock
 from .operators import Operator
 
 INPUT = "input"  # name of the first node
@@ -85,22 +82,3 @@ class Graph:
         labels = {i: self.label(i) for i in self.neurons}
         unique = len({INPUT, *labels.values()}) == 1 + len(labels)
         return labels if unique else {i: self.nodes[i].name for i in self.neurons}
-
-
-class Tracer(fx.Tracer):
-    """Traces into user modules; modules of torch.nn are leaves, and so is all that they do.
-
-    Args:
-        leaves: further types of modules that are not traced into.
-    """
-
-    def __init__(self, leaves: Sequence[type[nn.Module]]) -> None:
-        super().__init__()
-        self.leaves = tuple(leaves)
-
-    def is_leaf_module(self, module: nn.Module, _: str) -> bool:
-        """Whether what a module does is one operation."""
-        if isinstance(module, nn.Sequential | ResidualBlock):
-            return False
-        of_torch = module.__module__.partition(".")[0] == "torch"
-        return of_torch or type(module) in self.leaves

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch import Tensor, fx, nn
 
-from .graph import INPUT, Node, Tracer
+from .graph import INPUT, Node
 from .operators import Operator
 from .operators.boundary import Input
 from .operators.shaping import Flatten, Sum
-from .operators.table import kinds, operator_for
+from .operators.table import kind_of, kinds, operator_for
+from .tracing import BATCH, TracingError, place, trace
 
 
 class ConversionError(ValueError):
@@ -36,24 +36,43 @@ REMEDIES: dict[type[nn.Module], str] = {
     nn.MaxPool2d: _POOL,
     nn.AdaptiveAvgPool2d: "use nn.AvgPool2d with the kernel size that your image size gives",
     nn.AdaptiveMaxPool2d: _POOL,
-    nn.LeakyReLU: _NEURON,
-    nn.GELU: _NEURON,
-    nn.SiLU: _NEURON,
-    nn.Sigmoid: _NEURON,
-    nn.Tanh: _NEURON,
+    **dict.fromkeys(
+        (
+            nn.LeakyReLU,
+            nn.PReLU,
+            nn.RReLU,
+            nn.ELU,
+            nn.CELU,
+            nn.SELU,
+            nn.GELU,
+            nn.SiLU,
+            nn.Mish,
+            nn.Hardswish,
+            nn.Hardsigmoid,
+            nn.Hardtanh,
+            nn.ReLU6,
+            nn.Softplus,
+            nn.Softsign,
+            nn.Softshrink,
+            nn.Hardshrink,
+            nn.Tanhshrink,
+            nn.Threshold,
+            nn.LogSigmoid,
+            nn.Sigmoid,
+            nn.Tanh,
+        ),
+        _NEURON,
+    ),
     nn.Softmax: _OUTPUT,
     nn.LogSoftmax: _OUTPUT,
     nn.Dropout2d: "use nn.Dropout",
 }
-_FLATTEN = "write torch.flatten(x, 1)"
+_FLATTEN = "allowed: all but the batch flat, as torch.flatten(x, 1)"
 CALL_REMEDIES: dict[Any, str] = {
     F.max_pool2d: "use an nn.AvgPool2d module and train again",
     F.avg_pool2d: "make it an nn.AvgPool2d module",
     F.dropout: "make it an nn.Dropout module",
     F.adaptive_avg_pool2d: "make it an nn.AvgPool2d module",
-    "view": _FLATTEN,
-    "reshape": _FLATTEN,
-    torch.reshape: _FLATTEN,
 }
 
 
@@ -65,11 +84,13 @@ class Rewriting:
         modules: the network's, by name.
         nodes: those that there are so far, in the order of a step.
         index: traced operation → its node, or the one that it passes on.
+        problems: what has no spiking form, a line each.
     """
 
     modules: Mapping[str, nn.Module]
     nodes: list[Node] = field(default_factory=list)
     index: dict[fx.Node, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
     def sources(self, call: fx.Node) -> tuple[int, ...]:
         """The nodes whose values an operation takes."""
@@ -84,38 +105,48 @@ class Rewriting:
             self.index[call] = len(self.nodes)
             self.nodes.append(node)
 
+    def refuse(self) -> None:
+        """Say all problems at once, where there are any."""
+        if len(self.problems) > 1:
+            places = "\n".join(f"- {problem}" for problem in self.problems)
+            raise ConversionError(f"{len(self.problems)} places have no spiking form:\n{places}")
+        if self.problems:
+            raise ConversionError(self.problems[0])
+
 
 Rule = Callable[[Rewriting, fx.Node], Node | int]
 
 
-def rewrite(net: nn.Module) -> tuple[list[Node], int | None]:
+def rewrite(net: nn.Module, example: Tensor | None = None) -> tuple[list[Node], int | None]:
     """The nodes of a module tree, shapes and identities left out, and which of them is returned.
 
     Raises:
-        ConversionError: names an operation that has no spiking form, and the remedy.
+        ConversionError: names every operation that has no spiking form, and the remedy.
     """
-    try:
-        traced = Tracer(kinds()).trace(net)
-    except Exception as error:
-        raise ConversionError(
-            f"the forward method of {type(net).__name__} cannot be traced ({error}); "
-            "write it without control flow that depends on the data"
-        ) from error
     rewriting = Rewriting(dict(net.named_modules()))
+    try:
+        calls = trace(net, example)
+    except TracingError as error:
+        rewriting.problems = [*_refused_modules(net), str(error)]
+        rewriting.refuse()
+        raise
     result: fx.Node | None = None
-    for call in traced.nodes:
+    for call in calls:
         if call.op == "placeholder":
-            if rewriting.nodes:
-                raise ConversionError(
-                    f"the network has a second input, {call.target}; allowed: one"
-                )
             rewriting.add(call, Node(INPUT, Input()))
         elif call.op == "output":
             if not isinstance(call.args[0], fx.Node):
-                raise ConversionError("the network returns several values; allowed: the logits")
-            result = call.args[0]
-        elif not _is_shape(call):
-            rewriting.add(call, _rewrite_call(rewriting, call))
+                rewriting.problems.append("the network returns several values; allowed: the logits")
+            else:
+                result = call.args[0]
+        else:
+            try:
+                rewriting.add(call, _rewrite_call(rewriting, call))
+            except ConversionError as error:
+                if str(error) not in rewriting.problems:
+                    rewriting.problems.append(str(error))
+                rewriting.add(call, next(iter(rewriting.sources(call)), 0))
+    rewriting.refuse()
     return rewriting.nodes, None if result is None else rewriting.index.get(result)
 
 
@@ -128,43 +159,68 @@ def _rewrite_call(rewriting: Rewriting, call: fx.Node) -> Node | int:
     """One traced operation as a node, or the node that it passes on."""
     if call.op == "call_module":
         return _rewrite_module(rewriting, call)
-    where = f"{call.name} (in forward)"
     if call.op == "get_attr":
         raise ConversionError(
-            f"layer {where} is a parameter used outside a layer; allowed: {_allowed()}"
+            f"{place(call)} is a parameter used outside a layer; allowed: {_allowed()}"
         )
     if call.target in CALLS:
         return CALLS[call.target](rewriting, call)
     name = getattr(call.target, "__name__", str(call.target))
     raise ConversionError(
-        f"{where} calls {name}, which has no spiking form; "
+        f"{_where(call)} calls {name}, which has no spiking form; "
         f"{CALL_REMEDIES.get(call.target, f'allowed: {_allowed()}')}"
     )
+
+
+def _where(call: fx.Node) -> str:
+    """The operation's name, and whose forward method has it."""
+    stack = call.meta.get("nn_module_stack") or {}
+    path, kind = next(reversed(stack.values()), ("", None))
+    path = str(path).removeprefix("net").removeprefix(".")
+    return f"{call.name} (in forward{f' of {path}' if path and kind else ''})"
 
 
 # -- modules ---------------------------------------------------------------------------------------
 
 
+def _refused_modules(net: nn.Module) -> list[str]:
+    """What can be said of a network that cannot be traced: its layers of torch without a rule."""
+    problems = []
+    for name, module in net.named_modules():
+        kind = kind_of(module)
+        of_torch = kind.__module__.partition(".")[0] == "torch"
+        if of_torch and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            try:
+                _operator_of(name, module)
+            except ConversionError as error:
+                problems.append(str(error))
+    return problems
+
+
 def _rewrite_module(rewriting: Rewriting, call: fx.Node) -> Node | int:
-    name = str(call.target)
-    module = rewriting.modules[name]
-    kind = type_before_parametrizations(module)
-    if kind is nn.Identity:
+    name = place(call)
+    operator = _operator_of(name, rewriting.modules[name])
+    if operator is None:
         return rewriting.sources(call)[0]
+    return Node(name, operator, rewriting.sources(call), path=name)
+
+
+def _operator_of(name: str, module: nn.Module) -> Operator | None:
+    """What a module becomes; None where it does nothing."""
+    kind = kind_of(module)
+    if kind is nn.Identity:
+        return None
     operator = operator_for(kind)
     if operator is not None:
         check_module(name, module, operator)
-        return Node(name, operator, rewriting.sources(call), path=name)
+        return operator
     remedy = next(
         (r for t, r in REMEDIES.items() if isinstance(module, t)), f"allowed: {_allowed()}"
     )
     if kind.__module__.startswith("torch.ao."):
         remedy = "convert the network as it was before quantisation"
-    named = (
-        kind.__name__
-        if kind.__module__.startswith("torch.nn.")
-        else f"{kind.__module__}.{kind.__name__}"
-    )
+    of_torch = kind.__module__.startswith("torch.nn.")
+    named = kind.__name__ if of_torch else f"{kind.__module__}.{kind.__name__}"
     raise ConversionError(f"layer {name} is a {named}, which has no spiking form; {remedy}")
 
 
@@ -174,7 +230,7 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
     Raises:
         ConversionError: names the module, and what is allowed.
     """
-    if type_before_parametrizations(module) not in operator.kinds:
+    if kind_of(module) not in operator.kinds:
         allowed = ", ".join(kind.__name__ for kind in operator.kinds)
         raise ConversionError(
             f"layer {name} is a {type(module).__name__}; allowed in its place: {allowed}"
@@ -202,7 +258,7 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
 
 def _add(rewriting: Rewriting, call: fx.Node) -> Node:
     """A sum of branches."""
-    where, sources = f"{call.name} (in forward)", rewriting.sources(call)
+    where, sources = _where(call), rewriting.sources(call)
     if call.kwargs.get("alpha", 1) != 1:
         raise ConversionError(f"{where} adds with alpha; allowed: a plain sum of branches")
     if len(sources) != 2:
@@ -210,54 +266,32 @@ def _add(rewriting: Rewriting, call: fx.Node) -> Node:
     return Node(call.name, Sum(), sources)
 
 
-def _flatten(rewriting: Rewriting, call: fx.Node) -> Node:
-    """torch.flatten(x, 1)."""
-    start = call.kwargs.get("start_dim", call.args[1] if len(call.args) > 1 else 0)
-    end = call.kwargs.get("end_dim", call.args[2] if len(call.args) > 2 else -1)
-    if (start, end) != (1, -1):
-        raise ConversionError(
-            f"{call.name} (in forward) flattens dimensions {start} to {end}; "
-            "allowed: torch.flatten(x, 1)"
-        )
-    return Node(call.name, Flatten(), rewriting.sources(call))
+def _reshape(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """Another shape, in any spelling: nothing where it is the same, or all but the batch flat."""
+    source = call.all_input_nodes[0]
+    before, after = source.meta["value"].shape, call.meta["value"].shape
+    if before == after:
+        return rewriting.index[source]
+    if after == (BATCH, before[1:].numel()):
+        return Node(call.name, Flatten(), (rewriting.index[source],))
+    raise ConversionError(f"{_where(call)} makes {_images(after)} of {_images(before)}; {_FLATTEN}")
 
 
-def _view(rewriting: Rewriting, call: fx.Node) -> Node:
-    """x.view(x.size(0), -1), which flattens."""
-    if call.args[2:] != (-1,) or not _is_batch_size(call.args[1]):
-        raise ConversionError(
-            f"{call.name} (in forward) calls {call.target}, which has no spiking form; "
-            f"{CALL_REMEDIES[call.target]}"
-        )
-    return Node(call.name, Flatten(), rewriting.sources(call))
+def _images(shape: torch.Size) -> str:
+    """A batch's shape, for a message."""
+    return f"({', '.join('B' if n == BATCH else str(n) for n in shape)})"
 
 
 def _relu(_: Rewriting, call: fx.Node) -> Node:
     raise ConversionError(
-        f"{call.name} (in forward) is a functional relu, which cannot carry a spiking neuron's "
+        f"{_where(call)} is a functional relu, which cannot carry a spiking neuron's "
         "state; make it an nn.ReLU module of its own"
     )
 
 
 CALLS: dict[Any, Rule] = {
     **dict.fromkeys((python.add, python.iadd, torch.add, "add", "add_"), _add),
-    **dict.fromkeys((torch.flatten, "flatten"), _flatten),
-    **dict.fromkeys(("view", "reshape"), _view),
+    **dict.fromkeys((torch.flatten, "flatten", "view", "reshape", torch.reshape), _reshape),
+    **dict.fromkeys((torch.squeeze, "squeeze", "contiguous", "clone"), _reshape),
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu),
 }
-
-
-def _is_shape(node: object) -> bool:
-    """x.size(0), x.shape and x.shape[0], which people write to flatten a batch."""
-    if not isinstance(node, fx.Node):
-        return False
-    if node.op == "call_method":
-        return node.target == "size"
-    if node.target is getattr:
-        return bool(node.args[1] == "shape")
-    return node.target is python.getitem and _is_shape(node.args[0])
-
-
-def _is_batch_size(node: object) -> bool:
-    """x.size(0), x.size()[0] and x.shape[0]."""
-    return isinstance(node, fx.Node) and _is_shape(node) and node.args[1:] == (0,)

@@ -340,31 +340,31 @@ def test_an_operator_counts_its_synapses_and_is_exported(run):
         torch.testing.assert_close(program.module()(images), snn(images, 4))
 
 
-class Reshaped(nn.Module):
-    """Flattens by torch.reshape."""
+class Permuted(nn.Module):
+    """Permutes before it flattens."""
 
-    def __init__(self, *sizes):
+    def __init__(self, *order):
         super().__init__()
         net = small()
-        self.below, self.output, self.sizes = net[:-2], net[-1], sizes
+        self.below, self.output, self.order = net[:-2], net[-1], order
 
     def forward(self, x):
-        x = self.below(x)
-        return self.output(torch.reshape(x, (x.size(0), *self.sizes)))
+        return self.output(torch.flatten(self.below(x).permute(*self.order), 1))
 
 
 def test_a_rule_converts_what_was_refused(run):
-    """torch.reshape(x, (x.size(0), −1)); another shape stays refused."""
-    with pytest.raises(stdb.ConversionError, match="calls reshape, which has no spiking form"):
-        stdb.convert(Reshaped(-1), stdb.DirectEncoder())
+    """x.permute(0, 1, 2, 3); another order stays refused."""
+    same, other = Permuted(0, 1, 2, 3), Permuted(0, 1, 3, 2)
+    with pytest.raises(stdb.ConversionError, match="calls permute, which has no spiking form"):
+        stdb.convert(same, stdb.DirectEncoder())
     (block,) = blocks("A rewriting rule")
     run(block)
-    same_as_literal(Reshaped(-1))
-    ours, plain = (stdb.convert(net, stdb.DirectEncoder()) for net in (Reshaped(-1), small()))
+    same_as_literal(same)
+    ours, plain = (stdb.convert(net, stdb.DirectEncoder()) for net in (same, small()))
     images = spike_train()[0] / 2
     assert torch.equal(ours(images, 5), plain(images, 5))
-    with pytest.raises(stdb.ConversionError, match=r"reshapes; write torch.flatten\(x, 1\)"):
-        stdb.convert(Reshaped(2, 16), stdb.DirectEncoder())
+    with pytest.raises(stdb.ConversionError, match="permutes; allowed: the order that there is"):
+        stdb.convert(other, stdb.DirectEncoder())
 
 
 # -- data ------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..architectures import ARCHITECTURES, ResidualBlock, build
 from ..conversion import convert, spiking_graph
@@ -35,7 +34,7 @@ from ..encoding import ENCODERS
 from ..graph import Node
 from ..network import SpikingNetwork, check_timesteps
 from ..neuron import SpikingNeuron
-from ..operators.table import OPERATORS, kinds, operator_for
+from ..operators.table import OPERATORS, kind_of, kinds, operator_for
 from ..surrogate import SURROGATES
 from ..weights import plain_copy
 
@@ -160,7 +159,7 @@ def _describe(tree: nn.Module, used: set[str | None]) -> dict[str, dict[str, Any
     """Path → type and settings of every module, containers before what they contain."""
     described: dict[str, dict[str, Any]] = {}
     for path, module in tree.named_modules(remove_duplicate=False):
-        kind = type_before_parametrizations(module)
+        kind = kind_of(module)
         operator = operator_for(kind)
         if isinstance(module, SpikingNeuron):
             described[path] = {"type": SpikingNeuron.__name__}

@@ -1,6 +1,7 @@
 """All operators, by the names that a saved network has for them: a table to add to."""
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import Operator
 from .boundary import Input, Neuron
@@ -22,6 +23,19 @@ OPERATORS: dict[str, Operator] = {
         Sum(),
     )
 }
+
+
+COMPUTING = ("forward", "_conv_forward", "__call__")  # methods of which one makes another layer
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The type of module that it computes as: of a subclass that changes nothing, torch's own."""
+    own = type_before_parametrizations(module)
+    for kind in own.__mro__:
+        if kind.__module__.partition(".")[0] == "torch" and issubclass(kind, nn.Module):
+            same = all(getattr(own, n, None) is getattr(kind, n, None) for n in COMPUTING)
+            return kind if same else own
+    return own
 
 
 def kinds() -> list[type[nn.Module]]:

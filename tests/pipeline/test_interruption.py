@@ -58,7 +58,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(long, undisturbed, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "kills"), [(1, 14), (2, 8)])
+@pytest.mark.parametrize(("workers", "kills"), [(1, 8), (2, 4)])
 def test_a_soak_of_kills(long, undisturbed, tmp_path, workers, kills):
     """At random moments, also while it starts; to a worker, to the driver, to the group.
 
