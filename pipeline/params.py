@@ -206,7 +206,8 @@ class ClusterParams(Section):
     use_gpu: bool | Literal["auto"]
     """One GPU per worker, nccl; or CPU workers, gloo."""
     cpus_per_worker: Workers | Literal["auto"]
-    """Number of cores that are reserved for a worker, and of its threads."""
+    """Number of cores that are reserved for a worker. It has as many threads, or fewer where the
+    network is small (``pipeline/jobs/worker.py: WORK_PER_THREAD``)."""
     storage: str
     """Folder or URL of the checkpoints of unfinished stages."""
     checkpoint_steps: Count | None
