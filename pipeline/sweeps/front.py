@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from pipeline.sweeps.space import short
+
 Row = dict[str, Any]  # a trial, as in trials.csv
 
 
@@ -110,7 +112,7 @@ def draw_parallel(rows: Sequence[Row], names: Sequence[str], path: Path) -> None
             places[name] = {v: k / max(1, len(values) - 1) for k, v in enumerate(values)}
         ends = [values[0], values[-1]] if values[0] != values[-1] else [values[0]]
         for value in ends:
-            text = f"{value:.3g}" if isinstance(value, float) else str(value)
+            text = short(value)
             axes.annotate(text, (axes_of.index(name) + 0.04, places[name][value]), fontsize=8)
         axes.axvline(axes_of.index(name), color="black", linewidth=0.8)
     for row in sorted(shown, key=lambda row: row["accuracy"]):
@@ -134,7 +136,7 @@ def draw_curves(epochs: Sequence[Row], names: Sequence[str], path: Path) -> None
         x = sorted(by_epoch)
         middle = [100 * mean(by_epoch[e]) for e in x]
         spread = [100 * pstdev(by_epoch[e]) for e in x]
-        label = ", ".join(f"{n} {v}" for n, v in zip(others, key, strict=True))
+        label = ", ".join(f"{n} {short(v)}" for n, v in zip(others, key, strict=True))
         (line,) = axes.plot(x, middle, marker="o", label=label)
         low = [m - s for m, s in zip(middle, spread, strict=True)]
         high = [m + s for m, s in zip(middle, spread, strict=True)]
@@ -143,7 +145,7 @@ def draw_curves(epochs: Sequence[Row], names: Sequence[str], path: Path) -> None
     axes.set_ylabel("validation accuracy, %")
     axes.set_title("Training from the converted network")
     if len(settings) <= 12:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.15))  # below: it is wide
     _save(drawn, path)
 
 

@@ -219,3 +219,8 @@ def settings(sample: dict[str, Any], base: StdbParams) -> StdbParams:
         return StdbParams(**values)
     except ValidationError as error:
         raise ParamsError(problems(error, StdbParams)[0]) from None
+
+
+def short(value: Any) -> str:
+    """A searched value as people read it: three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -14,7 +14,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from pipeline.files import write_text
 from pipeline.jobs.ray_private import replace_callbacks
 from pipeline.stage import Stage
-from pipeline.sweeps.space import BudgetParams, SweepParams
+from pipeline.sweeps.space import BudgetParams, SweepParams, short
 
 ACCURACY = "accuracy/best"
 LOGGED = ("epoch", "neuron_steps", "energy_delay", "spikes")  # besides metrics of a group
@@ -172,7 +172,7 @@ class Watch(tune.Callback):
     def _ended(self, trial: Any, status: str) -> None:
         self.done += 1
         self.tracker.child_end(trial.trial_id, status)
-        values = ", ".join(f"{name} {_short(value)}" for name, value in trial.config.items())
+        values = ", ".join(f"{name} {short(value)}" for name, value in trial.config.items())
         last = trial.last_result or {}
         outcome = (
             "failed"
@@ -218,7 +218,3 @@ def make_tuner(
 def is_number(value: Any) -> bool:
     """A metric."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
