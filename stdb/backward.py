@@ -40,7 +40,8 @@ class Steps(torch.autograd.Function):
         ctx.save_for_backward(images, *trains, *parameters)
         ctx.presentation, ctx.parameters, ctx.tape = presentation, parameters, []
         nodes = enumerate(presentation.network.graph.nodes)
-        ctx.weights = {i: presentation.sites[i].weight for i, n in nodes if n.operator.learns}
+        sites = presentation.sites
+        ctx.weights = {i: (sites[i].weight, sites[i].bias) for i, n in nodes if n.operator.learns}
         return tuple(presentation.advance(steps, ctx.tape))
 
     @staticmethod
@@ -53,8 +54,8 @@ class Steps(torch.autograd.Function):
                 "backward() already ran over these steps; add up the losses first, and call it once"
             )
         presentation, ctx.presentation = ctx.presentation, None  # a loss that is kept keeps nothing
-        for i, weight in ctx.weights.items():
-            presentation.sites[i].use(weight)
+        for i, of_run in ctx.weights.items():
+            presentation.sites[i].use(*of_run)
         walk = BackwardWalk(presentation, grad_counts, ctx.parameters, ctx.needs_input_grad[2])
         gradients = walk.run(ctx.tape)
         return (None, None, walk.images, *gradients)
@@ -130,8 +131,9 @@ class BackwardWalk:
         if not node.inputs and self.images is not None:
             self._walk_encoder(dense(grad), chunk)
         if node.operator.learns:
-            grad = site.lowered(dense(grad))
-            weight = id(site.weight)
+            whole = dense(grad)
+            grad = site.lowered(whole)
+            weight, bias = id(site.weight), id(site.bias)
             if weight in self.gradients:
                 x = self._recompute(node.inputs[0], chunk, values)
                 if x.shape[0] == 1:  # constant input: the weights see the summed gradient
@@ -139,6 +141,8 @@ class BackwardWalk:
                 self.gradients[weight] = node.operator.backward_weight(
                     site, grad, x, self.gradients[weight]
                 )
+            if bias in self.gradients:
+                self.gradients[bias] = node.operator.backward_bias(whole, self.gradients[bias])
         for position, j in enumerate(node.inputs):
             if self._wanted(j):
                 shape = self.presentation.shapes[j][1:]
@@ -252,6 +256,9 @@ class BackwardWalk:
         grad = kernels.backpropagate(grad, self.carry.get(i), leak, neuron.temporal_gradient)
         if learn_v:
             gradients[id(neuron.threshold)] -= (grad[1:] * spikes[:-1]).sum()
+            if chunk.start == 0 and neuron.temporal_gradient:  # U_0 = f·V
+                share = leak * neuron.initial_membrane
+                gradients[id(neuron.threshold)] += share * grad[0].sum()
             if chunk.start > 0:
                 previous = self._previous_spikes(i, chunk)
                 gradients[id(neuron.threshold)] -= (grad[0] * previous).sum()

@@ -219,7 +219,8 @@ class _Calibration:
         self.shapes[i] = current.shape[1:]
         matrix = to_matrix(current)
         if start == 0:
-            self.membranes[i] = torch.zeros_like(matrix[0])
+            share = self.presentation.sites[i].module.initial_membrane
+            self.membranes[i] = torch.full_like(matrix[0], share * self.thresholds[i])
         packed = kernels.fire(matrix, self.membranes[i], self.thresholds[i], 1.0)
         return Spikes(packed, current.shape, current.dtype)
 

@@ -148,7 +148,7 @@ class SpikingNetwork(nn.Module):
             counts = Steps.apply(presentation, timesteps, pixels, *parameters)
         else:
             counts = presentation.advance(timesteps)
-        return presentation.integrate(counts)
+        return presentation.integrate(counts, timesteps)
 
     @torch.no_grad()
     def logits_over_time(
@@ -178,7 +178,7 @@ class SpikingNetwork(nn.Module):
             presentation.advance(steps, trains=trains)
             for t in range(steps):
                 inputs = [train[0][t % len(train[0])] for train in trains]
-                logits.append(presentation.integrate(inputs))
+                logits.append(presentation.integrate(inputs, 1))
         return torch.stack(logits)
 
     @torch.no_grad()
@@ -241,6 +241,8 @@ class SpikingNetwork(nn.Module):
             site, operator = presentation.sites[i], self.graph.nodes[i].operator
             if operator.learns:
                 found[site.weight] = None
+                if site.bias is not None:
+                    found[site.bias] = None
             elif operator.fires:
                 found |= dict.fromkeys(site.module.parameters())
         return [tensor for tensor in found if tensor.requires_grad]

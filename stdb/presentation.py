@@ -19,7 +19,7 @@ from .operators import Value, dense
 from .operators.shaping import Dropout
 from .randomness import dropout_mask
 from .spikes import Spikes
-from .weights import weight_of
+from .weights import bias_of, weight_of
 
 if TYPE_CHECKING:
     from .network import SpikingNetwork
@@ -62,17 +62,26 @@ class _Site:
     module: Any
     precision: torch.dtype | None
     mask: Tensor | None = None
+    steps: int = 1  # that a value of this node is the sum of
     _weight: Tensor | None = None  # of this run of steps
+    _bias: Tensor | None = None
     _prepared: tuple[Any, Tensor] | None = None  # the state of the weights; what was made of them
 
     @property
     def weight(self) -> Tensor:
         if self._weight is None:
-            self._weight = weight_of(self.module)
+            self.use(weight_of(self.module), bias_of(self.module))
+        assert self._weight is not None
         return self._weight
 
     def lowered(self, x: Tensor) -> Tensor:
         return x if self.precision is None else x.to(self.precision)
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self._bias is None or self.steps == 1:
+            return self._bias
+        return self._bias * self.steps
 
     def prepared(self, make: Callable[[Tensor], Tensor]) -> Tensor:
         state = (self.weight.data_ptr(), self.weight._version)
@@ -80,10 +89,11 @@ class _Site:
             self._prepared = state, make(self.weight)
         return self._prepared[1]
 
-    def use(self, weight: Tensor | None) -> None:
-        """Compute with these weights from now on."""
+    def use(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Compute with these from now on."""
         if weight is not self._weight:
             self._weight, self._prepared = weight, None
+        self._bias = bias
 
     def forget(self) -> None:
         """Make room: what was prepared is made again when it is wanted."""
@@ -195,8 +205,12 @@ class Presentation:
         images = self.network.encoder(self.images, start, stop, self.keys)
         return images[:1] if images.stride(0) == 0 else images
 
-    def integrate(self, counts: Sequence[Tensor]) -> Tensor:
+    def integrate(self, counts: Sequence[Tensor], steps: int) -> Tensor:
         """The output layer's Eq. 4, given its inputs summed over the latest steps.
+
+        Args:
+            counts: the sums, one for each entry of the graph.
+            steps: how many; every bias of the output layer is added as often.
 
         Returns:
             U_t (B, classes), differentiable with respect to these steps only.
@@ -206,6 +220,7 @@ class Presentation:
             i: count[None] for i, count in zip(graph.entries, counts, strict=True)
         }
         for i in graph.tail:
+            self.sites[i].steps = steps
             values[i] = self.apply(i, [values[j] for j in graph.nodes[i].inputs])
         logits = dense(values[graph.tail[-1]])[0]
         if self.logits is not None:
@@ -217,12 +232,12 @@ class Presentation:
 
     def take_weights(self) -> None:
         """The layers' weights as they are now, for the steps that follow."""
-        known: dict[int, Tensor] = {}  # a layer that is called twice computes its own once
+        known: dict[int, Any] = {}  # a layer that is called twice computes its own once
         for site, node in zip(self.sites, self.network.graph.nodes, strict=True):
             if node.operator.learns:
                 if id(site.module) not in known:
-                    known[id(site.module)] = weight_of(site.module)
-                site.use(known[id(site.module)])
+                    known[id(site.module)] = weight_of(site.module), bias_of(site.module)
+                site.use(*known[id(site.module)])
 
     def advance(
         self,
@@ -308,7 +323,8 @@ class Presentation:
         copy = (shared and in_place) or len(current) == 1
         matrix = to_matrix(current.expand(shape), copy=copy)
         if i not in self.membrane:
-            self.membrane[i] = torch.zeros_like(matrix[0])
+            start = self.sites[i].module.initial_membrane * self.threshold[i]
+            self.membrane[i] = torch.full_like(matrix[0], start)
             self.last_spike[i] = torch.zeros_like(matrix[0], dtype=torch.int16)
         neuron = self.sites[i].module
         if keep and neuron.needs_membrane:

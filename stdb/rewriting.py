@@ -235,11 +235,6 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
         raise ConversionError(
             f"layer {name} is a {type(module).__name__}; allowed in its place: {allowed}"
         )
-    if getattr(module, "bias", None) is not None:
-        raise ConversionError(
-            f"layer {name} has a bias, which a spike cannot carry; build it with bias=False "
-            "and train again"
-        )
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros":
             raise ConversionError(

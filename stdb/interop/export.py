@@ -80,7 +80,10 @@ class _Program(nn.Module):
         self.timesteps = timesteps
         self.encoder: Any = None if spikes else snn.encoder
         neurons = zip(snn.graph.neurons, snn.neurons.values(), strict=True)
-        self.constants = {i: (neuron.threshold.item(), neuron.leak.item()) for i, neuron in neurons}
+        self.constants = {
+            i: (n.threshold.item(), n.leak.item(), n.initial_membrane * n.threshold.item())
+            for i, n in neurons
+        }
 
     def forward(self, x: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         """U_T (B, classes) of images (B, C, H, W) or a spike train (T, B, C, H, W)."""
@@ -101,12 +104,9 @@ class _Program(nn.Module):
                     continue
                 node = self.graph.nodes[i]
                 if node.operator.fires:
-                    threshold, leak = self.constants[i]
-                    u = current = values[node.inputs[0]]
-                    if i in membrane:  # in the engine's order, which rounding depends on
-                        u = membrane[i] if leak == 1 else membrane[i] * leak
-                        u = torch.sub(u, fired[i], alpha=threshold) + current
-                    membrane[i], fired[i] = u, (u > threshold).to(u.dtype)
+                    current = values[node.inputs[0]]
+                    u = self._membrane(i, current, membrane.get(i), fired.get(i))
+                    membrane[i], fired[i] = u, (u > self.constants[i][0]).to(u.dtype)
                     values[i] = fired[i]
                 else:
                     values[i] = self._operate(i, values)
@@ -115,6 +115,16 @@ class _Program(nn.Module):
         for i in self.graph.tail:  # linear, so once, of the sum over time (Eq. 4)
             counts[i] = self._operate(i, counts)
         return counts[self.graph.tail[-1]]
+
+    def _membrane(
+        self, i: int, current: Tensor, before: Tensor | None, fired: Tensor | None
+    ) -> Tensor:
+        """Eq. 2, in the engine's order, which rounding depends on."""
+        threshold, leak, start = self.constants[i]
+        if before is None or fired is None:
+            return current + start * leak if start else current
+        u = before if leak == 1 else before * leak
+        return torch.sub(u, fired, alpha=threshold) + current
 
     def _depends_on_neurons(self, i: int) -> bool:
         node = self.graph.nodes[i]

@@ -158,7 +158,9 @@ def _flatten(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
 def _neuron(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
     v, leak = module.threshold.item(), module.leak.item()
     like = np.ones(shape, _array(module.threshold).dtype)
-    metadata = {"reset": "subtract"}
+    metadata: dict[str, Any] = {"reset": "subtract"}
+    if module.initial_membrane:
+        metadata["initial_membrane"] = module.initial_membrane  # U_0/V
     if leak == 1:
         return nir.IF(r=like, v_threshold=v * like, metadata=metadata)
     tau = dt / (1 - leak)

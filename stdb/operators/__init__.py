@@ -41,6 +41,11 @@ class Site(Protocol):
         """The module's weights, computed where they are not a parameter (pruned, normalised)."""
         ...
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's bias, times the steps of a value that is summed over them (Eq. 4)."""
+        ...
+
     def prepared(self, make: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``make`` makes of the weights, kept until they change."""
         ...
@@ -86,6 +91,11 @@ class Operator(Protocol):
         problem = "does not say its gradient" if self.learns else "has no weights"
         raise NotImplementedError(f"{self.name} {problem}")
 
+    def backward_bias(self, grad: Tensor, total: Tensor | None) -> Tensor:
+        """``total`` + ∂L/∂b: ∂L/∂I summed over time, batch and pixels."""
+        own = grad.sum([d for d in range(grad.dim()) if d != 2])
+        return own if total is None else total.add_(own)
+
     def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
         """How many synapses each input drives, given those that each output does (``targets``)."""
         return targets
@@ -112,6 +122,13 @@ def per_image(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return whole
 
 
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """``y`` (T, B, C, …) + b of each channel, in its memory."""
+    if bias is None:
+        return y
+    return y.add_(bias.view(-1, *[1] * (y.dim() - 3)))
+
+
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """Both of a kernel's sizes, where one may stand for both."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
@@ -122,6 +139,7 @@ __all__ = [
     "Operator",
     "Site",
     "Value",
+    "add_bias",
     "dense",
     "few_events",
     "pair",

@@ -31,15 +31,18 @@ class Spike(torch.autograd.Function):
 class LiteralNeuron(nn.Module):
     """Eq. 2 with the surrogate of Eq. 11, 13 or 14; V and λ are parameters."""
 
-    def __init__(self, threshold, leak, kind, alpha, beta, over_threshold, temporal_gradient):
-        """Start with U = 0, no spike, S = −∞."""
+    def __init__(
+        self, threshold, leak, kind, alpha, beta, over_threshold, temporal_gradient, initial=0.0
+    ):
+        """Start with U = f·V, no spike, S = −∞."""
         super().__init__()
         self.threshold = nn.Parameter(torch.tensor(threshold, dtype=torch.float64))
         self.leak = nn.Parameter(torch.tensor(leak, dtype=torch.float64))
         self.kind, self.alpha, self.beta = kind, alpha, beta
         self.over_threshold, self.temporal_gradient = over_threshold, temporal_gradient
         self.t = 0
-        self.membrane = self.spikes = torch.tensor(0.0, dtype=torch.float64)
+        self.membrane = initial * self.threshold
+        self.spikes = torch.tensor(0.0, dtype=torch.float64)
         self.latest = torch.tensor(-torch.inf, dtype=torch.float64)
         self.train_of_spikes: list[Tensor] = []
 
@@ -100,7 +103,7 @@ class Literal:
         thresholds: place of each ReLU → V.
         leak: λ.
         masks: place of each dropout → mask; those not named are left out.
-        surrogate: kind, alpha, beta, over_threshold, temporal_gradient.
+        surrogate: kind, alpha, beta, over_threshold, temporal_gradient, initial (f of U_0 = f·V).
     """
 
     def __init__(self, ann, thresholds, leak=1.0, masks=None, **surrogate):
