@@ -5,8 +5,7 @@ with the layer's name and the remedy of ``REMEDIES`` or ``CALL_REMEDIES``.
 """
 
 import operator as python
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,16 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .graph import INPUT, Node
-from .operators import Operator
+from .operators import Operator, pair
 from .operators.boundary import Input
+from .operators.diagonal import Diagonal
+from .operators.joining import Concatenation
 from .operators.shaping import Flatten, Sum
 from .operators.table import kind_of, kinds, operator_for
+from .traced import ConversionError, Rewriting, shape_of, where
 from .tracing import BATCH, TracingError, place, trace
-
-
-class ConversionError(ValueError):
-    """A network that cannot be converted; the message names the layer and the remedy."""
-
+from .weights import fold
 
 _NORM = "train without it (stdb.build gives networks that do), or fold it into the weights"
 _POOL = "use nn.AvgPool2d and train again"
@@ -76,44 +74,6 @@ CALL_REMEDIES: dict[Any, str] = {
 }
 
 
-@dataclass
-class Rewriting:
-    """A traced network on its way to a graph.
-
-    Attributes:
-        modules: the network's, by name.
-        nodes: those that there are so far, in the order of a step.
-        index: traced operation → its node, or the one that it passes on.
-        problems: what has no spiking form, a line each.
-    """
-
-    modules: Mapping[str, nn.Module]
-    nodes: list[Node] = field(default_factory=list)
-    index: dict[fx.Node, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def sources(self, call: fx.Node) -> tuple[int, ...]:
-        """The nodes whose values an operation takes."""
-        arguments = [*call.args, *call.kwargs.values()]
-        return tuple(self.index[a] for a in arguments if isinstance(a, fx.Node) and a in self.index)
-
-    def add(self, call: fx.Node, node: Node | int) -> None:
-        """A new node for an operation, or the node that it passes on."""
-        if isinstance(node, int):
-            self.index[call] = node
-        else:
-            self.index[call] = len(self.nodes)
-            self.nodes.append(node)
-
-    def refuse(self) -> None:
-        """Say all problems at once, where there are any."""
-        if len(self.problems) > 1:
-            places = "\n".join(f"- {problem}" for problem in self.problems)
-            raise ConversionError(f"{len(self.problems)} places have no spiking form:\n{places}")
-        if self.problems:
-            raise ConversionError(self.problems[0])
-
-
 Rule = Callable[[Rewriting, fx.Node], Node | int]
 
 
@@ -123,13 +83,12 @@ def rewrite(net: nn.Module, example: Tensor | None = None) -> tuple[list[Node], 
     Raises:
         ConversionError: names every operation that has no spiking form, and the remedy.
     """
-    rewriting = Rewriting(dict(net.named_modules()))
     try:
         calls = trace(net, example)
     except TracingError as error:
-        rewriting.problems = [*_refused_modules(net), str(error)]
-        rewriting.refuse()
+        Rewriting(net, (), problems=[*_refused_modules(net), str(error)]).refuse()
         raise
+    rewriting = Rewriting(net, calls)
     result: fx.Node | None = None
     for call in calls:
         if call.op == "placeholder":
@@ -167,17 +126,9 @@ def _rewrite_call(rewriting: Rewriting, call: fx.Node) -> Node | int:
         return CALLS[call.target](rewriting, call)
     name = getattr(call.target, "__name__", str(call.target))
     raise ConversionError(
-        f"{_where(call)} calls {name}, which has no spiking form; "
+        f"{where(call)} calls {name}, which has no spiking form; "
         f"{CALL_REMEDIES.get(call.target, f'allowed: {_allowed()}')}"
     )
-
-
-def _where(call: fx.Node) -> str:
-    """The operation's name, and whose forward method has it."""
-    stack = call.meta.get("nn_module_stack") or {}
-    path, kind = next(reversed(stack.values()), ("", None))
-    path = str(path).removeprefix("net").removeprefix(".")
-    return f"{call.name} (in forward{f' of {path}' if path and kind else ''})"
 
 
 # -- modules ---------------------------------------------------------------------------------------
@@ -191,7 +142,8 @@ def _refused_modules(net: nn.Module) -> list[str]:
         of_torch = kind.__module__.partition(".")[0] == "torch"
         if of_torch and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             try:
-                _operator_of(name, module)
+                if kind not in MODULES:
+                    _operator_of(name, module)
             except ConversionError as error:
                 problems.append(str(error))
     return problems
@@ -199,7 +151,10 @@ def _refused_modules(net: nn.Module) -> list[str]:
 
 def _rewrite_module(rewriting: Rewriting, call: fx.Node) -> Node | int:
     name = place(call)
-    operator = _operator_of(name, rewriting.modules[name])
+    module = rewriting.net.get_submodule(name)
+    if kind_of(module) in MODULES:
+        return MODULES[kind_of(module)](rewriting, call)
+    operator = _operator_of(name, module)
     if operator is None:
         return rewriting.sources(call)[0]
     return Node(name, operator, rewriting.sources(call), path=name)
@@ -253,11 +208,11 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
 
 def _add(rewriting: Rewriting, call: fx.Node) -> Node:
     """A sum of branches."""
-    where, sources = _where(call), rewriting.sources(call)
+    sources = rewriting.sources(call)
     if call.kwargs.get("alpha", 1) != 1:
-        raise ConversionError(f"{where} adds with alpha; allowed: a plain sum of branches")
+        raise ConversionError(f"{where(call)} adds with alpha; allowed: a plain sum of branches")
     if len(sources) != 2:
-        raise ConversionError(f"{where} adds a constant, which is a bias; train without it")
+        raise ConversionError(f"{where(call)} adds a constant; allowed: a bias of a layer")
     return Node(call.name, Sum(), sources)
 
 
@@ -269,24 +224,151 @@ def _reshape(rewriting: Rewriting, call: fx.Node) -> Node | int:
         return rewriting.index[source]
     if after == (BATCH, before[1:].numel()):
         return Node(call.name, Flatten(), (rewriting.index[source],))
-    raise ConversionError(f"{_where(call)} makes {_images(after)} of {_images(before)}; {_FLATTEN}")
-
-
-def _images(shape: torch.Size) -> str:
-    """A batch's shape, for a message."""
-    return f"({', '.join('B' if n == BATCH else str(n) for n in shape)})"
-
-
-def _relu(_: Rewriting, call: fx.Node) -> Node:
     raise ConversionError(
-        f"{_where(call)} is a functional relu, which cannot carry a spiking neuron's "
-        "state; make it an nn.ReLU module of its own"
+        f"{where(call)} makes {shape_of(after)} of {shape_of(before)}; {_FLATTEN}"
     )
 
 
+def _concatenate(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """torch.cat(branches, 1)."""
+    branches = call.args[0] if call.args else call.kwargs["tensors"]
+    dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0)
+    values = [b.meta["value"] for b in branches]  # type: ignore[union-attr]
+    if not isinstance(dim, int) or dim % values[0].dim() != 1:
+        raise ConversionError(f"{where(call)} joins along dimension {dim}; allowed: the channels")
+    sources = tuple(rewriting.index[b] for b in branches)  # type: ignore[union-attr,index]
+    return rewriting.put(call, Concatenation([v.shape[1] for v in values]), sources)
+
+
+# -- neurons ---------------------------------------------------------------------------------------
+
+
+def _relu(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """A relu: a layer of neurons for each call; nothing on what cannot be negative."""
+    source = rewriting.source(call)
+    if _is_positive(rewriting, source):
+        return source
+    if call.op == "call_module":
+        name = place(call)
+        first = next(c for c in rewriting.calls if c.op == "call_module" and place(c) == name)
+        if first is call:
+            return Node(name, _neuron(), (source,), path=name)
+    return rewriting.put(call, nn.ReLU(), (source,))
+
+
+def _neuron() -> Operator:
+    operator = operator_for(nn.ReLU)
+    assert operator is not None
+    return operator
+
+
+def _is_positive(rewriting: Rewriting, i: int) -> bool:
+    """Whether a value is never negative: spikes, and their averages, side by side or summed."""
+    node = rewriting.nodes[i]
+    if node.operator.fires:
+        return True
+    keeps = not node.operator.learns and bool(node.inputs)
+    return keeps and all(_is_positive(rewriting, j) for j in node.inputs)
+
+
+def _softmax(rewriting: Rewriting, call: fx.Node) -> int:
+    """Left out at the end: what it is of is what is compared."""
+    if any(reader.op != "output" for reader in rewriting.readers(call)):
+        raise ConversionError(f"{where(call)} is a softmax inside; {_OUTPUT}")
+    return rewriting.source(call)
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+def _batch_norm(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """A batch norm: folded into the layer below it, or a scale and shift in its place.
+
+    From the running statistics: g = γ/√(σ² + ε), W' = g·W, b' = β + g·(b − μ).
+    """
+    name = place(call)
+    norm: Any = rewriting.net.get_submodule(name)
+    if norm.running_mean is None:
+        raise ConversionError(
+            f"layer {name} keeps no running statistics; train it with track_running_stats=True"
+        )
+    with torch.no_grad():
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        shift = -scale * norm.running_mean.double()
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+    below = call.all_input_nodes[0]
+    if below.op == "call_module" and rewriting.readers(below) == [call]:
+        module = rewriting.net.get_submodule(place(below))
+        operator = operator_for(kind_of(module))
+        if operator is not None and operator.learns and rewriting.called(place(below)) == 1:
+            fold(module, scale, shift)
+            return rewriting.index[below]
+    like = norm.running_mean
+    diagonal = Diagonal(len(scale)).to(like.device, like.dtype)
+    with torch.no_grad():
+        diagonal.weight.copy_(scale)
+        diagonal.bias.copy_(shift)  # type: ignore[union-attr]
+    rewriting.net.set_submodule(name, diagonal)
+    operator = operator_for(Diagonal)
+    assert operator is not None
+    return Node(name, operator, (rewriting.source(call),), path=name)
+
+
+def _dropout(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """F.dropout, with the rate that it has in training."""
+    rate = call.kwargs.get("p", call.args[1] if len(call.args) > 1 else 0.5)
+    return rewriting.put(call, nn.Dropout(float(rate)), (rewriting.source(call),))  # type: ignore[arg-type]
+
+
+def _average_pool(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """F.avg_pool2d."""
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+    settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
+    settings.pop("input", None)
+    return rewriting.put(call, nn.AvgPool2d(**settings), (rewriting.source(call),))
+
+
+def _mean(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """x.mean((2, 3)): a global average, and flat where the dimensions go."""
+    before, after = call.all_input_nodes[0].meta["value"].shape, call.meta["value"].shape
+    if len(before) != 4 or after[:2] != before[:2] or after[2:].numel() != 1:
+        raise ConversionError(
+            f"{where(call)} makes {shape_of(after)} of {shape_of(before)}; allowed: the mean of "
+            "height and width"
+        )
+    node = rewriting.put(call, nn.AdaptiveAvgPool2d(1), (rewriting.source(call),))
+    if len(after) == 4:
+        return node
+    rewriting.nodes.append(node)
+    return Node(f"{node.name}_flat", Flatten(), (len(rewriting.nodes) - 1,))
+
+
+def _adaptive_average(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """F.adaptive_avg_pool2d."""
+    size: Any = call.kwargs.get("output_size", call.args[1] if len(call.args) > 1 else None)
+    return rewriting.put(call, nn.AdaptiveAvgPool2d(pair(size)), (rewriting.source(call),))
+
+
+MODULES: dict[type[nn.Module], Rule] = {
+    nn.ReLU: _relu,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.SyncBatchNorm: _batch_norm,
+    nn.Softmax: _softmax,
+    nn.LogSoftmax: _softmax,
+}
 CALLS: dict[Any, Rule] = {
     **dict.fromkeys((python.add, python.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((torch.flatten, "flatten", "view", "reshape", torch.reshape), _reshape),
     **dict.fromkeys((torch.squeeze, "squeeze", "contiguous", "clone"), _reshape),
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu),
+    **dict.fromkeys((F.softmax, F.log_softmax, torch.softmax, "softmax", "log_softmax"), _softmax),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenate),
+    **dict.fromkeys((torch.mean, "mean"), _mean),
+    F.dropout: _dropout,
+    F.avg_pool2d: _average_pool,
+    F.adaptive_avg_pool2d: _adaptive_average,
 }

@@ -74,6 +74,25 @@ def scale_weight(module: nn.Module, factor: float) -> None:
         )
 
 
+@torch.no_grad()
+def fold(module: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """W ← g·W, b ← shift + g·b, for each output channel; computed weights become plain.
+
+    Args:
+        module: a layer whose weights have the output channels first.
+        scale: g, (C,) float64.
+        shift: (C,) float64.
+    """
+    make_plain(module)
+    weight, bias = weight_of(module), bias_of(module)
+    weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.dim() - 1)))
+    whole = shift if bias is None else shift + scale * bias.double()
+    if bias is None:
+        module.register_parameter("bias", nn.Parameter(whole.to(weight)))
+    else:
+        bias.copy_(whole)
+
+
 def inner_copies(net: nn.Module) -> dict[int, Any]:
     """Copies of the computed tensors that modules hold, a ``memo`` for ``copy.deepcopy``.
 
@@ -92,22 +111,28 @@ def plain_copy(net: nn.Module) -> nn.Module:
     """A copy whose computed weights are plain parameters, as files and other programs want them."""
     net = copy.deepcopy(net, inner_copies(net))
     for module in net.modules():
-        values = {
-            name: value.clone()
-            for name in ("weight", "bias")
-            if is_computed(module, name) and (value := _now(module, name)) is not None
-        }
-        if parametrize.is_parametrized(module):
-            # torch's remove_parametrizations changes the class, which the original shares
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-        for name, value in values.items():
-            hooks = module._forward_pre_hooks
-            for key in [k for k, hook in hooks.items() if isinstance(hook, HOOKS)]:
-                del hooks[key]
-            for table in (module._parameters, module._buffers):
-                for leaf in [n for n in table if n.startswith(f"{name}_")]:
-                    del table[leaf]
-            vars(module).pop(name, None)
-            module.register_parameter(name, nn.Parameter(value))
+        make_plain(module)
     return net
+
+
+@torch.no_grad()
+def make_plain(module: nn.Module) -> None:
+    """Make computed weights and biases of a layer plain parameters, in place."""
+    values = {
+        name: value.clone()
+        for name in ("weight", "bias")
+        if is_computed(module, name) and (value := _now(module, name)) is not None
+    }
+    if parametrize.is_parametrized(module):
+        # torch's remove_parametrizations changes the class, which a copy's original shares
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+    for name, value in values.items():
+        hooks = module._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, HOOKS)]:
+            del hooks[key]
+        for table in (module._parameters, module._buffers):
+            for leaf in [n for n in table if n.startswith(f"{name}_")]:
+                del table[leaf]
+        vars(module).pop(name, None)
+        module.register_parameter(name, nn.Parameter(value))

@@ -96,7 +96,7 @@ class Operator(Protocol):
         own = grad.sum([d for d in range(grad.dim()) if d != 2])
         return own if total is None else total.add_(own)
 
-    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """How many synapses each input drives, given those that each output does (``targets``)."""
         return targets
 

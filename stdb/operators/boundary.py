@@ -21,6 +21,6 @@ class Neuron(Operator):
     kinds: ClassVar = {nn.ReLU: ()}
     fires = True
 
-    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """A current drives its neuron."""
         return torch.ones_like(targets)

@@ -89,7 +89,7 @@ class Convolution(Operator):
             grad_weight = grad_weight.to(site.weight.dtype)
         return grad_weight if total is None else total.add_(grad_weight)
 
-    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """How many outputs each input drives: borders and strides make them differ."""
         groups = module.groups  # within one, all inputs drive all outputs
         driven: Tensor = conv2d_input(

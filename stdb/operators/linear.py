@@ -51,6 +51,6 @@ class FullyConnected(Operator):
         grad_weight = (rows @ columns).to(site.weight.dtype)
         return grad_weight if total is None else total.add_(grad_weight)
 
-    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """Every input drives every output."""
         return targets.new_full(shape, float(module.out_features))

@@ -6,8 +6,10 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from . import Operator
 from .boundary import Input, Neuron
 from .convolution import Convolution
+from .diagonal import Scale
+from .joining import Concat
 from .linear import FullyConnected
-from .pooling import AveragePool
+from .pooling import AdaptiveAveragePool, AveragePool
 from .shaping import Dropout, Flatten, Sum
 
 OPERATORS: dict[str, Operator] = {
@@ -18,9 +20,12 @@ OPERATORS: dict[str, Operator] = {
         FullyConnected(),
         Neuron(),
         AveragePool(),
+        AdaptiveAveragePool(),
         Dropout(),
         Flatten(),
         Sum(),
+        Scale(),
+        Concat(),
     )
 }
 
