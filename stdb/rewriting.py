@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from .graph import INPUT, Node
 from .operators import Operator, pair
 from .operators.boundary import Input
+from .operators.cutting import Pad, Slice
 from .operators.diagonal import Diagonal
 from .operators.joining import Concatenation
 from .operators.shaping import Flatten, Sum
@@ -352,6 +353,34 @@ def _adaptive_average(rewriting: Rewriting, call: fx.Node) -> Node | int:
     return rewriting.put(call, nn.AdaptiveAvgPool2d(pair(size)), (rewriting.source(call),))
 
 
+def _slice(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """x[:, a:b, ::2, ::2]: a part of the channels, of the rows, of the columns."""
+    index: Any = call.args[1]
+    index = index if isinstance(index, tuple) else (index,)
+    value = call.all_input_nodes[0].meta["value"]
+    if Ellipsis in index:
+        k = index.index(Ellipsis)
+        missing = value.dim() - len(index) + 1
+        index = (*index[:k], *[slice(None)] * missing, *index[k + 1 :])
+    index = (*index, *[slice(None)] * (value.dim() - len(index)))
+    if not all(isinstance(part, slice) for part in index) or index[0] != slice(None):
+        raise ConversionError(f"{where(call)} picks {index}; allowed: slices behind the batch")
+    parts = [(part.start, part.stop, part.step) for part in index[1:]]
+    return rewriting.put(call, Slice(parts), (rewriting.source(call),))
+
+
+def _pad(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """F.pad with zeros."""
+    names = ("input", "pad", "mode", "value")
+    settings: Any = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    if settings.get("mode", "constant") != "constant" or settings.get("value"):
+        raise ConversionError(f"{where(call)} pads with other than zeros; allowed: zeros")
+    widths = settings["pad"]
+    if len(widths) > 2 * (call.meta["value"].dim() - 1):
+        raise ConversionError(f"{where(call)} pads the batch; allowed: channels, rows, columns")
+    return rewriting.put(call, Pad(widths), (rewriting.source(call),))
+
+
 MODULES: dict[type[nn.Module], Rule] = {
     nn.ReLU: _relu,
     nn.BatchNorm1d: _batch_norm,
@@ -368,6 +397,8 @@ CALLS: dict[Any, Rule] = {
     **dict.fromkeys((F.softmax, F.log_softmax, torch.softmax, "softmax", "log_softmax"), _softmax),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenate),
     **dict.fromkeys((torch.mean, "mean"), _mean),
+    python.getitem: _slice,
+    F.pad: _pad,
     F.dropout: _dropout,
     F.avg_pool2d: _average_pool,
     F.adaptive_avg_pool2d: _adaptive_average,

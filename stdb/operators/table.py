@@ -6,6 +6,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from . import Operator
 from .boundary import Input, Neuron
 from .convolution import Convolution
+from .cutting import Padding, Slicing
 from .diagonal import Scale
 from .joining import Concat
 from .linear import FullyConnected
@@ -26,6 +27,8 @@ OPERATORS: dict[str, Operator] = {
         Sum(),
         Scale(),
         Concat(),
+        Slicing(),
+        Padding(),
     )
 }
 
