@@ -90,6 +90,8 @@ def balance_thresholds(
                         "steps, or look at the ANN's weights and the layers below it"
                     )
             thresholds[labels[i]] = value
+            if snn.has_units:  # the weights above see spikes that stand for so much
+                snn.set_thresholds(dict.fromkeys(snn.thresholds, 1.0) | thresholds, balanced=())
             last = position == len(snn.graph.neurons) - 1
             for batch in batches:
                 batch.finish(i, value, timesteps, last)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .backward import Steps
-from .encoding import Encoder, check_images
+from .encoding import DirectEncoder, Encoder, check_images
 from .graph import Graph
 from .neuron import SpikingNeuron
 from .operators import Value
 from .presentation import Presentation, default_chunk
 from .randomness import sample_keys
 from .rewriting import check_module
-from .weights import inner_copies, scale_weight
+from .units import change_unit
+from .weights import bias_of, inner_copies, scale_bias, scale_weight
 
 Observer = Callable[[Presentation, str, Value], None]
 
@@ -101,7 +102,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: pixels out of range, a threshold that is not a positive number.
         """
-        check_images(images)
+        check_images(images, bounded=not isinstance(self.encoder, DirectEncoder))
         if sample_ids is None:
             sample_ids = torch.arange(len(images), device=images.device)
         if sample_ids.shape != images.shape[:1]:
@@ -290,11 +291,24 @@ class SpikingNetwork(nn.Module):
                 raise ValueError(f"the threshold of {name} is {value}; allowed: a positive number")
         chosen = set(neurons) if balanced is None else set(balanced)
         with torch.no_grad():
-            for name, neuron in neurons.items():
-                neuron.threshold.fill_(thresholds[name])
+            for i, (name, neuron) in zip(self.graph.neurons, neurons.items(), strict=True):
+                self._set_threshold(i, neuron, thresholds[name])
                 neuron.balanced_threshold.fill_(
                     thresholds[name] if name in chosen else float("nan")
                 )
+
+    @property
+    def has_units(self) -> bool:
+        """Whether weights hold what spikes stand for, as a bias needs; see :mod:`stdb.units`."""
+        modules = (self.module(i) for i, n in enumerate(self.graph.nodes) if n.operator.learns)
+        return any(bias_of(module) is not None for module in modules)
+
+    def _set_threshold(self, i: int, neuron: SpikingNeuron, value: float) -> None:
+        """V of a layer, and with it what its spikes stand for, where weights hold that."""
+        neuron.threshold.fill_(value)
+        if self.has_units:
+            change_unit(self.graph, self.net, i, value / neuron.unit)
+            neuron.unit = value
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -318,9 +332,9 @@ class SpikingNetwork(nn.Module):
         """
         if not 0 < factor < float("inf"):
             raise ValueError(f"the threshold scale is {factor}; allowed: a positive number")
-        for neuron in self.neurons.values():
+        for i, neuron in zip(self.graph.neurons, self.neurons.values(), strict=True):
             if not neuron.balanced_threshold.isnan():
-                neuron.threshold.copy_(neuron.balanced_threshold * factor)
+                self._set_threshold(i, neuron, (neuron.balanced_threshold * factor).item())
 
     @torch.no_grad()
     def scale_output(self, factor: float) -> None:
@@ -342,3 +356,4 @@ class SpikingNetwork(nn.Module):
                 waiting += node.inputs
         for name in scaled:
             scale_weight(self.net.get_submodule(name), factor)
+            scale_bias(self.net.get_submodule(name), factor)

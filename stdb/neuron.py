@@ -25,6 +25,7 @@ class SpikingNeuron(nn.Module):
             literally has none).
         initial_membrane: f in [0, 1): U_0 = f·V. With ½ the floor of a spike count becomes a
             rounding.
+        unit: A, what a spike stands for; the weights above hold it (:mod:`stdb.units`).
 
     ``balanced_threshold`` is V as Algorithm 1 found it, NaN where none was; scaling is relative to
     it. Set ``requires_grad`` of ``threshold`` or ``leak`` to learn them.
@@ -41,8 +42,10 @@ class SpikingNeuron(nn.Module):
         surrogate: Surrogate = STDB(),  # noqa: B008 (frozen)
         temporal_gradient: bool = True,
         initial_membrane: float = 0.0,
+        unit: float = 1.0,
     ) -> None:
         super().__init__()
+        self.unit = unit
         self.initial_membrane = initial_membrane
         if not 0 < leak <= 1:
             raise ValueError(f"leak is {leak}; allowed: above 0, at most 1 (1 is the IF neuron)")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .graph import INPUT, Node
+from .graph import INPUT, Graph, Node
 from .operators import Operator, pair
 from .operators.boundary import Input
 from .operators.cutting import Pad, Slice
@@ -22,6 +22,7 @@ from .operators.shaping import Flatten, Sum
 from .operators.table import kind_of, kinds, operator_for
 from .traced import ConversionError, Rewriting, shape_of, where
 from .tracing import BATCH, TracingError, place, trace
+from .units import ONE, origins
 from .weights import fold
 
 _NORM = "train without it (stdb.build gives networks that do), or fold it into the weights"
@@ -214,7 +215,21 @@ def _add(rewriting: Rewriting, call: fx.Node) -> Node:
         raise ConversionError(f"{where(call)} adds with alpha; allowed: a plain sum of branches")
     if len(sources) != 2:
         raise ConversionError(f"{where(call)} adds a constant; allowed: a bias of a layer")
+    if rewriting.has_units:
+        sources = tuple(_in_unit_one(rewriting, call, k, j) for k, j in enumerate(sources))
     return Node(call.name, Sum(), sources)
+
+
+def _in_unit_one(rewriting: Rewriting, call: fx.Node, position: int, source: int) -> int:
+    """A branch of spikes, such as an identity shortcut, behind a diagonal that holds their unit."""
+    graph = Graph(rewriting.nodes)
+    if bool((origins(graph, rewriting.net, source) == ONE).all()):
+        return source
+    value = call.all_input_nodes[min(position, len(call.all_input_nodes) - 1)].meta["value"]
+    like = next(p for p in rewriting.net.parameters() if p.is_floating_point())
+    diagonal = Diagonal(value.shape[1], bias=False).to(like.device, like.dtype)
+    rewriting.nodes.append(rewriting.put(call, diagonal, (source,), "_unit"))
+    return len(rewriting.nodes) - 1
 
 
 def _reshape(rewriting: Rewriting, call: fx.Node) -> Node | int:

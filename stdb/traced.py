@@ -50,6 +50,15 @@ class Rewriting:
         """The node of the one value that an operation takes."""
         return self.index[call.all_input_nodes[0]]
 
+    @property
+    def has_units(self) -> bool:
+        """Whether a layer that is called has a bias, or is a batch norm: no network of §2.3's."""
+        called = {place(c) for c in self.calls if c.op == "call_module"}
+        modules = [self.net.get_submodule(path) for path in called]
+        return any(getattr(module, "bias", None) is not None for module in modules) or any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules
+        )
+
     def readers(self, call: fx.Node) -> list[fx.Node]:
         """The operations that take its value, as far as the result depends on them."""
         return [other for other in self.calls if call in other.all_input_nodes]
@@ -58,9 +67,11 @@ class Rewriting:
         """How often a module is called."""
         return sum(c.op == "call_module" and place(c) == path for c in self.calls)
 
-    def put(self, call: fx.Node, module: nn.Module, inputs: tuple[int, ...]) -> Node:
+    def put(
+        self, call: fx.Node, module: nn.Module, inputs: tuple[int, ...], suffix: str = ""
+    ) -> Node:
         """A module of our own for an operation, in the tree, under a name that is free."""
-        name = call.name.removeprefix("net_")
+        name = call.name.removeprefix("net_") + suffix
         known = dict(self.net.named_modules())
         while name in known or hasattr(self.net, name):
             name += "_"

@@ -75,6 +75,16 @@ def scale_weight(module: nn.Module, factor: float) -> None:
 
 
 @torch.no_grad()
+def scale_bias(module: nn.Module, factor: float) -> None:
+    """Multiply a layer's bias, where it has one."""
+    if bias_of(module) is None:
+        return
+    if is_computed(module, "bias"):
+        make_plain(module)
+    module.get_parameter("bias").mul_(factor)
+
+
+@torch.no_grad()
 def fold(module: nn.Module, scale: Tensor, shift: Tensor) -> None:
     """W ← g·W, b ← shift + g·b, for each output channel; computed weights become plain.
 
