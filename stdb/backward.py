@@ -16,6 +16,7 @@ from . import kernels
 from .kernels import bits
 from .kernels.layout import from_matrix, to_layout, to_matrix
 from .operators import Gradient, Value, dense
+from .operators.maximum import Carry, MaxPool
 from .presentation import Chunk, Presentation
 from .spikes import Spikes
 from .surrogate import STDB
@@ -90,6 +91,7 @@ class BackwardWalk:
         self.gradients: dict[int, Any] = {
             id(p): None if p.dim() else torch.zeros_like(p) for p in parameters
         }
+        self.pooled: dict[int, Carry] = {}  # max-pooling node → what the chunk after it gave
         self.carry: dict[int, Tensor] = {}  # neuron node → ∂L/∂U of the step after the chunk
 
     def run(self, tape: list[Chunk]) -> list[Tensor]:
@@ -112,8 +114,11 @@ class BackwardWalk:
         for i in reversed(graph.body):
             if i in grads:
                 grad = grads.pop(i)
-                if graph.nodes[i].operator.fires:
+                operator = graph.nodes[i].operator
+                if operator.fires:
                     self._walk_neuron(i, grad, chunk, values, grads)
+                elif isinstance(operator, MaxPool):
+                    self._walk_max_pool(i, operator, dense(grad), chunk, values, grads)
                 else:
                     self._walk_operator(i, grad, chunk, values, grads)
             values.pop(i, None)
@@ -148,6 +153,23 @@ class BackwardWalk:
                 shape = self.presentation.shapes[j][1:]
                 _pass_on(grads, j, node.operator.backward_input(site, grad, position, shape))
 
+    def _walk_max_pool(
+        self,
+        i: int,
+        pool: MaxPool,
+        grad: Tensor,
+        chunk: Chunk,
+        values: dict[int, Value],
+        grads: dict[int, Gradient],
+    ) -> None:
+        """Go on from the gradient of what max-pooling passed on to that of its currents."""
+        (source,) = self.graph.nodes[i].inputs
+        x = dense(self._recompute(source, chunk, values))
+        x = x.expand(chunk.steps, *x.shape[1:])
+        module, before = self.sites[i].module, chunk.sums[i]
+        below, self.pooled[i] = pool.backpropagate(module, grad, x, before, self.pooled.get(i))
+        _pass_on(grads, source, below)
+
     def _walk_encoder(self, grad: Tensor, chunk: Chunk) -> None:
         """Go on from the gradient of the input to that of the images, straight or by autograd."""
         presentation = self.presentation
@@ -172,6 +194,11 @@ class BackwardWalk:
             node, presentation = self.graph.nodes[i], self.presentation
             if not node.inputs:
                 values[i] = presentation.encode(chunk.start, chunk.start + chunk.steps)
+            elif isinstance(node.operator, MaxPool):
+                x = dense(self._recompute(node.inputs[0], chunk, values))
+                x = x.expand(chunk.steps, *x.shape[1:])
+                total = chunk.sums[i].clone()
+                values[i] = node.operator.accumulate(presentation.sites[i].module, x, total)
             elif node.operator.fires:
                 shape = torch.Size((chunk.steps, *presentation.shapes[i]))
                 values[i] = Spikes(chunk.bits[i], shape, presentation.membrane[i].dtype)

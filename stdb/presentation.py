@@ -16,6 +16,7 @@ from . import kernels
 from .graph import INPUT
 from .kernels.layout import from_matrix, to_matrix
 from .operators import Value, dense
+from .operators.maximum import MaxPool
 from .operators.shaping import Dropout
 from .randomness import dropout_mask
 from .spikes import Spikes
@@ -45,6 +46,7 @@ class Chunk:
         bits: neuron node → its spikes.
         last_spike: neuron node → (M,) latest spike times before the chunk.
         membrane: neuron node → (M,) membrane potentials before the chunk.
+        sums: max-pooling node → (B, …) currents summed over the steps before the chunk.
     """
 
     start: int
@@ -53,6 +55,7 @@ class Chunk:
     bits: dict[int, Tensor] = field(default_factory=dict)
     last_spike: dict[int, Tensor] = field(default_factory=dict)
     membrane: dict[int, Tensor] = field(default_factory=dict)
+    sums: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -108,6 +111,7 @@ class Presentation:
         t: the number of steps so far.
         logits: U_t of the output layer (B, classes), None before the first step.
         membrane: neuron node → (M,) U_t.
+        sums: max-pooling node → (B, …) currents summed so far.
         last_spike: neuron node → (M,) int16, when each neuron spiked last; 0: never.
         threshold: neuron node → V.
         leak: neuron node → λ.
@@ -127,6 +131,7 @@ class Presentation:
         self.logits: Tensor | None = None
         self.sites = [_Site(network.module(i), network.precision) for i in range(len(graph.nodes))]
         self.membrane: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}
         self.last_spike: dict[int, Tensor] = {}
         self.ages_known = True  # steps without gradient don't note spike times
         self.shapes: dict[int, torch.Size] = {}  # (B, …) of every node's value
@@ -296,6 +301,8 @@ class Presentation:
             node = graph.nodes[i]
             if not node.inputs:
                 values[i] = self.encode(chunk.start, chunk.start + chunk.steps)
+            elif isinstance(node.operator, MaxPool):
+                values[i] = self._pool(i, node.operator, values[node.inputs[0]], chunk, keep)
             elif node.operator.fires:
                 source = node.inputs[0]
                 values[i] = self._fire(i, dense(values[source]), chunk, keep, graph.shared(source))
@@ -307,6 +314,16 @@ class Presentation:
                 if graph.last_use[j] == i and j not in graph.entries:
                     values.pop(j, None)
         return values
+
+    def _pool(self, i: int, pool: MaxPool, value: Value, chunk: Chunk, keep: bool) -> Tensor:
+        """What max-pooling passes on; the sums are updated."""
+        x = dense(value)
+        if i not in self.sums:
+            self.sums[i] = torch.zeros_like(x[0])
+        if keep:
+            chunk.sums[i] = self.sums[i].clone()
+        x = x.expand(chunk.steps, *x.shape[1:])
+        return pool.accumulate(self.sites[i].module, x, self.sums[i])
 
     def _show(self, i: int, value: Value, steps: int) -> None:
         """Show the input or a layer's spikes to the network's observers."""

@@ -4,8 +4,10 @@ Modules are looked up in the table of operators, calls in ``CALLS``; what neithe
 with the layer's name and the remedy of ``REMEDIES`` or ``CALL_REMEDIES``.
 """
 
+import copy
 import operator as python
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ from .operators import Operator, pair
 from .operators.boundary import Input
 from .operators.cutting import Pad, Slice
 from .operators.diagonal import Diagonal
-from .operators.joining import Concatenation
-from .operators.shaping import Flatten, Sum
+from .operators.joining import Concat, Concatenation
+from .operators.shaping import Dropout, Flatten, Sum
 from .operators.table import kind_of, kinds, operator_for
 from .traced import ConversionError, Rewriting, shape_of, where
 from .tracing import BATCH, TracingError, place, trace
@@ -33,7 +35,6 @@ REMEDIES: dict[type[nn.Module], str] = {
     nn.modules.batchnorm._BatchNorm: _NORM,
     nn.LayerNorm: _NORM,
     nn.GroupNorm: _NORM,
-    nn.MaxPool2d: _POOL,
     nn.AdaptiveAvgPool2d: "use nn.AvgPool2d with the kernel size that your image size gives",
     nn.AdaptiveMaxPool2d: _POOL,
     **dict.fromkeys(
@@ -68,12 +69,7 @@ REMEDIES: dict[type[nn.Module], str] = {
     nn.Dropout2d: "use nn.Dropout",
 }
 _FLATTEN = "allowed: all but the batch flat, as torch.flatten(x, 1)"
-CALL_REMEDIES: dict[Any, str] = {
-    F.max_pool2d: "use an nn.AvgPool2d module and train again",
-    F.avg_pool2d: "make it an nn.AvgPool2d module",
-    F.dropout: "make it an nn.Dropout module",
-    F.adaptive_avg_pool2d: "make it an nn.AvgPool2d module",
-}
+CALL_REMEDIES: dict[Any, str] = {}
 
 
 Rule = Callable[[Rewriting, fx.Node], Node | int]
@@ -108,7 +104,21 @@ def rewrite(net: nn.Module, example: Tensor | None = None) -> tuple[list[Node], 
                     rewriting.problems.append(str(error))
                 rewriting.add(call, next(iter(rewriting.sources(call)), 0))
     rewriting.refuse()
-    return rewriting.nodes, None if result is None else rewriting.index.get(result)
+    return _alive(rewriting.nodes, None if result is None else rewriting.index.get(result))
+
+
+def _alive(nodes: list[Node], result: int | None) -> tuple[list[Node], int | None]:
+    """The nodes that the result depends on: a relu that moved behind a pooling is no more."""
+    if result is None:
+        return nodes, None
+    alive = {0, result}
+    for i in reversed(range(len(nodes))):
+        if i in alive:
+            alive.update(nodes[i].inputs)
+    kept = sorted(alive)
+    place_of = {i: k for k, i in enumerate(kept)}
+    moved = [replace(nodes[i], inputs=tuple(place_of[j] for j in nodes[i].inputs)) for i in kept]
+    return moved, place_of[result]
 
 
 def _allowed() -> str:
@@ -287,6 +297,74 @@ def _is_positive(rewriting: Rewriting, i: int) -> bool:
     return keeps and all(_is_positive(rewriting, j) for j in node.inputs)
 
 
+def _max_pool(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """Max-pooling: of the currents of the relus below it, whose neurons come after it.
+
+    relu(max x) is max relu(x), so it moves up through concat, max-pooling and dropout to every
+    relu; on another value that cannot be negative it gets neurons of its own.
+    """
+    module = _pooling(rewriting, call)
+    source = rewriting.source(call)
+    readers = rewriting.readers(call)
+    if readers and all(_is_relu(rewriting, reader) for reader in readers):
+        return rewriting.put(call, module, (source,))
+    if not _is_positive(rewriting, source):
+        raise ConversionError(
+            f"{where(call)} takes the maximum of what can be negative; allowed: of a ReLU's "
+            "values, or with a ReLU behind it"
+        )
+    return _pooled(rewriting, call, module, source)
+
+
+def _pooled(rewriting: Rewriting, call: fx.Node, module: nn.MaxPool2d, source: int) -> int:
+    """The node of max-pooled spikes: neurons behind the pooling of a source's currents."""
+    node = rewriting.nodes[source]
+
+    def append(new: Node) -> int:
+        rewriting.nodes.append(new)
+        return len(rewriting.nodes) - 1
+
+    own, free = copy.deepcopy(module), f"{call.name}_{len(rewriting.nodes)}"
+    if node.operator.fires:
+        current = node.inputs[0]
+    elif isinstance(node.operator, Dropout):
+        below = _pooled(rewriting, call, module, node.inputs[0])
+        return append(
+            Node(f"{call.name}_{len(rewriting.nodes)}", node.operator, (below,), node.path)
+        )
+    elif isinstance(node.operator, Concat):
+        below_all = tuple(_pooled(rewriting, call, module, j) for j in node.inputs)
+        return append(
+            Node(f"{call.name}_{len(rewriting.nodes)}", node.operator, below_all, node.path)
+        )
+    else:
+        current = _in_unit_one(rewriting, call, 0, source) if rewriting.has_units else source
+    pool = append(rewriting.put(call, own, (current,)))
+    return append(rewriting.put(call, nn.ReLU(), (pool,), "_relu"))
+
+
+def _pooling(rewriting: Rewriting, call: fx.Node) -> nn.MaxPool2d:
+    """The pooling of a module, or of F.max_pool2d."""
+    if call.op == "call_module":
+        module = rewriting.net.get_submodule(place(call))
+        assert isinstance(module, nn.MaxPool2d)
+        return nn.MaxPool2d(
+            module.kernel_size, module.stride, module.padding, module.dilation,
+            ceil_mode=module.ceil_mode,
+        )  # fmt: skip
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
+    for name in ("input", "return_indices"):
+        settings.pop(name, None)
+    return nn.MaxPool2d(**settings)
+
+
+def _is_relu(rewriting: Rewriting, call: fx.Node) -> bool:
+    if call.op == "call_module":
+        return kind_of(rewriting.net.get_submodule(place(call))) is nn.ReLU
+    return CALLS.get(call.target) is _relu
+
+
 def _softmax(rewriting: Rewriting, call: fx.Node) -> int:
     """Left out at the end: what it is of is what is compared."""
     if any(reader.op != "output" for reader in rewriting.readers(call)):
@@ -401,6 +479,7 @@ MODULES: dict[type[nn.Module], Rule] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.SyncBatchNorm: _batch_norm,
+    nn.MaxPool2d: _max_pool,
     nn.Softmax: _softmax,
     nn.LogSoftmax: _softmax,
 }
@@ -414,6 +493,8 @@ CALLS: dict[Any, Rule] = {
     **dict.fromkeys((torch.mean, "mean"), _mean),
     python.getitem: _slice,
     F.pad: _pad,
+    F.max_pool2d: _max_pool,
+    torch.max_pool2d: _max_pool,
     F.dropout: _dropout,
     F.avg_pool2d: _average_pool,
     F.adaptive_avg_pool2d: _adaptive_average,

@@ -61,6 +61,7 @@ class Operator(Protocol):
         learns: it has weights, its module's ``weight``.
         fires: it is a layer of neurons, which needs time; the presentation runs it.
         owns: its value is memory of its own, which it does not share with its input.
+        accumulates: it remembers sums over time; the presentation runs it.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Operator(Protocol):
     learns: bool = False
     fires: bool = False
     owns: bool = False
+    accumulates: bool = False
 
     def plain(self, module: Any, *inputs: Tensor) -> Tensor:
         """The operator in plain torch at one time step: (B, …) → (B, …)."""

@@ -10,6 +10,7 @@ from .cutting import Padding, Slicing
 from .diagonal import Scale
 from .joining import Concat
 from .linear import FullyConnected
+from .maximum import MaxPool
 from .pooling import AdaptiveAveragePool, AveragePool
 from .shaping import Dropout, Flatten, Sum
 
@@ -22,6 +23,7 @@ OPERATORS: dict[str, Operator] = {
         Neuron(),
         AveragePool(),
         AdaptiveAveragePool(),
+        MaxPool(),
         Dropout(),
         Flatten(),
         Sum(),

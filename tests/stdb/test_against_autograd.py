@@ -233,6 +233,24 @@ def test_biases_and_initial_membranes(kind, learn, direct, windows):
     assert gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+@pytest.mark.parametrize("windows", [[7], [1, 4, 2]])
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "train"])
+@pytest.mark.parametrize("kind", sorted(stdb.SURROGATES))
+def test_max_pooling(kind, direct, windows, chunk):
+    """Of accumulated currents, in front of the neurons; overlapping and padded windows, too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        conv(2, 3, bias=True), nn.MaxPool2d(3, 1, 1), nn.ReLU(), conv(3, 3), nn.MaxPool2d(2),
+        nn.ReLU(), nn.Flatten(), linear(12, 6), nn.ReLU(), linear(6, 3),
+    )  # fmt: skip
+    gradient = compare(
+        prepare(net, 1), random_train((7, 3, 2, 4, 4), 3), kind=kind,
+        leak=0.75, chunk=chunk, beta=0.4, initial=0.5, direct=direct, windows=windows,
+    )  # fmt: skip
+    assert gradient.abs().max() > 0
+
+
 @pytest.mark.parametrize("windows", [[1] * 7, [2, 2, 3], [3, 4], [7]])
 @pytest.mark.parametrize("chunk", [1, 2, 7])
 def test_truncated_windows_and_chunks(windows, chunk):
