@@ -89,6 +89,8 @@ def balance_thresholds(
                         "threshold can be balanced; it is dead or has diverged: present more "
                         "steps, or look at the ANN's weights and the layers below it"
                     )
+            bound = snn.module(i).bound
+            value = value if bound is None else min(value, bound)
             thresholds[labels[i]] = value
             if snn.has_units:  # the weights above see spikes that stand for so much
                 snn.set_thresholds(dict.fromkeys(snn.thresholds, 1.0) | thresholds, balanced=())

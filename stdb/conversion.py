@@ -69,7 +69,9 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
     graph = spiking_graph(nodes, result)
     parameter = next(ann.parameters())
     for i in graph.neurons:
-        neuron = SpikingNeuron(1.0, leak, surrogate, temporal_gradient)
+        activation = net.get_submodule(graph.nodes[i].name)
+        bound = getattr(activation, "max_val", None)  # of ReLU6 and Hardtanh
+        neuron = SpikingNeuron(1.0, leak, surrogate, temporal_gradient, bound=bound)
         neuron.threshold.requires_grad_(learn_thresholds)
         neuron.leak.requires_grad_(learn_leaks)
         neuron.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)

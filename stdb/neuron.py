@@ -25,6 +25,7 @@ class SpikingNeuron(nn.Module):
             literally has none).
         initial_membrane: f in [0, 1): U_0 = f·V. With ½ the floor of a spike count becomes a
             rounding.
+        bound: the largest A that the ANN's activation has, such as 6 of ReLU6; None: no bound.
         unit: A, what a spike stands for; the weights above hold it (:mod:`stdb.units`).
 
     ``balanced_threshold`` is V as Algorithm 1 found it, NaN where none was; scaling is relative to
@@ -43,9 +44,10 @@ class SpikingNeuron(nn.Module):
         temporal_gradient: bool = True,
         initial_membrane: float = 0.0,
         unit: float = 1.0,
+        bound: float | None = None,
     ) -> None:
         super().__init__()
-        self.unit = unit
+        self.unit, self.bound = unit, bound
         self.initial_membrane = initial_membrane
         if not 0 < leak <= 1:
             raise ValueError(f"leak is {leak}; allowed: above 0, at most 1 (1 is the IF neuron)")

@@ -25,6 +25,7 @@ class Rewriting:
         nodes: those that there are so far, in the order of a step.
         index: traced operation → its node, or the one that it passes on.
         problems: what has no spiking form, a line each.
+        waiting: a shape between two others, such as within a channel shuffle → what it is of.
     """
 
     net: nn.Module
@@ -32,6 +33,7 @@ class Rewriting:
     nodes: list[Node] = field(default_factory=list)
     index: dict[fx.Node, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    waiting: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def sources(self, call: fx.Node) -> tuple[int, ...]:
         """The nodes whose values an operation takes."""
@@ -49,6 +51,10 @@ class Rewriting:
     def source(self, call: fx.Node) -> int:
         """The node of the one value that an operation takes."""
         return self.index[call.all_input_nodes[0]]
+
+    def is_image(self, call: fx.Node) -> bool:
+        """Whether a value comes from the image, and is none of the network's own."""
+        return call in self.index and call.op != "get_attr"
 
     @property
     def has_units(self) -> bool:

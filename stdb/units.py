@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .graph import Graph
-from .operators.cutting import Padding, Slicing
+from .operators.cutting import Ordering, Padding, Slicing
 from .operators.joining import Concat
 from .weights import is_computed, make_plain
 
@@ -50,6 +50,9 @@ def origins(graph: Graph, net: nn.Module, i: int) -> Tensor:
     if isinstance(node.operator, Slicing):
         assert module is not None
         return below[0][slice(*module.parts[0])] if len(below[0]) > 1 else below[0]  # type: ignore[index]
+    if isinstance(node.operator, Ordering):
+        assert module is not None
+        return below[0][list(module.order)] if len(below[0]) > 1 else below[0]  # type: ignore[arg-type]
     if isinstance(node.operator, Padding):
         assert module is not None
         before, after = (*module.widths, 0, 0, 0, 0)[4:6]  # type: ignore[misc]
@@ -59,7 +62,7 @@ def origins(graph: Graph, net: nn.Module, i: int) -> Tensor:
 
 
 def _moves(graph: Graph, i: int) -> bool:
-    return isinstance(graph.nodes[i].operator, Concat | Slicing | Padding)
+    return isinstance(graph.nodes[i].operator, Concat | Slicing | Padding | Ordering)
 
 
 @torch.no_grad()

@@ -165,6 +165,8 @@ def _describe(tree: nn.Module, used: set[str | None]) -> dict[str, dict[str, Any
             described[path] = {"type": SpikingNeuron.__name__}
             if module.initial_membrane:
                 described[path]["initial_membrane"] = module.initial_membrane
+            if module.bound is not None:
+                described[path]["bound"] = module.bound
             if module.unit != 1:
                 described[path]["unit"] = module.unit
         elif path in used and operator is not None:

@@ -55,6 +55,57 @@ class Pad(nn.Module):
         return str(self.widths)
 
 
+class Channels(nn.Module):
+    """Channels in another order, or some of them.
+
+    Args:
+        order: of each that there is afterwards, which it was.
+    """
+
+    def __init__(self, order: Sequence[int]) -> None:
+        super().__init__()
+        self.order = tuple(order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In that order."""
+        return x[:, list(self.order)]
+
+    def extra_repr(self) -> str:
+        """Show how many."""
+        return f"{len(self.order)} channels"
+
+
+class Ordering(Operator):
+    """(T, B, C, …) → channels in another order, or some of them."""
+
+    name = "channel order"
+    kinds: ClassVar = {Channels: ("order",)}
+    owns = True
+
+    def plain(self, module: Channels, *inputs: Tensor) -> Tensor:
+        """The module itself."""
+        y: Tensor = module(inputs[0])
+        return y
+
+    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
+        """In that order, in memory of its own."""
+        return _laid_out(dense(inputs[0])[:, :, list(site.module.order)])
+
+    def backward_input(
+        self, site: Site, grad: Gradient, position: int, shape: torch.Size
+    ) -> Gradient:
+        """Each channel gets the gradients of its copies."""
+        grad = dense(grad)
+        order = torch.tensor(site.module.order, device=grad.device)
+        whole = grad.new_zeros(*grad.shape[:2], *shape)
+        return _laid_out(whole.index_add_(2, order, grad.contiguous()))
+
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
+        """A channel drives what its copies drive."""
+        order = torch.tensor(module.order, device=targets.device)
+        return targets.new_zeros(shape).index_add_(0, order, targets)
+
+
 class Slicing(Operator):
     """(T, B, C, H, W) → a part of it."""
 

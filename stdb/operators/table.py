@@ -6,7 +6,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from . import Operator
 from .boundary import Input, Neuron
 from .convolution import Convolution
-from .cutting import Padding, Slicing
+from .cutting import Ordering, Padding, Slicing
 from .diagonal import Scale
 from .joining import Concat
 from .linear import FullyConnected
@@ -30,6 +30,7 @@ OPERATORS: dict[str, Operator] = {
         Scale(),
         Concat(),
         Slicing(),
+        Ordering(),
         Padding(),
     )
 }
