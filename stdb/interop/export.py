@@ -47,9 +47,15 @@ def export_program(
         spikes: the program takes a spike train, whatever the encoder.
 
     Raises:
-        ValueError: T below 1, or an encoder of your own without ``spikes``.
+        ValueError: T below 1, max-pooling, or an encoder of your own without ``spikes``.
     """
     check_timesteps(timesteps)
+    for node in snn.graph.nodes:
+        if node.operator.accumulates:
+            raise ValueError(
+                f"{node.name} is {node.operator.name}, which remembers sums over time; allowed in "
+                "a program: layers that do not"
+            )
     weight = next(p for p in snn.net.parameters() if p.dim())
     images = weight.new_zeros(2, *image_shape)  # of a batch of 1 it would take a batch of 1
     batch = Dim("batch")
@@ -113,7 +119,7 @@ class _Program(nn.Module):
             for i in self.graph.entries:
                 counts[i] = counts[i] + values[i] if i in counts else values[i]
         for i in self.graph.tail:  # linear, so once, of the sum over time (Eq. 4)
-            counts[i] = self._operate(i, counts)
+            counts[i] = self._operate(i, counts, self.timesteps)
         return counts[self.graph.tail[-1]]
 
     def _membrane(
@@ -130,8 +136,12 @@ class _Program(nn.Module):
         node = self.graph.nodes[i]
         return node.operator.fires or any(self._depends_on_neurons(j) for j in node.inputs)
 
-    def _operate(self, i: int, values: dict[int, Tensor]) -> Tensor:
-        """The value of a linear operator's node."""
+    def _operate(self, i: int, values: dict[int, Tensor], steps: int = 1) -> Tensor:
+        """The value of a linear operator's node, of inputs that are summed over ``steps``."""
         node = self.graph.nodes[i]
         module = None if node.path is None else self.net.get_submodule(node.path)
-        return node.operator.plain(module, *(values[j] for j in node.inputs))
+        value = node.operator.plain(module, *(values[j] for j in node.inputs))
+        bias = getattr(module, "bias", None) if node.operator.learns else None
+        if bias is None or steps == 1:
+            return value
+        return value + (steps - 1) * bias.view(-1, *[1] * (value.dim() - 2))
