@@ -144,4 +144,5 @@ class _Program(nn.Module):
         bias = getattr(module, "bias", None) if node.operator.learns else None
         if bias is None or steps == 1:
             return value
-        return value + (steps - 1) * bias.view(-1, *[1] * (value.dim() - 2))
+        whole: Tensor = value + (steps - 1) * bias.view(-1, *[1] * (value.dim() - 2))
+        return whole
