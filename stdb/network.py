@@ -47,6 +47,7 @@ class SpikingNetwork(nn.Module):
         dropout_seed: chooses the dropout masks of training.
         precision: what dense convolutions and matrix products are made in, ``torch.bfloat16`` say,
             with membranes and sums in the type of the weights; None: in that type as well.
+        has_units: whether weights hold what a spike stands for, as biases need; :mod:`stdb.units`.
         observers: called with (presentation, layer, its value over the chunk) for every chunk; see
             ``record_spikes``.
     """
@@ -70,6 +71,8 @@ class SpikingNetwork(nn.Module):
         self.dropout_seed = dropout_seed
         self.precision = precision
         self.observers: list[Observer] = []
+        modules = (self.module(i) for i, n in enumerate(graph.nodes) if n.operator.learns)
+        self.has_units = any(bias_of(module) is not None for module in modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpikingNetwork":
         """A copy, also where weights are computed, which modules' own deepcopy refuses."""
@@ -296,12 +299,6 @@ class SpikingNetwork(nn.Module):
                 neuron.balanced_threshold.fill_(
                     thresholds[name] if name in chosen else float("nan")
                 )
-
-    @property
-    def has_units(self) -> bool:
-        """Whether weights hold what spikes stand for, as a bias needs; see :mod:`stdb.units`."""
-        modules = (self.module(i) for i, n in enumerate(self.graph.nodes) if n.operator.learns)
-        return any(bias_of(module) is not None for module in modules)
 
     def _set_threshold(self, i: int, neuron: SpikingNeuron, value: float) -> None:
         """V of a layer, and with it what its spikes stand for, where weights hold that."""

@@ -237,3 +237,17 @@ def test_others_are_refused_with_all_places(name):
     net = getattr(torchvision.models, name)(weights=None)
     with pytest.raises(stdb.ConversionError, match=r"^\d+ places have no spiking form:"):
         stdb.convert(net, stdb.DirectEncoder(), example=torch.zeros(1, 3, 64, 64))
+
+
+def test_a_head_with_a_bias_brings_no_units():
+    """A network without biases keeps its weights, whatever head it is given, also from its file."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(432, 9, bias=False), nn.ReLU(), nn.Linear(9, 5, bias=False)
+    ).double()
+    snn = stdb.convert(net, stdb.DirectEncoder())
+    stdb.balance_thresholds(snn, IMAGES, 20)
+    snn.net[3] = nn.Linear(9, 5).double()
+    kept = snn.net[3].weight.clone()
+    snn.scale_thresholds(0.5)
+    assert torch.equal(snn.net[3].weight, kept)
