@@ -46,11 +46,11 @@ sweep: $(READY) ## Search T, thresholds, α, β by sweep/params.yaml: dvc repro 
 apply-best: $(READY) ## Write the sweep's winner into params.yaml and show what changed
 	@$(IN_ENV) python -m pipeline.apply_best $(ARGS)
 
-test: $(READY) ## Run the fast tests, about ten minutes on two cores: pytest ARGS
-	@echo "The fast tests take about ten minutes on two idle cores; ARGS='tests/stdb -x' runs some."
+test: $(READY) ## Run the fast tests, about a quarter of an hour on two cores: pytest ARGS
+	@echo "The fast tests take about a quarter of an hour on two idle cores; ARGS='tests/stdb -x' runs some."
 	@$(IN_ENV) pytest --quiet -m 'not slow' $(ARGS)
 
-test-slow: $(READY) ## Run the slow tests, about half an hour
+test-slow: $(READY) ## Run the slow tests, about an hour
 	@$(IN_ENV) pytest --quiet -m slow $(ARGS)
 
 test-all: $(READY_BENCH) ## Run every test: fast, slow, and those against peers

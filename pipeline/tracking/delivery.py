@@ -84,9 +84,15 @@ def earlier_runs() -> deque[Run]:
 
 
 class Delivery:
-    """Sends a stage's messages, and between them those that earlier stages left."""
+    """Sends a stage's messages, and between them those that earlier stages left.
 
-    def __init__(self, folder: Path | None) -> None:
+    Args:
+        folder: where the stage's messages are kept, if they are.
+        answer: the file descriptor that the id of the run is written to.
+    """
+
+    def __init__(self, folder: Path | None, answer: int) -> None:
+        self.answer = answer
         self.own, self.earlier = Run(folder), earlier_runs()
         self.inbox: SimpleQueue[str | None] = SimpleQueue()
         self.began = time.monotonic()
@@ -182,7 +188,7 @@ class Delivery:
         """Tell the stage the id of its run, or that it need not wait for it."""
         if not self.answered:
             with suppress(BrokenPipeError):  # where the stage was killed meanwhile
-                os.write(sys.stdout.fileno(), f"{run_id}\n".encode())
+                os.write(self.answer, f"{run_id}\n".encode())
         self.answered = True
 
 
@@ -190,4 +196,7 @@ def main() -> None:
     """Take messages from standard input until it ends."""
     set_default_environment(MLFLOW)
     folder = Path(sys.argv[1]) if sys.argv[1:] else None
-    sys.exit(0 if Delivery(folder).run() else KEPT)
+    answer = os.dup(sys.stdout.fileno())  # for us alone: MLflow prints where its runs are to see
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    sys.exit(0 if Delivery(folder, answer).run() else KEPT)
