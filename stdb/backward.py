@@ -16,6 +16,7 @@ from . import kernels
 from .kernels import bits
 from .kernels.layout import from_matrix, to_layout, to_matrix
 from .operators import Gradient, Value, dense
+from .operators.maximum import Carry, MaxPool
 from .presentation import Chunk, Presentation
 from .spikes import Spikes
 from .surrogate import STDB
@@ -40,7 +41,8 @@ class Steps(torch.autograd.Function):
         ctx.save_for_backward(images, *trains, *parameters)
         ctx.presentation, ctx.parameters, ctx.tape = presentation, parameters, []
         nodes = enumerate(presentation.network.graph.nodes)
-        ctx.weights = {i: presentation.sites[i].weight for i, n in nodes if n.operator.learns}
+        sites = presentation.sites
+        ctx.weights = {i: (sites[i].weight, sites[i].bias) for i, n in nodes if n.operator.learns}
         return tuple(presentation.advance(steps, ctx.tape))
 
     @staticmethod
@@ -53,8 +55,8 @@ class Steps(torch.autograd.Function):
                 "backward() already ran over these steps; add up the losses first, and call it once"
             )
         presentation, ctx.presentation = ctx.presentation, None  # a loss that is kept keeps nothing
-        for i, weight in ctx.weights.items():
-            presentation.sites[i].use(weight)
+        for i, of_run in ctx.weights.items():
+            presentation.sites[i].use(*of_run)
         walk = BackwardWalk(presentation, grad_counts, ctx.parameters, ctx.needs_input_grad[2])
         gradients = walk.run(ctx.tape)
         return (None, None, walk.images, *gradients)
@@ -89,6 +91,7 @@ class BackwardWalk:
         self.gradients: dict[int, Any] = {
             id(p): None if p.dim() else torch.zeros_like(p) for p in parameters
         }
+        self.pooled: dict[int, Carry] = {}  # max-pooling node → what the chunk after it gave
         self.carry: dict[int, Tensor] = {}  # neuron node → ∂L/∂U of the step after the chunk
 
     def run(self, tape: list[Chunk]) -> list[Tensor]:
@@ -111,8 +114,11 @@ class BackwardWalk:
         for i in reversed(graph.body):
             if i in grads:
                 grad = grads.pop(i)
-                if graph.nodes[i].operator.fires:
+                operator = graph.nodes[i].operator
+                if operator.fires:
                     self._walk_neuron(i, grad, chunk, values, grads)
+                elif isinstance(operator, MaxPool):
+                    self._walk_max_pool(i, operator, dense(grad), chunk, values, grads)
                 else:
                     self._walk_operator(i, grad, chunk, values, grads)
             values.pop(i, None)
@@ -130,8 +136,9 @@ class BackwardWalk:
         if not node.inputs and self.images is not None:
             self._walk_encoder(dense(grad), chunk)
         if node.operator.learns:
-            grad = site.lowered(dense(grad))
-            weight = id(site.weight)
+            whole = dense(grad)
+            grad = site.lowered(whole)
+            weight, bias = id(site.weight), id(site.bias)
             if weight in self.gradients:
                 x = self._recompute(node.inputs[0], chunk, values)
                 if x.shape[0] == 1:  # constant input: the weights see the summed gradient
@@ -139,10 +146,29 @@ class BackwardWalk:
                 self.gradients[weight] = node.operator.backward_weight(
                     site, grad, x, self.gradients[weight]
                 )
+            if bias in self.gradients:
+                self.gradients[bias] = node.operator.backward_bias(whole, self.gradients[bias])
         for position, j in enumerate(node.inputs):
             if self._wanted(j):
                 shape = self.presentation.shapes[j][1:]
                 _pass_on(grads, j, node.operator.backward_input(site, grad, position, shape))
+
+    def _walk_max_pool(
+        self,
+        i: int,
+        pool: MaxPool,
+        grad: Tensor,
+        chunk: Chunk,
+        values: dict[int, Value],
+        grads: dict[int, Gradient],
+    ) -> None:
+        """Go on from the gradient of what max-pooling passed on to that of its currents."""
+        (source,) = self.graph.nodes[i].inputs
+        x = dense(self._recompute(source, chunk, values))
+        x = x.expand(chunk.steps, *x.shape[1:])
+        module, before = self.sites[i].module, chunk.sums[i]
+        below, self.pooled[i] = pool.backpropagate(module, grad, x, before, self.pooled.get(i))
+        _pass_on(grads, source, below)
 
     def _walk_encoder(self, grad: Tensor, chunk: Chunk) -> None:
         """Go on from the gradient of the input to that of the images, straight or by autograd."""
@@ -168,6 +194,11 @@ class BackwardWalk:
             node, presentation = self.graph.nodes[i], self.presentation
             if not node.inputs:
                 values[i] = presentation.encode(chunk.start, chunk.start + chunk.steps)
+            elif isinstance(node.operator, MaxPool):
+                x = dense(self._recompute(node.inputs[0], chunk, values))
+                x = x.expand(chunk.steps, *x.shape[1:])
+                total = chunk.sums[i].clone()
+                values[i] = node.operator.accumulate(presentation.sites[i].module, x, total)
             elif node.operator.fires:
                 shape = torch.Size((chunk.steps, *presentation.shapes[i]))
                 values[i] = Spikes(chunk.bits[i], shape, presentation.membrane[i].dtype)
@@ -252,6 +283,9 @@ class BackwardWalk:
         grad = kernels.backpropagate(grad, self.carry.get(i), leak, neuron.temporal_gradient)
         if learn_v:
             gradients[id(neuron.threshold)] -= (grad[1:] * spikes[:-1]).sum()
+            if chunk.start == 0 and neuron.temporal_gradient:  # U_0 = f·V
+                share = leak * neuron.initial_membrane
+                gradients[id(neuron.threshold)] += share * grad[0].sum()
             if chunk.start > 0:
                 previous = self._previous_spikes(i, chunk)
                 gradients[id(neuron.threshold)] -= (grad[0] * previous).sum()

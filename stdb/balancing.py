@@ -17,6 +17,7 @@ from .architectures import ResidualBlock
 from .kernels.layout import to_matrix
 from .network import SpikingNetwork, check_timesteps
 from .operators import Value, dense
+from .operators.maximum import MaxPool
 from .presentation import Presentation
 from .spikes import Spikes
 
@@ -89,7 +90,11 @@ def balance_thresholds(
                         "threshold can be balanced; it is dead or has diverged: present more "
                         "steps, or look at the ANN's weights and the layers below it"
                     )
+            bound = snn.module(i).bound
+            value = value if bound is None else min(value, bound)
             thresholds[labels[i]] = value
+            if snn.has_units:  # the weights above see spikes that stand for so much
+                snn.set_thresholds(dict.fromkeys(snn.thresholds, 1.0) | thresholds, balanced=())
             last = position == len(snn.graph.neurons) - 1
             for batch in batches:
                 batch.finish(i, value, timesteps, last)
@@ -190,6 +195,8 @@ class _Calibration:
         self.shapes: dict[int, torch.Size] = {}
         self.membranes: dict[int, Tensor] = {}  # of layers that run, and their last chunk
         self.running: dict[int, tuple[int, Spikes]] = {}
+        self.sums: dict[int, Tensor] = {}  # of max-poolings, and their last chunk
+        self.pooled: dict[int, tuple[int, Tensor]] = {}
 
     def chunks(self, timesteps: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of every chunk."""
@@ -203,6 +210,8 @@ class _Calibration:
         node = self.graph.nodes[i]
         if not node.inputs:
             return presentation.network.encoder(presentation.images, start, stop, presentation.keys)
+        if isinstance(node.operator, MaxPool):
+            return self._pool(i, node.operator, start, stop)
         if not node.operator.fires:
             return presentation.apply(i, [self.value(j, start, stop) for j in node.inputs])
         if i in self.trains:
@@ -213,13 +222,25 @@ class _Calibration:
             self.running[i] = start, self._run(i, start, stop)
         return self.running[i][1]
 
+    def _pool(self, i: int, pool: MaxPool, start: int, stop: int) -> Tensor:
+        """What max-pooling passes on in a chunk; chunks come in order, each maybe twice."""
+        if i not in self.pooled or self.pooled[i][0] != start:
+            x = dense(self.value(self.graph.nodes[i].inputs[0], start, stop))
+            x = x.expand(stop - start, *x.shape[1:])
+            if start == 0:
+                self.sums[i] = torch.zeros_like(x[0])
+            module = self.presentation.sites[i].module
+            self.pooled[i] = start, pool.accumulate(module, x, self.sums[i])
+        return self.pooled[i][1]
+
     def _run(self, i: int, start: int, stop: int) -> Spikes:
         """Run a layer at its threshold with λ = 1 through a chunk."""
         current = self.current(i, start, stop)
         self.shapes[i] = current.shape[1:]
         matrix = to_matrix(current)
         if start == 0:
-            self.membranes[i] = torch.zeros_like(matrix[0])
+            share = self.presentation.sites[i].module.initial_membrane
+            self.membranes[i] = torch.full_like(matrix[0], share * self.thresholds[i])
         packed = kernels.fire(matrix, self.membranes[i], self.thresholds[i], 1.0)
         return Spikes(packed, current.shape, current.dtype)
 

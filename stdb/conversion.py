@@ -6,7 +6,6 @@ about it.
 """
 
 import copy
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -17,8 +16,9 @@ from .encoding import Encoder
 from .graph import Graph, Node
 from .network import SpikingNetwork
 from .neuron import SpikingNeuron
-from .rewriting import ConversionError, rewrite
+from .rewriting import rewrite
 from .surrogate import STDB, Surrogate
+from .traced import ConversionError
 from .tracing import inner, unwrapped
 from .weights import inner_copies
 
@@ -69,7 +69,9 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
     graph = spiking_graph(nodes, result)
     parameter = next(ann.parameters())
     for i in graph.neurons:
-        neuron = SpikingNeuron(1.0, leak, surrogate, temporal_gradient)
+        activation = net.get_submodule(graph.nodes[i].name)
+        bound = getattr(activation, "max_val", None)  # of ReLU6 and Hardtanh
+        neuron = SpikingNeuron(1.0, leak, surrogate, temporal_gradient, bound=bound)
         neuron.threshold.requires_grad_(learn_thresholds)
         neuron.leak.requires_grad_(learn_leaks)
         neuron.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
@@ -102,12 +104,6 @@ def _check_parameters(ann: object) -> None:
 
 def spiking_graph(nodes: list[Node], result: int | None) -> Graph:
     """The graph of these nodes, the last of which is returned; refused if it is none of an SNN."""
-    repeated = [n for n, c in Counter(x.name for x in nodes if x.operator.fires).items() if c > 1]
-    if repeated:
-        raise ConversionError(
-            f"layer {repeated[0]} is called more than once; every ReLU becomes a layer of neurons "
-            "with a state of its own: give each place its own nn.ReLU"
-        )
     if not any(node.operator.fires for node in nodes):
         raise ConversionError("the network has no nn.ReLU, so there is nothing to become a neuron")
     if result is None or result != len(nodes) - 1 or _is_end(nodes[result]):

@@ -4,16 +4,17 @@ An IF neuron's firing rate approximates the ReLU that it stands for (§2.3). A c
 collapses does so in some layer, and all layers above it only pass that on: this finds it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .conversion import convert
 from .graph import INPUT
 from .kernels.layout import from_matrix
 from .network import SpikingNetwork
 from .operators import Value, dense
+from .operators.shaping import Dropout
 from .presentation import Presentation
 from .spikes import Spikes
 
@@ -145,14 +146,21 @@ def diagnose(
         spike_counts = spikes.counts() if isinstance(spikes, Spikes) else dense(spikes).sum(0)
         counts[name] = counts[name] + spike_counts if name in counts else spike_counts
 
-    was_training = ann.training, snn.training
-    ann.eval()
+    twin = convert(
+        ann, snn.encoder, example=images[:1]
+    )  # the same graph, whose weights hold no units
+    if twin.graph.labels != graph.labels:
+        raise ValueError(
+            f"the spiking network has the layers {', '.join(graph.labels.values())}, the ANN those "
+            f"of {', '.join(twin.graph.labels.values())}; allowed: the ANN that it was made from"
+        )
+    was_training = snn.training
     snn.eval()
     snn.observers.append(count)
     try:
         for batch, ids in zip(images.split(batch_size), sample_ids.split(batch_size), strict=True):
             counts.clear()
-            activations = _activations(ann, batch, snn)
+            activations = _activations(twin, batch)
             presentation = snn.present(batch, sample_ids=ids)
             presentation.advance(timesteps)
             for i, label in graph.labels.items():
@@ -163,28 +171,22 @@ def diagnose(
                 sums[label].add(activations[label], counts[label], potential, timesteps)
     finally:
         snn.observers.remove(count)
-        ann.train(was_training[0])
-        snn.train(was_training[1])
+        snn.train(was_training)
     thresholds = snn.thresholds
     return [
         layer_sums.row(label, thresholds[label], timesteps) for label, layer_sums in sums.items()
     ]
 
 
-def _activations(ann: nn.Module, images: Tensor, snn: SpikingNetwork) -> dict[str, Tensor]:
-    """What the ANN's ReLUs give, by the name of the spiking layer in the same place."""
-    activations: dict[str, Tensor] = {}
-
-    def keep(label: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: activations.__setitem__(label, output)
-
-    hooks = [
-        ann.get_submodule(snn.graph.nodes[i].name).register_forward_hook(keep(label))
-        for i, label in snn.graph.labels.items()
-    ]
-    try:
-        ann(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return activations
+def _activations(twin: SpikingNetwork, images: Tensor) -> dict[str, Tensor]:
+    """What the ANN's activations give, by the name of the spiking layer in the same place."""
+    values = {0: images}
+    for i, node in enumerate(twin.graph.nodes[1:], start=1):
+        below = [values[j] for j in node.inputs]
+        if node.operator.fires:
+            values[i] = below[0].clamp(min=0, max=twin.module(i).bound)
+        elif not isinstance(node.operator, Dropout):
+            values[i] = node.operator.plain(twin.module(i), *below)
+        else:
+            values[i] = below[0]
+    return {label: values[i] for i, label in twin.graph.labels.items()}

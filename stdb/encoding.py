@@ -19,14 +19,21 @@ from .randomness import derive, uniform
 Encoder = Callable[[Tensor, int, int, Tensor], Tensor]
 
 
-def check_images(images: Tensor) -> None:
-    """Refuse pixels that are not a firing probability; (B, C, H, W), one host synchronisation."""
+def check_images(images: Tensor, bounded: bool = True) -> None:
+    """Refuse what is no batch (B, C, H, W), and pixels that are no firing probability.
+
+    Args:
+        images: one host synchronisation.
+        bounded: whether pixels have to be in [−1, 1]; a current does not.
+    """
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
             f"images are {tuple(images.shape)} {images.dtype}; "
             "allowed: a floating-point batch (B, C, H, W)"
         )
     largest = float(images.detach().abs().max()) if images.numel() else 0.0
+    if not bounded and largest < float("inf"):
+        return
     if not largest <= 1.0:
         raise ValueError(f"a pixel of size {largest} cannot be encoded; allowed: −1 to 1")
 

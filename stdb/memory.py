@@ -7,6 +7,7 @@ images at once, makes room for a longer presentation.
 """
 
 from .network import SpikingNetwork
+from .operators.maximum import MaxPool
 from .operators.shaping import Dropout
 from .presentation import STEPS_PER_SNAPSHOT, default_chunk
 
@@ -41,6 +42,8 @@ def training_memory(
         if neuron.needs_membrane:
             per_image += sizes[i] * real * timesteps / chunk
     for i, node in enumerate(graph.nodes):
+        if isinstance(node.operator, MaxPool):  # sums, and those before each chunk
+            per_image += sizes[node.inputs[0]] * real * (1 + timesteps / chunk)
         if isinstance(node.operator, Dropout) and snn.module(i).p > 0:
             per_image += sizes[i] * real
     largest, weights = 0, 0

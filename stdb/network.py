@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .backward import Steps
-from .encoding import Encoder, check_images
+from .encoding import DirectEncoder, Encoder, check_images
 from .graph import Graph
 from .neuron import SpikingNeuron
 from .operators import Value
 from .presentation import Presentation, default_chunk
 from .randomness import sample_keys
 from .rewriting import check_module
-from .weights import inner_copies, scale_weight
+from .units import change_unit
+from .weights import bias_of, inner_copies, scale_bias, scale_weight
 
 Observer = Callable[[Presentation, str, Value], None]
 
@@ -46,6 +47,7 @@ class SpikingNetwork(nn.Module):
         dropout_seed: chooses the dropout masks of training.
         precision: what dense convolutions and matrix products are made in, ``torch.bfloat16`` say,
             with membranes and sums in the type of the weights; None: in that type as well.
+        has_units: whether weights hold what a spike stands for, as biases need; :mod:`stdb.units`.
         observers: called with (presentation, layer, its value over the chunk) for every chunk; see
             ``record_spikes``.
     """
@@ -69,6 +71,8 @@ class SpikingNetwork(nn.Module):
         self.dropout_seed = dropout_seed
         self.precision = precision
         self.observers: list[Observer] = []
+        modules = (self.module(i) for i, n in enumerate(graph.nodes) if n.operator.learns)
+        self.has_units = any(bias_of(module) is not None for module in modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpikingNetwork":
         """A copy, also where weights are computed, which modules' own deepcopy refuses."""
@@ -101,7 +105,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: pixels out of range, a threshold that is not a positive number.
         """
-        check_images(images)
+        check_images(images, bounded=not isinstance(self.encoder, DirectEncoder))
         if sample_ids is None:
             sample_ids = torch.arange(len(images), device=images.device)
         if sample_ids.shape != images.shape[:1]:
@@ -148,7 +152,7 @@ class SpikingNetwork(nn.Module):
             counts = Steps.apply(presentation, timesteps, pixels, *parameters)
         else:
             counts = presentation.advance(timesteps)
-        return presentation.integrate(counts)
+        return presentation.integrate(counts, timesteps)
 
     @torch.no_grad()
     def logits_over_time(
@@ -178,7 +182,7 @@ class SpikingNetwork(nn.Module):
             presentation.advance(steps, trains=trains)
             for t in range(steps):
                 inputs = [train[0][t % len(train[0])] for train in trains]
-                logits.append(presentation.integrate(inputs))
+                logits.append(presentation.integrate(inputs, 1))
         return torch.stack(logits)
 
     @torch.no_grad()
@@ -241,6 +245,8 @@ class SpikingNetwork(nn.Module):
             site, operator = presentation.sites[i], self.graph.nodes[i].operator
             if operator.learns:
                 found[site.weight] = None
+                if site.bias is not None:
+                    found[site.bias] = None
             elif operator.fires:
                 found |= dict.fromkeys(site.module.parameters())
         return [tensor for tensor in found if tensor.requires_grad]
@@ -288,11 +294,18 @@ class SpikingNetwork(nn.Module):
                 raise ValueError(f"the threshold of {name} is {value}; allowed: a positive number")
         chosen = set(neurons) if balanced is None else set(balanced)
         with torch.no_grad():
-            for name, neuron in neurons.items():
-                neuron.threshold.fill_(thresholds[name])
+            for i, (name, neuron) in zip(self.graph.neurons, neurons.items(), strict=True):
+                self._set_threshold(i, neuron, thresholds[name])
                 neuron.balanced_threshold.fill_(
                     thresholds[name] if name in chosen else float("nan")
                 )
+
+    def _set_threshold(self, i: int, neuron: SpikingNeuron, value: float) -> None:
+        """V of a layer, and with it what its spikes stand for, where weights hold that."""
+        neuron.threshold.fill_(value)
+        if self.has_units:
+            change_unit(self.graph, self.net, i, value / neuron.unit)
+            neuron.unit = value
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -316,9 +329,9 @@ class SpikingNetwork(nn.Module):
         """
         if not 0 < factor < float("inf"):
             raise ValueError(f"the threshold scale is {factor}; allowed: a positive number")
-        for neuron in self.neurons.values():
+        for i, neuron in zip(self.graph.neurons, self.neurons.values(), strict=True):
             if not neuron.balanced_threshold.isnan():
-                neuron.threshold.copy_(neuron.balanced_threshold * factor)
+                self._set_threshold(i, neuron, (neuron.balanced_threshold * factor).item())
 
     @torch.no_grad()
     def scale_output(self, factor: float) -> None:
@@ -340,3 +353,4 @@ class SpikingNetwork(nn.Module):
                 waiting += node.inputs
         for name in scaled:
             scale_weight(self.net.get_submodule(name), factor)
+            scale_bias(self.net.get_submodule(name), factor)

@@ -23,6 +23,10 @@ class SpikingNeuron(nn.Module):
         surrogate: stands in for ∂O/∂U.
         temporal_gradient: keep the leak path ∂U_t/∂U_{t−1} = λ in the backward pass (Eq. 10 read
             literally has none).
+        initial_membrane: f in [0, 1): U_0 = f·V. With ½ the floor of a spike count becomes a
+            rounding.
+        bound: the largest A that the ANN's activation has, such as 6 of ReLU6; None: no bound.
+        unit: A, what a spike stands for; the weights above hold it (:mod:`stdb.units`).
 
     ``balanced_threshold`` is V as Algorithm 1 found it, NaN where none was; scaling is relative to
     it. Set ``requires_grad`` of ``threshold`` or ``leak`` to learn them.
@@ -38,8 +42,13 @@ class SpikingNeuron(nn.Module):
         leak: float = 1.0,
         surrogate: Surrogate = STDB(),  # noqa: B008 (frozen)
         temporal_gradient: bool = True,
+        initial_membrane: float = 0.0,
+        unit: float = 1.0,
+        bound: float | None = None,
     ) -> None:
         super().__init__()
+        self.unit, self.bound = unit, bound
+        self.initial_membrane = initial_membrane
         if not 0 < leak <= 1:
             raise ValueError(f"leak is {leak}; allowed: above 0, at most 1 (1 is the IF neuron)")
         self.threshold = nn.Parameter(torch.tensor(threshold), requires_grad=False)
@@ -47,6 +56,17 @@ class SpikingNeuron(nn.Module):
         self.register_buffer("balanced_threshold", torch.tensor(float("nan")))
         self.surrogate = surrogate
         self.temporal_gradient = temporal_gradient
+
+    @property
+    def initial_membrane(self) -> float:
+        """U_0/V, in [0, 1)."""
+        return self._initial_membrane
+
+    @initial_membrane.setter
+    def initial_membrane(self, share: float) -> None:
+        if not 0 <= share < 1:
+            raise ValueError(f"the initial membrane is {share} V; allowed: at least 0, below 1")
+        self._initial_membrane = float(share)
 
     @property
     def needs_membrane(self) -> bool:
@@ -60,7 +80,10 @@ class SpikingNeuron(nn.Module):
 
     def extra_repr(self) -> str:
         """Show V, λ and the surrogate in the module's repr."""
-        return f"V={self.threshold.item():.4g}, leak={self.leak.item():.4g}, {self.surrogate}"
+        start = f"U_0={self.initial_membrane:.4g} V, " if self.initial_membrane else ""
+        return (
+            f"V={self.threshold.item():.4g}, leak={self.leak.item():.4g}, {start}{self.surrogate}"
+        )
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ from . import kernels
 from .graph import INPUT
 from .kernels.layout import from_matrix, to_matrix
 from .operators import Value, dense
+from .operators.maximum import MaxPool
 from .operators.shaping import Dropout
 from .randomness import dropout_mask
 from .spikes import Spikes
-from .weights import weight_of
+from .weights import bias_of, weight_of
 
 if TYPE_CHECKING:
     from .network import SpikingNetwork
@@ -45,6 +46,7 @@ class Chunk:
         bits: neuron node → its spikes.
         last_spike: neuron node → (M,) latest spike times before the chunk.
         membrane: neuron node → (M,) membrane potentials before the chunk.
+        sums: max-pooling node → (B, …) currents summed over the steps before the chunk.
     """
 
     start: int
@@ -53,6 +55,7 @@ class Chunk:
     bits: dict[int, Tensor] = field(default_factory=dict)
     last_spike: dict[int, Tensor] = field(default_factory=dict)
     membrane: dict[int, Tensor] = field(default_factory=dict)
+    sums: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,17 +65,26 @@ class _Site:
     module: Any
     precision: torch.dtype | None
     mask: Tensor | None = None
+    steps: int = 1  # that a value of this node is the sum of
     _weight: Tensor | None = None  # of this run of steps
+    _bias: Tensor | None = None
     _prepared: tuple[Any, Tensor] | None = None  # the state of the weights; what was made of them
 
     @property
     def weight(self) -> Tensor:
         if self._weight is None:
-            self._weight = weight_of(self.module)
+            self.use(weight_of(self.module), bias_of(self.module))
+        assert self._weight is not None
         return self._weight
 
     def lowered(self, x: Tensor) -> Tensor:
         return x if self.precision is None else x.to(self.precision)
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self._bias is None or self.steps == 1:
+            return self._bias
+        return self._bias * self.steps
 
     def prepared(self, make: Callable[[Tensor], Tensor]) -> Tensor:
         state = (self.weight.data_ptr(), self.weight._version)
@@ -80,10 +92,11 @@ class _Site:
             self._prepared = state, make(self.weight)
         return self._prepared[1]
 
-    def use(self, weight: Tensor | None) -> None:
-        """Compute with these weights from now on."""
+    def use(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Compute with these from now on."""
         if weight is not self._weight:
             self._weight, self._prepared = weight, None
+        self._bias = bias
 
     def forget(self) -> None:
         """Make room: what was prepared is made again when it is wanted."""
@@ -98,6 +111,7 @@ class Presentation:
         t: the number of steps so far.
         logits: U_t of the output layer (B, classes), None before the first step.
         membrane: neuron node → (M,) U_t.
+        sums: max-pooling node → (B, …) currents summed so far.
         last_spike: neuron node → (M,) int16, when each neuron spiked last; 0: never.
         threshold: neuron node → V.
         leak: neuron node → λ.
@@ -117,6 +131,7 @@ class Presentation:
         self.logits: Tensor | None = None
         self.sites = [_Site(network.module(i), network.precision) for i in range(len(graph.nodes))]
         self.membrane: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}
         self.last_spike: dict[int, Tensor] = {}
         self.ages_known = True  # steps without gradient don't note spike times
         self.shapes: dict[int, torch.Size] = {}  # (B, …) of every node's value
@@ -195,8 +210,12 @@ class Presentation:
         images = self.network.encoder(self.images, start, stop, self.keys)
         return images[:1] if images.stride(0) == 0 else images
 
-    def integrate(self, counts: Sequence[Tensor]) -> Tensor:
+    def integrate(self, counts: Sequence[Tensor], steps: int) -> Tensor:
         """The output layer's Eq. 4, given its inputs summed over the latest steps.
+
+        Args:
+            counts: the sums, one for each entry of the graph.
+            steps: how many; every bias of the output layer is added as often.
 
         Returns:
             U_t (B, classes), differentiable with respect to these steps only.
@@ -206,6 +225,7 @@ class Presentation:
             i: count[None] for i, count in zip(graph.entries, counts, strict=True)
         }
         for i in graph.tail:
+            self.sites[i].steps = steps
             values[i] = self.apply(i, [values[j] for j in graph.nodes[i].inputs])
         logits = dense(values[graph.tail[-1]])[0]
         if self.logits is not None:
@@ -217,12 +237,12 @@ class Presentation:
 
     def take_weights(self) -> None:
         """The layers' weights as they are now, for the steps that follow."""
-        known: dict[int, Tensor] = {}  # a layer that is called twice computes its own once
+        known: dict[int, Any] = {}  # a layer that is called twice computes its own once
         for site, node in zip(self.sites, self.network.graph.nodes, strict=True):
             if node.operator.learns:
                 if id(site.module) not in known:
-                    known[id(site.module)] = weight_of(site.module)
-                site.use(known[id(site.module)])
+                    known[id(site.module)] = weight_of(site.module), bias_of(site.module)
+                site.use(*known[id(site.module)])
 
     def advance(
         self,
@@ -281,6 +301,8 @@ class Presentation:
             node = graph.nodes[i]
             if not node.inputs:
                 values[i] = self.encode(chunk.start, chunk.start + chunk.steps)
+            elif isinstance(node.operator, MaxPool):
+                values[i] = self._pool(i, node.operator, values[node.inputs[0]], chunk, keep)
             elif node.operator.fires:
                 source = node.inputs[0]
                 values[i] = self._fire(i, dense(values[source]), chunk, keep, graph.shared(source))
@@ -292,6 +314,16 @@ class Presentation:
                 if graph.last_use[j] == i and j not in graph.entries:
                     values.pop(j, None)
         return values
+
+    def _pool(self, i: int, pool: MaxPool, value: Value, chunk: Chunk, keep: bool) -> Tensor:
+        """What max-pooling passes on; the sums are updated."""
+        x = dense(value)
+        if i not in self.sums:
+            self.sums[i] = torch.zeros_like(x[0])
+        if keep:
+            chunk.sums[i] = self.sums[i].clone()
+        x = x.expand(chunk.steps, *x.shape[1:])
+        return pool.accumulate(self.sites[i].module, x, self.sums[i])
 
     def _show(self, i: int, value: Value, steps: int) -> None:
         """Show the input or a layer's spikes to the network's observers."""
@@ -308,7 +340,8 @@ class Presentation:
         copy = (shared and in_place) or len(current) == 1
         matrix = to_matrix(current.expand(shape), copy=copy)
         if i not in self.membrane:
-            self.membrane[i] = torch.zeros_like(matrix[0])
+            start = self.sites[i].module.initial_membrane * self.threshold[i]
+            self.membrane[i] = torch.full_like(matrix[0], start)
             self.last_spike[i] = torch.zeros_like(matrix[0], dtype=torch.int16)
         neuron = self.sites[i].module
         if keep and neuron.needs_membrane:

@@ -5,8 +5,8 @@ with the layer's name and the remedy of ``REMEDIES`` or ``CALL_REMEDIES``.
 """
 
 import operator as python
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +16,13 @@ from torch import Tensor, fx, nn
 from .graph import INPUT, Node
 from .operators import Operator
 from .operators.boundary import Input
-from .operators.shaping import Flatten, Sum
+from .operators.diagonal import Diagonal
 from .operators.table import kind_of, kinds, operator_for
-from .tracing import BATCH, TracingError, place, trace
+from .rules import arithmetic, layers, neurons, shapes
+from .traced import ConversionError, Rewriting, shape_of, where
+from .tracing import TracingError, place, trace
 
-
-class ConversionError(ValueError):
-    """A network that cannot be converted; the message names the layer and the remedy."""
-
+Rule = Callable[[Rewriting, fx.Node], Node | int]
 
 _NORM = "train without it (stdb.build gives networks that do), or fold it into the weights"
 _POOL = "use nn.AvgPool2d and train again"
@@ -33,7 +32,6 @@ REMEDIES: dict[type[nn.Module], str] = {
     nn.modules.batchnorm._BatchNorm: _NORM,
     nn.LayerNorm: _NORM,
     nn.GroupNorm: _NORM,
-    nn.MaxPool2d: _POOL,
     nn.AdaptiveAvgPool2d: "use nn.AvgPool2d with the kernel size that your image size gives",
     nn.AdaptiveMaxPool2d: _POOL,
     **dict.fromkeys(
@@ -68,53 +66,7 @@ REMEDIES: dict[type[nn.Module], str] = {
     nn.Dropout2d: "use nn.Dropout",
 }
 _FLATTEN = "allowed: all but the batch flat, as torch.flatten(x, 1)"
-CALL_REMEDIES: dict[Any, str] = {
-    F.max_pool2d: "use an nn.AvgPool2d module and train again",
-    F.avg_pool2d: "make it an nn.AvgPool2d module",
-    F.dropout: "make it an nn.Dropout module",
-    F.adaptive_avg_pool2d: "make it an nn.AvgPool2d module",
-}
-
-
-@dataclass
-class Rewriting:
-    """A traced network on its way to a graph.
-
-    Attributes:
-        modules: the network's, by name.
-        nodes: those that there are so far, in the order of a step.
-        index: traced operation → its node, or the one that it passes on.
-        problems: what has no spiking form, a line each.
-    """
-
-    modules: Mapping[str, nn.Module]
-    nodes: list[Node] = field(default_factory=list)
-    index: dict[fx.Node, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def sources(self, call: fx.Node) -> tuple[int, ...]:
-        """The nodes whose values an operation takes."""
-        arguments = [*call.args, *call.kwargs.values()]
-        return tuple(self.index[a] for a in arguments if isinstance(a, fx.Node) and a in self.index)
-
-    def add(self, call: fx.Node, node: Node | int) -> None:
-        """A new node for an operation, or the node that it passes on."""
-        if isinstance(node, int):
-            self.index[call] = node
-        else:
-            self.index[call] = len(self.nodes)
-            self.nodes.append(node)
-
-    def refuse(self) -> None:
-        """Say all problems at once, where there are any."""
-        if len(self.problems) > 1:
-            places = "\n".join(f"- {problem}" for problem in self.problems)
-            raise ConversionError(f"{len(self.problems)} places have no spiking form:\n{places}")
-        if self.problems:
-            raise ConversionError(self.problems[0])
-
-
-Rule = Callable[[Rewriting, fx.Node], Node | int]
+CALL_REMEDIES: dict[Any, str] = {}
 
 
 def rewrite(net: nn.Module, example: Tensor | None = None) -> tuple[list[Node], int | None]:
@@ -123,13 +75,12 @@ def rewrite(net: nn.Module, example: Tensor | None = None) -> tuple[list[Node], 
     Raises:
         ConversionError: names every operation that has no spiking form, and the remedy.
     """
-    rewriting = Rewriting(dict(net.named_modules()))
     try:
         calls = trace(net, example)
     except TracingError as error:
-        rewriting.problems = [*_refused_modules(net), str(error)]
-        rewriting.refuse()
+        Rewriting(net, (), problems=[*_refused_modules(net), str(error)]).refuse()
         raise
+    rewriting = Rewriting(net, calls)
     result: fx.Node | None = None
     for call in calls:
         if call.op == "placeholder":
@@ -141,13 +92,57 @@ def rewrite(net: nn.Module, example: Tensor | None = None) -> tuple[list[Node], 
                 result = call.args[0]
         else:
             try:
+                _check_shapes(rewriting, call)
                 rewriting.add(call, _rewrite_call(rewriting, call))
             except ConversionError as error:
                 if str(error) not in rewriting.problems:
                     rewriting.problems.append(str(error))
                 rewriting.add(call, next(iter(rewriting.sources(call)), 0))
     rewriting.refuse()
-    return rewriting.nodes, None if result is None else rewriting.index.get(result)
+    nodes, last = _alive(rewriting.nodes, None if result is None else rewriting.index.get(result))
+    if last is not None and result is not None and not _ends_with_weights(nodes, last):
+        width = result.meta["value"].shape[1]
+        rewriting.nodes = nodes
+        end = arithmetic.like_weights(rewriting, Diagonal(width, bias=False))
+        nodes.append(rewriting.put(result, end, (last,), "_output"))
+        last = len(nodes) - 1
+    return nodes, last
+
+
+def _ends_with_weights(nodes: list[Node], last: int) -> bool:
+    """Whether some layer with weights follows the last neurons, which the logits need for units."""
+    node = nodes[last]
+    if node.operator.learns or not node.inputs:
+        return True
+    if node.operator.fires:
+        return False
+    return all(_ends_with_weights(nodes, j) for j in node.inputs)
+
+
+def _check_shapes(rewriting: Rewriting, call: fx.Node) -> None:
+    """Refuse what is done to a shape that no image has, such as within a channel shuffle."""
+    for source in call.all_input_nodes:
+        if source in rewriting.waiting and CALLS.get(call.target) not in SHAPES:
+            made, of = (n.meta["value"] for n in (source, rewriting.waiting[source]))
+            shape = shape_of(made.shape) if isinstance(made, Tensor) else "parts"
+            raise ConversionError(
+                f"{where(source)} makes {shape} of {shape_of(of.shape)}; allowed: all but the "
+                "batch flat, as torch.flatten(x, 1), or channels in another order"
+            )
+
+
+def _alive(nodes: list[Node], result: int | None) -> tuple[list[Node], int | None]:
+    """The nodes that the result depends on: a relu that moved behind a pooling is no more."""
+    if result is None:
+        return nodes, None
+    alive = {0, result}
+    for i in reversed(range(len(nodes))):
+        if i in alive:
+            alive.update(nodes[i].inputs)
+    kept = sorted(alive)
+    place_of = {i: k for k, i in enumerate(kept)}
+    moved = [replace(nodes[i], inputs=tuple(place_of[j] for j in nodes[i].inputs)) for i in kept]
+    return moved, place_of[result]
 
 
 def _allowed() -> str:
@@ -167,17 +162,9 @@ def _rewrite_call(rewriting: Rewriting, call: fx.Node) -> Node | int:
         return CALLS[call.target](rewriting, call)
     name = getattr(call.target, "__name__", str(call.target))
     raise ConversionError(
-        f"{_where(call)} calls {name}, which has no spiking form; "
+        f"{where(call)} calls {name}, which has no spiking form; "
         f"{CALL_REMEDIES.get(call.target, f'allowed: {_allowed()}')}"
     )
-
-
-def _where(call: fx.Node) -> str:
-    """The operation's name, and whose forward method has it."""
-    stack = call.meta.get("nn_module_stack") or {}
-    path, kind = next(reversed(stack.values()), ("", None))
-    path = str(path).removeprefix("net").removeprefix(".")
-    return f"{call.name} (in forward{f' of {path}' if path and kind else ''})"
 
 
 # -- modules ---------------------------------------------------------------------------------------
@@ -191,7 +178,8 @@ def _refused_modules(net: nn.Module) -> list[str]:
         of_torch = kind.__module__.partition(".")[0] == "torch"
         if of_torch and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             try:
-                _operator_of(name, module)
+                if kind not in MODULES:
+                    _operator_of(name, module)
             except ConversionError as error:
                 problems.append(str(error))
     return problems
@@ -199,7 +187,10 @@ def _refused_modules(net: nn.Module) -> list[str]:
 
 def _rewrite_module(rewriting: Rewriting, call: fx.Node) -> Node | int:
     name = place(call)
-    operator = _operator_of(name, rewriting.modules[name])
+    module = rewriting.net.get_submodule(name)
+    if kind_of(module) in MODULES:
+        return MODULES[kind_of(module)](rewriting, call)
+    operator = _operator_of(name, module)
     if operator is None:
         return rewriting.sources(call)[0]
     return Node(name, operator, rewriting.sources(call), path=name)
@@ -235,11 +226,6 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
         raise ConversionError(
             f"layer {name} is a {type(module).__name__}; allowed in its place: {allowed}"
         )
-    if getattr(module, "bias", None) is not None:
-        raise ConversionError(
-            f"layer {name} has a bias, which a spike cannot carry; build it with bias=False "
-            "and train again"
-        )
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros":
             raise ConversionError(
@@ -253,45 +239,46 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
         raise ConversionError(f"layer {name} flattens only some dimensions; allowed: nn.Flatten()")
 
 
-# -- calls -----------------------------------------------------------------------------------------
-
-
-def _add(rewriting: Rewriting, call: fx.Node) -> Node:
-    """A sum of branches."""
-    where, sources = _where(call), rewriting.sources(call)
-    if call.kwargs.get("alpha", 1) != 1:
-        raise ConversionError(f"{where} adds with alpha; allowed: a plain sum of branches")
-    if len(sources) != 2:
-        raise ConversionError(f"{where} adds a constant, which is a bias; train without it")
-    return Node(call.name, Sum(), sources)
-
-
-def _reshape(rewriting: Rewriting, call: fx.Node) -> Node | int:
-    """Another shape, in any spelling: nothing where it is the same, or all but the batch flat."""
-    source = call.all_input_nodes[0]
-    before, after = source.meta["value"].shape, call.meta["value"].shape
-    if before == after:
-        return rewriting.index[source]
-    if after == (BATCH, before[1:].numel()):
-        return Node(call.name, Flatten(), (rewriting.index[source],))
-    raise ConversionError(f"{_where(call)} makes {_images(after)} of {_images(before)}; {_FLATTEN}")
-
-
-def _images(shape: torch.Size) -> str:
-    """A batch's shape, for a message."""
-    return f"({', '.join('B' if n == BATCH else str(n) for n in shape)})"
-
-
-def _relu(_: Rewriting, call: fx.Node) -> Node:
-    raise ConversionError(
-        f"{_where(call)} is a functional relu, which cannot carry a spiking neuron's "
-        "state; make it an nn.ReLU module of its own"
-    )
-
-
-CALLS: dict[Any, Rule] = {
-    **dict.fromkeys((python.add, python.iadd, torch.add, "add", "add_"), _add),
-    **dict.fromkeys((torch.flatten, "flatten", "view", "reshape", torch.reshape), _reshape),
-    **dict.fromkeys((torch.squeeze, "squeeze", "contiguous", "clone"), _reshape),
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu),
+MODULES: dict[type[nn.Module], Rule] = {
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh), neurons.relu),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), layers.batch_norm),
+    **dict.fromkeys((nn.Softmax, nn.LogSoftmax), neurons.softmax),
+    nn.MaxPool2d: neurons.max_pool,
 }
+CALLS: dict[Any, Rule] = {
+    **dict.fromkeys((python.add, python.iadd, torch.add, "add", "add_"), arithmetic.add),
+    **dict.fromkeys((python.sub, python.isub, torch.sub, "sub", "sub_"), arithmetic.subtract),
+    **dict.fromkeys(
+        (
+            *(python.mul, python.imul, torch.mul, "mul", "mul_"),
+            *(python.truediv, python.itruediv, torch.div, "div", "div_"),
+        ),
+        arithmetic.multiply,
+    ),
+    **dict.fromkeys(
+        (
+            *(torch.flatten, "flatten", "unflatten", "view", "reshape", torch.reshape),
+            *(torch.squeeze, "squeeze", "unsqueeze", "contiguous", "clone", "detach"),
+            *(torch.transpose, "transpose", "swapaxes", torch.permute, "permute"),
+            *(torch.chunk, "chunk", torch.split, "split"),
+        ),
+        shapes.rearrange,
+    ),
+    **dict.fromkeys(neurons.RELUS, neurons.relu),
+    **dict.fromkeys(
+        (torch.clamp, "clamp", "clamp_", "clamp_min", F.hardtanh, F.hardtanh_, F.relu6),
+        neurons.clamp,
+    ),
+    **dict.fromkeys(
+        (F.softmax, F.log_softmax, torch.softmax, "softmax", "log_softmax"), neurons.softmax
+    ),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), layers.concatenate),
+    **dict.fromkeys((torch.mean, "mean"), layers.mean),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), neurons.max_pool),
+    python.getitem: shapes.pick,
+    F.pad: shapes.pad,
+    F.dropout: layers.dropout,
+    F.avg_pool2d: layers.average_pool,
+    F.adaptive_avg_pool2d: layers.adaptive_average,
+}
+SHAPES = (shapes.rearrange, shapes.pick)

@@ -129,8 +129,8 @@ def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str,
     driven[len(graph.nodes) - 1] += 1  # what is added to the output drives it
     for i in reversed(range(1, len(graph.nodes))):
         node = graph.nodes[i]
-        for j in node.inputs:
-            driven[j] += node.operator.fan_out(snn.module(i), driven[i], shapes[j])
+        for position, j in enumerate(node.inputs):
+            driven[j] += node.operator.fan_out(snn.module(i), driven[i], position, shapes[j])
     return {name: driven[i] for i, name in {0: INPUT, **graph.labels}.items()}
 
 

@@ -18,25 +18,37 @@ from torch.nn.utils.weight_norm import WeightNorm
 HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)  # they compute weights before each call
 
 
-def is_computed(module: nn.Module) -> bool:
-    """Whether a layer's weights are computed from other parameters."""
-    attribute = vars(module).get("weight")  # where hooks put what they compute
-    return isinstance(attribute, Tensor) or parametrize.is_parametrized(module, "weight")
+def is_computed(module: nn.Module, name: str = "weight") -> bool:
+    """Whether a layer's weights, or its bias, are computed from other parameters."""
+    attribute = vars(module).get(name)  # where hooks put what they compute
+    return isinstance(attribute, Tensor) or parametrize.is_parametrized(module, name)
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """A layer's weights as they are now; if they are computed, autograd knows from what."""
-    if not is_computed(module) or parametrize.is_parametrized(module, "weight"):
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return weight
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, HOOKS):
-            hook(module, None)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    module.weight = weight.detach()  # deepcopy refuses a module that holds an inner tensor
+    weight = _now(module, "weight")
+    assert weight is not None
     return weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """A layer's bias as it is now, None where it has none."""
+    return _now(module, "bias") if hasattr(module, "bias") else None
+
+
+def _now(module: nn.Module, name: str) -> Tensor | None:
+    if is_computed(module, name) and not parametrize.is_parametrized(module, name):
+        for hook in module._forward_pre_hooks.values():
+            # pruning's hooks are for one tensor, those of the norms for the weights
+            if isinstance(hook, HOOKS) and getattr(hook, "_tensor_name", "weight") == name:
+                hook(module, None)
+        value = getattr(module, name)
+        assert isinstance(value, Tensor)
+        setattr(module, name, value.detach())  # deepcopy refuses a module that holds another
+        return value
+    found = getattr(module, name)
+    assert found is None or isinstance(found, Tensor)
+    return found
 
 
 @torch.no_grad()
@@ -62,6 +74,35 @@ def scale_weight(module: nn.Module, factor: float) -> None:
         )
 
 
+@torch.no_grad()
+def scale_bias(module: nn.Module, factor: float) -> None:
+    """Multiply a layer's bias, where it has one."""
+    if bias_of(module) is None:
+        return
+    if is_computed(module, "bias"):
+        make_plain(module)
+    module.get_parameter("bias").mul_(factor)
+
+
+@torch.no_grad()
+def fold(module: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """W ← g·W, b ← shift + g·b, for each output channel; computed weights become plain.
+
+    Args:
+        module: a layer whose weights have the output channels first.
+        scale: g, (C,) float64.
+        shift: (C,) float64.
+    """
+    make_plain(module)
+    weight, bias = weight_of(module), bias_of(module)
+    weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.dim() - 1)))
+    whole = shift if bias is None else shift + scale * bias.double()
+    if bias is None:
+        module.register_parameter("bias", nn.Parameter(whole.to(weight)))
+    else:
+        bias.copy_(whole)
+
+
 def inner_copies(net: nn.Module) -> dict[int, Any]:
     """Copies of the computed tensors that modules hold, a ``memo`` for ``copy.deepcopy``.
 
@@ -79,19 +120,29 @@ def inner_copies(net: nn.Module) -> dict[int, Any]:
 def plain_copy(net: nn.Module) -> nn.Module:
     """A copy whose computed weights are plain parameters, as files and other programs want them."""
     net = copy.deepcopy(net, inner_copies(net))
-    for module in [m for m in net.modules() if is_computed(m)]:
-        weight = weight_of(module).clone()
-        if parametrize.is_parametrized(module, "weight"):
-            # torch's remove_parametrizations changes the class, which the original shares
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-        else:
-            hooks = module._forward_pre_hooks
-            for key in [k for k, hook in hooks.items() if isinstance(hook, HOOKS)]:
-                del hooks[key]
-            for table in (module._parameters, module._buffers):
-                for name in [n for n in table if n.startswith("weight_")]:
-                    del table[name]
-            del module.weight
-        module.weight = nn.Parameter(weight)
+    for module in net.modules():
+        make_plain(module)
     return net
+
+
+@torch.no_grad()
+def make_plain(module: nn.Module) -> None:
+    """Make computed weights and biases of a layer plain parameters, in place."""
+    values = {
+        name: value.clone()
+        for name in ("weight", "bias")
+        if is_computed(module, name) and (value := _now(module, name)) is not None
+    }
+    if parametrize.is_parametrized(module):
+        # torch's remove_parametrizations changes the class, which a copy's original shares
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+    for name, value in values.items():
+        hooks = module._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, HOOKS)]:
+            del hooks[key]
+        for table in (module._parameters, module._buffers):
+            for leaf in [n for n in table if n.startswith(f"{name}_")]:
+                del table[leaf]
+        vars(module).pop(name, None)
+        module.register_parameter(name, nn.Parameter(value))

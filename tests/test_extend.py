@@ -340,31 +340,31 @@ def test_an_operator_counts_its_synapses_and_is_exported(run):
         torch.testing.assert_close(program.module()(images), snn(images, 4))
 
 
-class Permuted(nn.Module):
-    """Permutes before it flattens."""
+class Cast(nn.Module):
+    """Says what type it wants before it flattens."""
 
-    def __init__(self, *order):
+    def __init__(self):
         super().__init__()
         net = small()
-        self.below, self.output, self.order = net[:-2], net[-1], order
+        self.below, self.output = net[:-2], net[-1]
 
     def forward(self, x):
-        return self.output(torch.flatten(self.below(x).permute(*self.order), 1))
+        return self.output(torch.flatten(self.below(x).float(), 1))
 
 
 def test_a_rule_converts_what_was_refused(run):
-    """x.permute(0, 1, 2, 3); another order stays refused."""
-    same, other = Permuted(0, 1, 2, 3), Permuted(0, 1, 3, 2)
-    with pytest.raises(stdb.ConversionError, match="calls permute, which has no spiking form"):
-        stdb.convert(same, stdb.DirectEncoder())
+    """x.float() in a float32 network; in another it stays refused."""
+    cast = Cast().float()
+    with pytest.raises(stdb.ConversionError, match="calls float, which has no spiking form"):
+        stdb.convert(cast, stdb.DirectEncoder())
     (block,) = blocks("A rewriting rule")
     run(block)
-    same_as_literal(same)
-    ours, plain = (stdb.convert(net, stdb.DirectEncoder()) for net in (same, small()))
-    images = spike_train()[0] / 2
-    assert torch.equal(ours(images, 5), plain(images, 5))
-    with pytest.raises(stdb.ConversionError, match="permutes; allowed: the order that there is"):
-        stdb.convert(other, stdb.DirectEncoder())
+    ours, plain = (stdb.convert(net, stdb.DirectEncoder()) for net in (cast, small().float()))
+    images = spike_train()[0].float() / 2
+    assert torch.equal(ours(images, 60), plain(images, 60))
+    assert ours(images, 60).abs().max() > 0
+    with pytest.raises(stdb.ConversionError, match="changes the type; allowed: in a float32"):
+        stdb.convert(Cast().double(), stdb.DirectEncoder())
 
 
 # -- data ------------------------------------------------------------------------------------------

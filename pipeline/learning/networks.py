@@ -66,7 +66,7 @@ def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) 
 def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetwork:
     """The ANN converted as ``stdb`` says: encoder, surrogate, leak."""
     surrogate = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
-    return stdb.convert(
+    snn = stdb.convert(
         ann,
         stdb.encoder_of(params.encoder, seed),
         surrogate,
@@ -78,6 +78,12 @@ def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetw
         dropout_seed=seed,
         precision=torch.bfloat16 if params.precision == "bf16" else None,
     )
+    if snn.has_units:
+        raise StageError(
+            "network: it has biases or batch norm, which stdb.convert takes and the pipeline's "
+            "stages do not yet; allowed here: layers with bias=False and no batch norm"
+        )
+    return snn
 
 
 def load_thresholds(snn: stdb.SpikingNetwork, path: Path) -> None:

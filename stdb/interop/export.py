@@ -47,9 +47,15 @@ def export_program(
         spikes: the program takes a spike train, whatever the encoder.
 
     Raises:
-        ValueError: T below 1, or an encoder of your own without ``spikes``.
+        ValueError: T below 1, max-pooling, or an encoder of your own without ``spikes``.
     """
     check_timesteps(timesteps)
+    for node in snn.graph.nodes:
+        if node.operator.accumulates:
+            raise ValueError(
+                f"{node.name} is {node.operator.name}, which remembers sums over time; allowed in "
+                "a program: layers that do not"
+            )
     weight = next(p for p in snn.net.parameters() if p.dim())
     images = weight.new_zeros(2, *image_shape)  # of a batch of 1 it would take a batch of 1
     batch = Dim("batch")
@@ -80,7 +86,10 @@ class _Program(nn.Module):
         self.timesteps = timesteps
         self.encoder: Any = None if spikes else snn.encoder
         neurons = zip(snn.graph.neurons, snn.neurons.values(), strict=True)
-        self.constants = {i: (neuron.threshold.item(), neuron.leak.item()) for i, neuron in neurons}
+        self.constants = {
+            i: (n.threshold.item(), n.leak.item(), n.initial_membrane * n.threshold.item())
+            for i, n in neurons
+        }
 
     def forward(self, x: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         """U_T (B, classes) of images (B, C, H, W) or a spike train (T, B, C, H, W)."""
@@ -101,27 +110,39 @@ class _Program(nn.Module):
                     continue
                 node = self.graph.nodes[i]
                 if node.operator.fires:
-                    threshold, leak = self.constants[i]
-                    u = current = values[node.inputs[0]]
-                    if i in membrane:  # in the engine's order, which rounding depends on
-                        u = membrane[i] if leak == 1 else membrane[i] * leak
-                        u = torch.sub(u, fired[i], alpha=threshold) + current
-                    membrane[i], fired[i] = u, (u > threshold).to(u.dtype)
+                    current = values[node.inputs[0]]
+                    u = self._membrane(i, current, membrane.get(i), fired.get(i))
+                    membrane[i], fired[i] = u, (u > self.constants[i][0]).to(u.dtype)
                     values[i] = fired[i]
                 else:
                     values[i] = self._operate(i, values)
             for i in self.graph.entries:
                 counts[i] = counts[i] + values[i] if i in counts else values[i]
         for i in self.graph.tail:  # linear, so once, of the sum over time (Eq. 4)
-            counts[i] = self._operate(i, counts)
+            counts[i] = self._operate(i, counts, self.timesteps)
         return counts[self.graph.tail[-1]]
+
+    def _membrane(
+        self, i: int, current: Tensor, before: Tensor | None, fired: Tensor | None
+    ) -> Tensor:
+        """Eq. 2, in the engine's order, which rounding depends on."""
+        threshold, leak, start = self.constants[i]
+        if before is None or fired is None:
+            return current + start * leak if start else current
+        u = before if leak == 1 else before * leak
+        return torch.sub(u, fired, alpha=threshold) + current
 
     def _depends_on_neurons(self, i: int) -> bool:
         node = self.graph.nodes[i]
         return node.operator.fires or any(self._depends_on_neurons(j) for j in node.inputs)
 
-    def _operate(self, i: int, values: dict[int, Tensor]) -> Tensor:
-        """The value of a linear operator's node."""
+    def _operate(self, i: int, values: dict[int, Tensor], steps: int = 1) -> Tensor:
+        """The value of a linear operator's node, of inputs that are summed over ``steps``."""
         node = self.graph.nodes[i]
         module = None if node.path is None else self.net.get_submodule(node.path)
-        return node.operator.plain(module, *(values[j] for j in node.inputs))
+        value = node.operator.plain(module, *(values[j] for j in node.inputs))
+        bias = getattr(module, "bias", None) if node.operator.learns else None
+        if bias is None or steps == 1:
+            return value
+        whole: Tensor = value + (steps - 1) * bias.view(-1, *[1] * (value.dim() - 2))
+        return whole

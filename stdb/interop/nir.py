@@ -18,7 +18,7 @@ from ..operators.convolution import Convolution
 from ..operators.linear import FullyConnected
 from ..operators.pooling import AveragePool
 from ..operators.shaping import Dropout, Flatten, Sum
-from ..weights import weight_of
+from ..weights import bias_of, weight_of
 
 if TYPE_CHECKING:
     import nir
@@ -158,7 +158,9 @@ def _flatten(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
 def _neuron(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
     v, leak = module.threshold.item(), module.leak.item()
     like = np.ones(shape, _array(module.threshold).dtype)
-    metadata = {"reset": "subtract"}
+    metadata: dict[str, Any] = {"reset": "subtract"}
+    if module.initial_membrane:
+        metadata["initial_membrane"] = module.initial_membrane  # U_0/V
     if leak == 1:
         return nir.IF(r=like, v_threshold=v * like, metadata=metadata)
     tau = dt / (1 - leak)
@@ -181,7 +183,10 @@ def _average_pool(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> 
 def _linear(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
     if len(shape) != 1:
         raise ValueError(f"layer {name} is given {shape}; allowed in NIR: a flat input")
-    return nir.Linear(weight=_array(weight_of(module)))
+    bias = bias_of(module)
+    if bias is None:
+        return nir.Linear(weight=_array(weight_of(module)))
+    return nir.Affine(weight=_array(weight_of(module)), bias=_array(bias))
 
 
 def _convolution(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
@@ -189,10 +194,11 @@ def _convolution(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> A
         raise ValueError(  # nir 1.0 infers wrong shapes for both
             f"layer {name} is {module}; allowed in NIR: one group and square kernels"
         )
+    bias, none = bias_of(module), np.zeros(module.out_channels, _array(weight_of(module)).dtype)
     return nir.Conv2d(
         input_shape=shape[1:], weight=_array(weight_of(module)), stride=tuple(module.stride),
         padding=tuple(module.padding), dilation=tuple(module.dilation), groups=1,
-        bias=np.zeros(module.out_channels, _array(weight_of(module)).dtype),
+        bias=none if bias is None else _array(bias),
     )  # fmt: skip
 
 

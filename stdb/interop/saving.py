@@ -10,6 +10,7 @@ where none was). The metadata are one JSON object under the key ``config``:
                     :mod:`stdb.operators.table`), ``inputs`` (places in this list), ``path``
 ``modules``         path → ``type`` and settings, of the whole module tree: what the graph's nodes
                     have, containers, and ``Identity`` in the place of what no node has
+``units``           whether weights hold what a spike stands for (:mod:`stdb.units`)
 ``tied``            name of a tensor → that of the one it shares its values with
 ``encoder``, ``surrogate``, ``temporal_gradient``
 ``timesteps``       T it was made for
@@ -89,6 +90,7 @@ def save(
         ],
         "modules": modules,
         "tied": tied,
+        "units": snn.has_units,
         "encoder": {"name": encoders[type(snn.encoder)], **vars(snn.encoder)},
         "surrogate": {"name": surrogates[type(neuron.surrogate)], **vars(neuron.surrogate)},
         "temporal_gradient": neuron.temporal_gradient,
@@ -163,6 +165,12 @@ def _describe(tree: nn.Module, used: set[str | None]) -> dict[str, dict[str, Any
         operator = operator_for(kind)
         if isinstance(module, SpikingNeuron):
             described[path] = {"type": SpikingNeuron.__name__}
+            if module.initial_membrane:
+                described[path]["initial_membrane"] = module.initial_membrane
+            if module.bound is not None:
+                described[path]["bound"] = module.bound
+            if module.unit != 1:
+                described[path]["unit"] = module.unit
         elif path in used and operator is not None:
             settings = {name: getattr(module, name) for name in operator.kinds[kind]}
             described[path] = {"type": kind.__name__, **settings}
@@ -245,6 +253,7 @@ def _of_graph(config: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetw
             raise ValueError(f"{nodes[i].path} is a {type(neuron).__name__}, not a SpikingNeuron")
         neuron.surrogate, neuron.temporal_gradient = rules["surrogate"], rules["temporal_gradient"]
     snn = SpikingNetwork(tree, graph, rules["encoder"])
+    snn.has_units = bool(config["units"])
     snn.check(values=True)
     return snn
 

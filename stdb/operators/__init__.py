@@ -41,6 +41,11 @@ class Site(Protocol):
         """The module's weights, computed where they are not a parameter (pruned, normalised)."""
         ...
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The module's bias, times the steps of a value that is summed over them (Eq. 4)."""
+        ...
+
     def prepared(self, make: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``make`` makes of the weights, kept until they change."""
         ...
@@ -56,6 +61,7 @@ class Operator(Protocol):
         learns: it has weights, its module's ``weight``.
         fires: it is a layer of neurons, which needs time; the presentation runs it.
         owns: its value is memory of its own, which it does not share with its input.
+        accumulates: it remembers sums over time; the presentation runs it.
     """
 
     name: str
@@ -63,6 +69,7 @@ class Operator(Protocol):
     learns: bool = False
     fires: bool = False
     owns: bool = False
+    accumulates: bool = False
 
     def plain(self, module: Any, *inputs: Tensor) -> Tensor:
         """The operator in plain torch at one time step: (B, …) → (B, …)."""
@@ -86,7 +93,12 @@ class Operator(Protocol):
         problem = "does not say its gradient" if self.learns else "has no weights"
         raise NotImplementedError(f"{self.name} {problem}")
 
-    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+    def backward_bias(self, grad: Tensor, total: Tensor | None) -> Tensor:
+        """``total`` + ∂L/∂b: ∂L/∂I summed over time, batch and pixels."""
+        own = grad.sum([d for d in range(grad.dim()) if d != 2])
+        return own if total is None else total.add_(own)
+
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """How many synapses each input drives, given those that each output does (``targets``)."""
         return targets
 
@@ -112,6 +124,13 @@ def per_image(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return whole
 
 
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """``y`` (T, B, C, …) + b of each channel, in its memory."""
+    if bias is None:
+        return y
+    return y.add_(bias.view(-1, *[1] * (y.dim() - 3)))
+
+
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """Both of a kernel's sizes, where one may stand for both."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
@@ -122,6 +141,7 @@ __all__ = [
     "Operator",
     "Site",
     "Value",
+    "add_bias",
     "dense",
     "few_events",
     "pair",

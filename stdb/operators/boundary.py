@@ -18,9 +18,9 @@ class Neuron(Operator):
     """A layer of spiking neurons (Eq. 2). It has a state, so the presentation runs it."""
 
     name = "neuron"
-    kinds: ClassVar = {nn.ReLU: ()}
+    kinds: ClassVar = {nn.ReLU: (), nn.ReLU6: (), nn.Hardtanh: ("min_val", "max_val")}
     fires = True
 
-    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """A current drives its neuron."""
         return torch.ones_like(targets)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from ..spikes import Events, tap_rows
-from . import Gradient, Operator, Site, Value, dense, few_events, per_image
+from . import Gradient, Operator, Site, Value, add_bias, dense, few_events, per_image
 
 
 class Convolution(Operator):
@@ -44,19 +44,22 @@ class Convolution(Operator):
         module: nn.Conv2d = site.module
         few = self._events(module, inputs[0])
         if few is not None:
-            return few.convolved(module, site.prepared(tap_rows))
-        return per_image(
+            return add_bias(few.convolved(module, site.prepared(tap_rows)), site.bias)
+        x = site.lowered(dense(inputs[0]))
+        inside = site.bias if x.dtype == site.weight.dtype else None
+        product = per_image(
             lambda n: F.conv2d(
                 n.contiguous(memory_format=torch.channels_last),
                 site.weight.to(n.dtype),
-                None,
+                inside,
                 module.stride,
                 module.padding,
                 module.dilation,
                 module.groups,
             ).to(site.weight.dtype),
-            site.lowered(dense(inputs[0])),
+            x,
         )
+        return product if inside is site.bias else add_bias(product, site.bias)
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
@@ -86,7 +89,7 @@ class Convolution(Operator):
             grad_weight = grad_weight.to(site.weight.dtype)
         return grad_weight if total is None else total.add_(grad_weight)
 
-    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """How many outputs each input drives: borders and strides make them differ."""
         groups = module.groups  # within one, all inputs drive all outputs
         driven: Tensor = conv2d_input(

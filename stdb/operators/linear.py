@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spikes import column_blocks
-from . import Gradient, Operator, Site, Value, dense, few_events
+from . import Gradient, Operator, Site, Value, add_bias, dense, few_events
 
 
 class FullyConnected(Operator):
@@ -29,9 +29,11 @@ class FullyConnected(Operator):
         module: nn.Linear = site.module
         few = few_events(inputs[0], "linear")
         if few is not None:
-            return few.multiplied(module, site.prepared(column_blocks))
+            return add_bias(few.multiplied(module, site.prepared(column_blocks)), site.bias)
         x = site.lowered(dense(inputs[0]))
-        return F.linear(x, site.weight.to(x.dtype)).to(site.weight.dtype)
+        if x.dtype == site.weight.dtype:
+            return F.linear(x, site.weight, site.bias)
+        return add_bias(F.linear(x, site.weight.to(x.dtype)).to(site.weight.dtype), site.bias)
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
@@ -49,6 +51,6 @@ class FullyConnected(Operator):
         grad_weight = (rows @ columns).to(site.weight.dtype)
         return grad_weight if total is None else total.add_(grad_weight)
 
-    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """Every input drives every output."""
         return targets.new_full(shape, float(module.out_features))

@@ -33,7 +33,7 @@ class Flatten(Operator):
         grad = dense(grad)
         return grad.reshape(*grad.shape[:2], *shape)
 
-    def fan_out(self, module: Any, targets: Tensor, shape: torch.Size) -> Tensor:
+    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """The same connections, in the shape before."""
         return targets.reshape(shape)
 

@@ -6,8 +6,12 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from . import Operator
 from .boundary import Input, Neuron
 from .convolution import Convolution
+from .cutting import Ordering, Padding, Slicing
+from .diagonal import Scale
+from .joining import Concat
 from .linear import FullyConnected
-from .pooling import AveragePool
+from .maximum import MaxPool
+from .pooling import AdaptiveAveragePool, AveragePool
 from .shaping import Dropout, Flatten, Sum
 
 OPERATORS: dict[str, Operator] = {
@@ -18,9 +22,16 @@ OPERATORS: dict[str, Operator] = {
         FullyConnected(),
         Neuron(),
         AveragePool(),
+        AdaptiveAveragePool(),
+        MaxPool(),
         Dropout(),
         Flatten(),
         Sum(),
+        Scale(),
+        Concat(),
+        Slicing(),
+        Ordering(),
+        Padding(),
     )
 }
 

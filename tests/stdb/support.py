@@ -31,15 +31,18 @@ class Spike(torch.autograd.Function):
 class LiteralNeuron(nn.Module):
     """Eq. 2 with the surrogate of Eq. 11, 13 or 14; V and λ are parameters."""
 
-    def __init__(self, threshold, leak, kind, alpha, beta, over_threshold, temporal_gradient):
-        """Start with U = 0, no spike, S = −∞."""
+    def __init__(
+        self, threshold, leak, kind, alpha, beta, over_threshold, temporal_gradient, initial=0.0
+    ):
+        """Start with U = f·V, no spike, S = −∞."""
         super().__init__()
         self.threshold = nn.Parameter(torch.tensor(threshold, dtype=torch.float64))
         self.leak = nn.Parameter(torch.tensor(leak, dtype=torch.float64))
         self.kind, self.alpha, self.beta = kind, alpha, beta
         self.over_threshold, self.temporal_gradient = over_threshold, temporal_gradient
         self.t = 0
-        self.membrane = self.spikes = torch.tensor(0.0, dtype=torch.float64)
+        self.membrane = initial * self.threshold
+        self.spikes = torch.tensor(0.0, dtype=torch.float64)
         self.latest = torch.tensor(-torch.inf, dtype=torch.float64)
         self.train_of_spikes: list[Tensor] = []
 
@@ -74,6 +77,26 @@ class LiteralNeuron(nn.Module):
         self.membrane, self.spikes = self.membrane.detach(), self.spikes.detach()
 
 
+class LiteralMaxPool(nn.Module):
+    """What the maximum of the sums of all steps so far has become more."""
+
+    def __init__(self, pool: nn.MaxPool2d):
+        """Start with sums of 0."""
+        super().__init__()
+        self.pool = pool
+        self.sums = self.maximum = torch.tensor(0.0, dtype=torch.float64)
+
+    def forward(self, current: Tensor) -> Tensor:
+        """One step."""
+        self.sums = self.sums + current
+        before, self.maximum = self.maximum, self.pool(self.sums)
+        return self.maximum - before
+
+    def cut(self) -> None:
+        """Drop the graph, keep the state."""
+        self.sums, self.maximum = self.sums.detach(), self.maximum.detach()
+
+
 class Mask(nn.Module):
     """A dropout that was drawn before."""
 
@@ -100,7 +123,7 @@ class Literal:
         thresholds: place of each ReLU → V.
         leak: λ.
         masks: place of each dropout → mask; those not named are left out.
-        surrogate: kind, alpha, beta, over_threshold, temporal_gradient.
+        surrogate: kind, alpha, beta, over_threshold, temporal_gradient, initial (f of U_0 = f·V).
     """
 
     def __init__(self, ann, thresholds, leak=1.0, masks=None, **surrogate):
@@ -111,9 +134,12 @@ class Literal:
         for name in relus(ann):
             self.net.set_submodule(name, LiteralNeuron(thresholds[name], leak, **options))
         for name, module in ann.named_modules():
+            if isinstance(module, nn.MaxPool2d):
+                self.net.set_submodule(name, LiteralMaxPool(module))
             if isinstance(module, nn.Dropout):
                 mask = (masks or {}).get(name)
                 self.net.set_submodule(name, nn.Identity() if mask is None else Mask(mask))
+        self.with_state = [m for m in self.net.modules() if hasattr(m, "cut")]
         self.neurons = {n: m for n, m in self.net.named_modules() if isinstance(m, LiteralNeuron)}
 
     def run(self, train: Tensor, windows: list[int] | None = None) -> Iterator[Tensor]:
@@ -124,8 +150,8 @@ class Literal:
                 output = output + self.net(x)
             yield output
             output, start = output.detach(), start + steps
-            for neuron in self.neurons.values():
-                neuron.cut()
+            for module in self.with_state:
+                module.cut()
 
     def spikes(self, name: str) -> Tensor:
         """(T, B, …) of the neuron in a ReLU's place."""

@@ -17,14 +17,14 @@ TOLERANCE = 1e-9
 LEARN = ["", "V", "λ", "Vλ"]
 
 
-def conv(i, o, stride=1, kernel=3, padding=1, groups=1):
-    """No bias."""
-    return nn.Conv2d(i, o, kernel, stride, padding, groups=groups, bias=False)
+def conv(i, o, stride=1, kernel=3, padding=1, groups=1, bias=False):
+    """Without a bias unless asked for."""
+    return nn.Conv2d(i, o, kernel, stride, padding, groups=groups, bias=bias)
 
 
-def linear(i, o):
-    """No bias."""
-    return nn.Linear(i, o, bias=False)
+def linear(i, o, bias=False):
+    """Without a bias unless asked for."""
+    return nn.Linear(i, o, bias=bias)
 
 
 def prepare(net, seed):
@@ -34,7 +34,8 @@ def prepare(net, seed):
     with torch.no_grad():
         for weight in net.parameters():
             drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            weight.copy_((drawn + 0.4) / math.sqrt(weight[0].numel()))
+            scale = 1 / math.sqrt(weight[0].numel()) if weight.dim() > 1 else 0.2
+            weight.copy_((drawn + 0.4) * scale)
     return net
 
 
@@ -73,7 +74,7 @@ def close(actual, expected, what, tolerance=TOLERANCE):
 
 def compare(  # noqa: PLR0913 (what hypothesis draws)
     net, train, *, seed=0, direct=False, chunk=None, windows=None, leak=1.0, kind="stdb",
-    alpha=0.3, beta=0.05, over_threshold=False, temporal_gradient=True, learn="Vλ",
+    alpha=0.3, beta=0.05, over_threshold=False, temporal_gradient=True, learn="Vλ", initial=0.0,
 ):  # fmt: skip
     """Present the same to both and compare all; returns the literal first weight's gradient."""
     timesteps, batch = train.shape[:2]
@@ -100,9 +101,10 @@ def compare(  # noqa: PLR0913 (what hypothesis draws)
         for place, value in thresholds.items():
             snn.net.get_submodule(place).threshold.fill_(value)
             snn.net.get_submodule(place).leak.fill_(leak)
+            snn.net.get_submodule(place).initial_membrane = initial
     literal = Literal(
         net, thresholds, leak, masks, kind=kind, alpha=alpha, beta=beta,
-        over_threshold=over_threshold, temporal_gradient=temporal_gradient,
+        over_threshold=over_threshold, temporal_gradient=temporal_gradient, initial=initial,
     )  # fmt: skip
 
     labels = torch.arange(batch)
@@ -138,7 +140,10 @@ def networks(draw):
         else:
             kernel, padding = draw(st.sampled_from([(1, 0), (3, 1), (3, 2), ((3, 1), (1, 0))]))
             groups = 2 if c % 2 == 0 and draw(st.booleans()) else 1
-            layers += [conv(c, planes, stride, kernel, padding, groups), nn.ReLU()]
+            layers += [
+                conv(c, planes, stride, kernel, padding, groups, draw(st.booleans())),
+                nn.ReLU(),
+            ]
         if draw(st.booleans()):
             layers += [nn.Dropout(draw(st.sampled_from([0.2, 0.5])))]
         height = nn.Sequential(*layers)(torch.zeros(shape)).shape[2]
@@ -148,9 +153,9 @@ def networks(draw):
     layers += [nn.Flatten()]
     features = nn.Sequential(*layers)(torch.zeros(shape)).shape[1]
     if draw(st.booleans()):
-        layers += [linear(features, 5), nn.ReLU(), nn.Dropout(0.3)]
+        layers += [linear(features, 5, draw(st.booleans())), nn.ReLU(), nn.Dropout(0.3)]
         features = 5
-    return nn.Sequential(*layers, linear(features, 3)), shape[1:]
+    return nn.Sequential(*layers, linear(features, 3, draw(st.booleans()))), shape[1:]
 
 
 @st.composite
@@ -182,6 +187,7 @@ def test_random_networks(data):
         over_threshold=data.draw(st.booleans()),
         temporal_gradient=data.draw(st.booleans()),
         learn=data.draw(st.sampled_from(LEARN)),
+        initial=data.draw(st.sampled_from([0.0, 0.5, 0.875])),
     )
     assume(float(gradient.abs().max()) > 0)
 
@@ -204,6 +210,43 @@ def test_surrogates(kind, over, temporal, learn):
     gradient = compare(
         small(), random_train((7, 3, 2, 4, 4), 3), kind=kind, over_threshold=over, leak=0.75,
         temporal_gradient=temporal, learn=learn, chunk=3, beta=0.4,
+    )  # fmt: skip
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("windows", [[7], [1, 6]])
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "train"])
+@pytest.mark.parametrize("learn", ["", "Vλ"])
+@pytest.mark.parametrize("kind", sorted(stdb.SURROGATES))
+def test_biases_and_initial_membranes(kind, learn, direct, windows):
+    """A bias is a current at every step, also of the output; U_0 = f·V follows V."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        conv(2, 3, bias=True), nn.ReLU(), nn.Dropout(0.25), conv(3, 3, stride=2, bias=True),
+        nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), linear(3, 6, bias=True), nn.ReLU(),
+        linear(6, 3, bias=True),
+    )  # fmt: skip
+    gradient = compare(
+        prepare(net, 1), random_train((7, 3, 2, 4, 4), 3), kind=kind, over_threshold=True,
+        leak=0.75, learn=learn, chunk=3, beta=0.4, initial=0.5, direct=direct, windows=windows,
+    )  # fmt: skip
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+@pytest.mark.parametrize("windows", [[7], [1, 4, 2]])
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "train"])
+@pytest.mark.parametrize("kind", sorted(stdb.SURROGATES))
+def test_max_pooling(kind, direct, windows, chunk):
+    """Of accumulated currents, in front of the neurons; overlapping and padded windows, too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        conv(2, 3, bias=True), nn.MaxPool2d(3, 1, 1), nn.ReLU(), conv(3, 3), nn.MaxPool2d(2),
+        nn.ReLU(), nn.Flatten(), linear(12, 6), nn.ReLU(), linear(6, 3),
+    )  # fmt: skip
+    gradient = compare(
+        prepare(net, 1), random_train((7, 3, 2, 4, 4), 3), kind=kind,
+        leak=0.75, chunk=chunk, beta=0.4, initial=0.5, direct=direct, windows=windows,
     )  # fmt: skip
     assert gradient.abs().max() > 0
 

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import stdb
@@ -65,18 +64,10 @@ class Custom(nn.Module):
 # -- what is refused -----------------------------------------------------------------------------
 
 LAYERS = [  # (network, what the message names, the remedy)
-    (layers(first=nn.Conv2d(1, 2, 3)), "layer first has a bias", "bias=False"),
-    (layers(output=nn.Linear(32, 3)), "layer output has a bias", "bias=False"),
-    (layers(extra=nn.BatchNorm2d(2)), "layer extra is a BatchNorm2d", "fold it into the weights"),
     (layers(extra=nn.GroupNorm(1, 2)), "layer extra is a GroupNorm", "fold it into the weights"),
     (layers(extra=nn.LayerNorm(4)), "layer extra is a LayerNorm", "fold it into the weights"),
-    (layers(extra=nn.MaxPool2d(2)), "layer extra is a MaxPool2d", "nn.AvgPool2d"),
-    (layers(extra=nn.AdaptiveAvgPool2d(1)), "layer extra is a AdaptiveAvgPool2d", "nn.AvgPool2d"),
     (layers(relu=nn.LeakyReLU()), "layer relu is a LeakyReLU", "nn.ReLU"),
-    (layers(relu=nn.ReLU6()), "layer relu is a ReLU6", "use nn.ReLU"),
     (layers(relu=nn.Sigmoid()), "layer relu is a Sigmoid", "nn.ReLU"),
-    (layers(last=nn.Softmax(1)), "layer last is a Softmax", "leave it out"),
-    (layers(last=nn.LogSoftmax(1)), "layer last is a LogSoftmax", "leave it out"),
     (layers(extra=nn.Dropout2d()), "layer extra is a Dropout2d", "nn.Dropout"),
     (layers(extra=nn.LSTM(4, 4)), "layer extra is a LSTM", "allowed: Conv2d, Linear"),
     (layers(extra=nn.ConvTranspose2d(2, 2, 3)), "layer extra is a ConvTranspose2d", "allowed: "),
@@ -87,33 +78,17 @@ LAYERS = [  # (network, what the message names, the remedy)
         "number of pixels",
     ),
     (layers(flat=nn.Flatten(2)), "layer flat flattens only some", r"nn.Flatten\(\)"),
-    (layers(last=nn.ReLU()), "the network ends with last", "no ReLU behind it"),
     (layers(relu=None), "the network has no nn.ReLU", "nn.ReLU"),
-    (layers(output=None), "the network ends with flat", "nn.Linear or nn.Conv2d"),
     (
-        nn.Sequential(OrderedDict(block=layers(extra=nn.MaxPool2d(2)))),
-        r"layer block\.extra is a MaxPool2d",
-        "nn.AvgPool2d",
+        nn.Sequential(OrderedDict(block=layers(extra=nn.GroupNorm(1, 2)))),
+        r"layer block\.extra is a GroupNorm",
+        "fold it into the weights",
     ),
 ]  # fmt: skip
 FORWARDS = [  # (between first and output, what the message names, the remedy)
-    (lambda m, x: torch.flatten(F.relu(x), 1), "relu .* functional", "nn.ReLU module of its own"),
-    (lambda m, x: torch.flatten(x.relu(), 1), "relu .* functional", "nn.ReLU module of its own"),
-    (lambda m, x: torch.flatten(m.relu(m.relu(x)), 1), "layer relu .*more than once", "its own"),
-    (lambda m, x: torch.flatten(F.max_pool2d(m.relu(x), 2), 1), "max_pool2d", "nn.AvgPool2d"),
-    (lambda m, x: torch.flatten(F.avg_pool2d(m.relu(x), 2), 1), "avg_pool2d", "nn.AvgPool2d"),
-    (lambda m, x: torch.flatten(F.dropout(m.relu(x)), 1), "dropout", "nn.Dropout module"),
-    (lambda m, x: torch.flatten(m.relu(x) + 1, 1), "add .* a constant", "train without it"),
-    (lambda m, x: torch.flatten(1 + m.relu(x), 1), "add .* a constant", "train without it"),
     (lambda m, x: torch.flatten(m.relu(x) * m.scale, 1), "scale .*parameter", "allowed: "),
-    (lambda m, x: torch.flatten(m.relu(x) * 2, 1), "mul", "allowed: "),
     (lambda m, x: torch.flatten(torch.add(x, m.relu(x), alpha=2), 1), "alpha", "plain sum"),
-    (lambda m, x: torch.flatten(torch.cat([m.relu(x)] * 2, 1)[:, :2], 1), "cat", "allowed: "),
-    (lambda m, x: m.relu(x).flatten(2).mean(2).repeat(1, 16), "mean", "allowed: "),
-    (lambda m, x: m.relu(x).reshape(x.size(0), 2, -1).flatten(1), "reshape", "all but the batch"),
-    (lambda m, x: m.relu(x).flatten(1, 2).flatten(1), "makes .B, 8, 4. of .B, 2, 4, 4", "allowed"),
     (lambda m, x: torch.flatten(m.relu(x), 1)[0], "it fails on images", "give a batch of im"),
-    (lambda m, x: torch.flatten(m.relu(x), 1)[:], "getitem", "allowed: "),
     (lambda m, x: m.relu(x) if x.sum() > 0 else x, "Custom cannot be traced", "control flow"),
     (lambda m, x: torch.flatten(m.relu(x), len(x)), "Custom cannot be traced", "Dimension out of"),
     (lambda m, x: m.relu(x).view(7, -1), "Custom cannot be traced: it fails", "is invalid for in"),

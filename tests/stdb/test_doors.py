@@ -146,7 +146,6 @@ def replace(snn, place, module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda snn: replace(snn, 6, nn.Linear(8, 5)), "layer 6 has a bias"),
         (
             lambda snn: replace(snn, 0, nn.Linear(8, 5, False)),
             "layer 0 is a Linear; allowed in its",

@@ -319,3 +319,48 @@ def test_a_program_wants_an_encoder_it_knows():
         stdb.export_program(snn, 2, (2, 8, 8))
     with pytest.raises(ValueError, match="timesteps is 0"):
         stdb.export_program(snn, 0, (2, 8, 8), spikes=True)
+
+
+def biased():
+    """Biases in the body and at the end, U_0 above 0."""
+    torch.manual_seed(3)
+    ann = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 6), nn.ReLU(), nn.Linear(6, 2)
+    ).double()
+    snn = stdb.convert(ann, stdb.DirectEncoder()).eval()
+    for neuron in snn.neurons.values():
+        neuron.initial_membrane = 0.5
+    stdb.balance_thresholds(snn, torch.rand(4, 1, 8, 8).double(), 20)
+    return snn
+
+
+def test_a_program_has_biases_and_initial_membranes():
+    """Step by step what the engine computes in chunks; the output's bias counts for every step."""
+    snn, images = biased(), torch.rand(5, 1, 8, 8).double()
+    program = stdb.export_program(snn, 9, (1, 8, 8)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(images), snn(images, 9))
+
+
+def test_nir_has_biases_and_initial_membranes():
+    """Affine layers, convolutions with their bias, U_0/V among the neurons' metadata."""
+    pytest.importorskip("nir")
+    snn = biased()
+    nodes = stdb.to_nir(snn, (1, 8, 8)).nodes
+    kinds = {type(node).__name__ for node in nodes.values()}
+    assert {"Conv2d", "Affine", "IF"} <= kinds
+    for name, place in (("0", 0), ("3", 3), ("5", 5)):
+        assert torch.equal(torch.from_numpy(nodes[name].bias), snn.net[place].bias.detach())
+    assert [n.metadata["initial_membrane"] for n in nodes.values() if hasattr(n, "v_threshold")]
+
+
+def test_max_pooling_has_no_program():
+    """It would be pooled in each step alone, which is another network."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 2)
+    )
+    snn = stdb.convert(net, stdb.DirectEncoder())
+    with pytest.raises(ValueError, match="is max pooling, which remembers sums over time"):
+        stdb.export_program(snn, 4, (1, 8, 8))
+    with pytest.raises(ValueError, match="is a max pooling, for which NIR has no node"):
+        stdb.to_nir(snn, (1, 8, 8))

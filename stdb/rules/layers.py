@@ -1,0 +1,98 @@
+"""Batch norm, dropout, average pooling, concatenation, in every spelling."""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..graph import Node
+from ..operators import pair
+from ..operators.diagonal import Diagonal
+from ..operators.joining import Concatenation
+from ..operators.shaping import Flatten
+from ..operators.table import kind_of, operator_for
+from ..traced import ConversionError, Rewriting, shape_of, where
+from ..tracing import place
+from ..weights import fold
+
+
+def batch_norm(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """A batch norm: folded into the layer below it, or a scale and shift in its place.
+
+    From the running statistics: g = γ/√(σ² + ε), W' = g·W, b' = β + g·(b − μ).
+    """
+    name = place(call)
+    norm: Any = rewriting.net.get_submodule(name)
+    if norm.running_mean is None:
+        raise ConversionError(
+            f"layer {name} keeps no running statistics; train it with track_running_stats=True"
+        )
+    with torch.no_grad():
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        shift = -scale * norm.running_mean.double()
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+    below = call.all_input_nodes[0]
+    if below.op == "call_module" and rewriting.readers(below) == [call]:
+        module = rewriting.net.get_submodule(place(below))
+        operator = operator_for(kind_of(module))
+        if operator is not None and operator.learns and rewriting.called(place(below)) == 1:
+            fold(module, scale, shift)
+            return rewriting.index[below]
+    like = norm.running_mean
+    diagonal = Diagonal(len(scale)).to(like.device, like.dtype)
+    with torch.no_grad():
+        diagonal.weight.copy_(scale)
+        diagonal.bias.copy_(shift)  # type: ignore[union-attr]
+    rewriting.net.set_submodule(name, diagonal)
+    operator = operator_for(Diagonal)
+    assert operator is not None
+    return Node(name, operator, (rewriting.source(call),), path=name)
+
+
+def dropout(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """F.dropout, with the rate that it has in training."""
+    rate = call.kwargs.get("p", call.args[1] if len(call.args) > 1 else 0.5)
+    return rewriting.put(call, nn.Dropout(float(rate)), (rewriting.source(call),))  # type: ignore[arg-type]
+
+
+def average_pool(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """F.avg_pool2d."""
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+    settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
+    settings.pop("input", None)
+    return rewriting.put(call, nn.AvgPool2d(**settings), (rewriting.source(call),))
+
+
+def mean(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """x.mean((2, 3)): a global average, and flat where the dimensions go."""
+    before, after = call.all_input_nodes[0].meta["value"].shape, call.meta["value"].shape
+    if len(before) != 4 or after[:2] != before[:2] or after[2:].numel() != 1:
+        raise ConversionError(
+            f"{where(call)} makes {shape_of(after)} of {shape_of(before)}; allowed: the mean of "
+            "height and width"
+        )
+    node = rewriting.put(call, nn.AdaptiveAvgPool2d(1), (rewriting.source(call),))
+    if len(after) == 4:
+        return node
+    rewriting.nodes.append(node)
+    return Node(f"{node.name}_flat", Flatten(), (len(rewriting.nodes) - 1,))
+
+
+def adaptive_average(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """F.adaptive_avg_pool2d."""
+    size: Any = call.kwargs.get("output_size", call.args[1] if len(call.args) > 1 else None)
+    return rewriting.put(call, nn.AdaptiveAvgPool2d(pair(size)), (rewriting.source(call),))
+
+
+def concatenate(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """torch.cat(branches, 1)."""
+    branches = call.args[0] if call.args else call.kwargs["tensors"]
+    dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0)
+    values = [b.meta["value"] for b in branches]  # type: ignore[union-attr]
+    if not isinstance(dim, int) or dim % values[0].dim() != 1:
+        raise ConversionError(f"{where(call)} joins along dimension {dim}; allowed: the channels")
+    sources = tuple(rewriting.index[b] for b in branches)  # type: ignore[union-attr,index]
+    return rewriting.put(call, Concatenation([v.shape[1] for v in values]), sources)

@@ -1,0 +1,95 @@
+"""Shapes: flatten in every spelling, channels in another order, parts and padding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from ..graph import Node
+from ..operators.cutting import Channels, Pad, Slice
+from ..operators.shaping import Flatten
+from ..traced import ConversionError, Rewriting, shape_of, where
+from ..tracing import BATCH
+
+
+def rearrange(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """Another shape or order: nothing, all but the batch flat, or channels in another order.
+
+    What is none of them yet, such as the view before a shuffle's transpose, waits for what follows.
+    """
+    source, value = call.all_input_nodes[0], call.meta["value"]
+    base = rewriting.waiting.get(source, source)
+    places = _run(rewriting, call, base)
+    if isinstance(value, Tensor) and isinstance(places, Tensor):
+        before = base.meta["value"].shape[1:]
+        whole = torch.arange(before.numel()).view(1, *before)
+        if places.shape == whole.shape and bool((places == whole).all()):
+            return rewriting.index[base]
+        if places.dim() == 2 and bool((places == whole.flatten(1)).all()):
+            return Node(call.name, Flatten(), (rewriting.index[base],))
+        if places.shape[2:] == whole.shape[2:] and len(value) == BATCH:
+            pixels = before[1:].numel()
+            order = places.flatten(2)[0, :, 0] // pixels
+            if bool((places == whole[:, order]).all()):
+                return rewriting.put(call, Channels(order.tolist()), (rewriting.index[base],))
+    rewriting.waiting[call] = base
+    return rewriting.index[base]
+
+
+def _run(rewriting: Rewriting, call: fx.Node, base: fx.Node) -> Any:
+    """What an operation, and those before it back to ``base``, does to the places of one image."""
+    if call is base:
+        shape = base.meta["value"].shape[1:]
+        return torch.arange(shape.numel()).view(1, *shape)
+
+    def here(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return _run(rewriting, argument, base)
+        if isinstance(argument, int) and not isinstance(argument, bool) and argument % BATCH == 0:
+            return argument // BATCH
+        return argument
+
+    args, kwargs = map_aggregate((call.args, dict(call.kwargs)), here)
+    try:
+        if call.op == "call_method":
+            return getattr(args[0], str(call.target))(*args[1:], **kwargs)
+        if call.op == "call_module":
+            return rewriting.net.get_submodule(str(call.target).removeprefix("net."))(*args)
+        return call.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, IndexError, TypeError) as error:
+        made = f"{shape_of(base.meta['value'].shape)}"
+        raise ConversionError(
+            f"{where(call)} rearranges {made} across the batch; allowed: all but the batch flat, "
+            "as torch.flatten(x, 1), or channels in another order"
+        ) from error
+
+
+def pick(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """x[:, a:b, ::2, ::2]: a part of the channels, of the rows, of the columns."""
+    if not isinstance(call.all_input_nodes[0].meta["value"], Tensor):  # of what chunk gave
+        return rearrange(rewriting, call)
+    index: Any = call.args[1]
+    index = index if isinstance(index, tuple) else (index,)
+    value = call.all_input_nodes[0].meta["value"]
+    if Ellipsis in index:
+        k = index.index(Ellipsis)
+        missing = value.dim() - len(index) + 1
+        index = (*index[:k], *[slice(None)] * missing, *index[k + 1 :])
+    index = (*index, *[slice(None)] * (value.dim() - len(index)))
+    if not all(isinstance(part, slice) for part in index) or index[0] != slice(None):
+        raise ConversionError(f"{where(call)} picks {index}; allowed: slices behind the batch")
+    parts = [(part.start, part.stop, part.step) for part in index[1:]]
+    return rewriting.put(call, Slice(parts), (rewriting.source(call),))
+
+
+def pad(rewriting: Rewriting, call: fx.Node) -> Node | int:
+    """F.pad with zeros."""
+    names = ("input", "pad", "mode", "value")
+    settings: Any = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    if settings.get("mode", "constant") != "constant" or settings.get("value"):
+        raise ConversionError(f"{where(call)} pads with other than zeros; allowed: zeros")
+    widths = settings["pad"]
+    if len(widths) > 2 * (call.meta["value"].dim() - 1):
+        raise ConversionError(f"{where(call)} pads the batch; allowed: channels, rows, columns")
+    return rewriting.put(call, Pad(widths), (rewriting.source(call),))
