@@ -121,7 +121,7 @@ def _images(net: nn.Module, twin: nn.Module, example: Tensor | None) -> Tensor:
         except Exception as error:
             causes.append(_first_line(error))
         else:
-            if not isinstance(result, Tensor) or len(result) == BATCH:
+            if not isinstance(result, Tensor) or result.shape[:1] == (BATCH,):
                 return images
             causes.append(f"it returns {tuple(result.shape)} for a batch of {BATCH}")
     tried = tuple(shapes[0])
@@ -250,8 +250,6 @@ class _Tracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
         if kind == "placeholder":
             proxy.node.meta["value"] = self.images
-            return proxy
-        if kind == "output":
             return proxy
         given = _proxies((args, kwargs))
         versions = [_version(p) for p in given]

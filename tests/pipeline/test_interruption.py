@@ -37,7 +37,7 @@ def kill(started: Started, whom: str) -> None:
 
 
 def noticed(started: Started) -> bool:
-    """Whether the stage lost the worker that was killed; one that had done its part isn't missed."""
+    """Whether the stage lost the killed worker; one that had done its part isn't missed."""
     deadline = time.monotonic() + 180
     while LOST not in started.says():
         if started.process.poll() is not None:

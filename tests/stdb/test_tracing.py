@@ -212,6 +212,13 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, self.weight - self.weight.mean())
 
 
+class Scalar(nn.Sequential):
+    """Returns one number for the whole batch."""
+
+    def forward(self, x):
+        return super().forward(x).mean()
+
+
 class Looks(Base):
     def forward(self, x):
         return super().forward(x) if x.max() > 0 else self.fc(self.features(-x))
@@ -228,13 +235,14 @@ def scripted():
     [
         (Looks, "control flow that depends on the data"),
         (lambda: nn.Sequential(Standardised(1, 2, 3, bias=False)), r"forward of 0\)|0.weight is a"),
+        (lambda: Scalar(nn.Conv2d(1, 2, 3, bias=False)), r"it returns \(\) for a batch of"),
         (scripted, "scripted by torch.jit; allowed: the nn.Module that it was made from"),
         (
             lambda: nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Linear(999, 3)),
             "it fails on im",
         ),
     ],
-    ids=["pixels", "own forward", "scripted", "fails"],
+    ids=["pixels", "own forward", "a number", "scripted", "fails"],
 )
 def test_what_cannot_be_traced_is_refused_with_the_cause(make, message):
     """Not with another one."""
