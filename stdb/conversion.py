@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from .checking import check_rewriting
 from .encoding import Encoder
 from .graph import Graph, Node
 from .network import SpikingNetwork
@@ -42,8 +43,9 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
     """Convert an ANN to a spiking network with all thresholds 1 (paper §2.3, Algorithm 1).
 
     Args:
-        ann: any tree of Conv2d, Linear, ReLU, AvgPool2d, Dropout, Flatten and residual blocks,
-            without biases. It is copied, not changed.
+        ann: any network whose operations have a spiking form (docs/networks.md): convolutions and
+            linear layers with or without a bias, batch norm, ReLU, average and max-pooling, sums,
+            concatenations, as modules or as functions. It is copied, not changed.
         encoder: gives each step's input; ``PoissonEncoder``, ``DirectEncoder``, ``SpikeTrain``.
         surrogate: ``STDB``, ``Linear`` or ``Exponential``.
         leak: λ in (0, 1]; 1 gives IF neurons.
@@ -53,11 +55,13 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
         chunk: time steps computed at once; None chooses.
         dropout_seed: chooses the dropout masks of training.
         precision: of dense products, see ``SpikingNetwork``.
-        example: a batch of images, of which the shape counts, where none of the usual sizes is
-            what the network takes.
+        example: a batch of images as the network takes them. With it, what torch.fx cannot trace
+            is traced by torch.export, and the result is compared with the ANN, layer by layer, in
+            float64 (the first four images).
 
     Raises:
-        ConversionError: names every layer that has no spiking counterpart, and the remedy.
+        ConversionError: names every layer that has no spiking counterpart, and the remedy; or the
+            first whose value on the example is not the ANN's.
     """
     _check_parameters(ann)
     ann = inner(ann)
@@ -65,8 +69,8 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
         net = unwrapped(copy.deepcopy(ann, inner_copies(ann)))
     except Exception as error:
         raise ConversionError(f"the network cannot be copied: {error}") from error
-    nodes, result = rewrite(net, example)
-    graph = spiking_graph(nodes, result)
+    rewriting = rewrite(net, example)
+    graph = spiking_graph(rewriting.nodes, rewriting.result)
     parameter = next(ann.parameters())
     for i in graph.neurons:
         activation = net.get_submodule(graph.nodes[i].name)
@@ -77,8 +81,11 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
         neuron.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
         net.set_submodule(graph.nodes[i].name, neuron)
     snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed, precision)
+    snn.rewrites = tuple(rewriting.rewrites)
     snn.train(ann.training)
     snn.check(values=True)
+    if example is not None:
+        check_rewriting(ann, example)
     return snn
 
 

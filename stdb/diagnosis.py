@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .checking import activations
 from .conversion import convert
 from .graph import INPUT
 from .kernels.layout import from_matrix
 from .network import SpikingNetwork
 from .operators import Value, dense
-from .operators.shaping import Dropout
 from .presentation import Presentation
 from .spikes import Spikes
 
@@ -146,9 +146,8 @@ def diagnose(
         spike_counts = spikes.counts() if isinstance(spikes, Spikes) else dense(spikes).sum(0)
         counts[name] = counts[name] + spike_counts if name in counts else spike_counts
 
-    twin = convert(
-        ann, snn.encoder, example=images[:1]
-    )  # the same graph, whose weights hold no units
+    # the same graph, whose weights hold no units
+    twin = convert(ann, snn.encoder, example=images[:1]).eval()
     if twin.graph.labels != graph.labels:
         raise ValueError(
             f"the spiking network has the layers {', '.join(graph.labels.values())}, the ANN those "
@@ -160,7 +159,7 @@ def diagnose(
     try:
         for batch, ids in zip(images.split(batch_size), sample_ids.split(batch_size), strict=True):
             counts.clear()
-            activations = _activations(twin, batch)
+            values = activations(twin.graph.nodes, twin.net, batch)
             presentation = snn.present(batch, sample_ids=ids)
             presentation.advance(timesteps)
             for i, label in graph.labels.items():
@@ -168,7 +167,7 @@ def diagnose(
                 membrane = from_matrix(presentation.membrane[i][None], shape)[0]
                 potential = membrane / presentation.threshold[i]
                 potential = potential - (potential > 1).to(potential.dtype)
-                sums[label].add(activations[label], counts[label], potential, timesteps)
+                sums[label].add(values[i], counts[label], potential, timesteps)
     finally:
         snn.observers.remove(count)
         snn.train(was_training)
@@ -176,17 +175,3 @@ def diagnose(
     return [
         layer_sums.row(label, thresholds[label], timesteps) for label, layer_sums in sums.items()
     ]
-
-
-def _activations(twin: SpikingNetwork, images: Tensor) -> dict[str, Tensor]:
-    """What the ANN's activations give, by the name of the spiking layer in the same place."""
-    values = {0: images}
-    for i, node in enumerate(twin.graph.nodes[1:], start=1):
-        below = [values[j] for j in node.inputs]
-        if node.operator.fires:
-            values[i] = below[0].clamp(min=0, max=twin.module(i).bound)
-        elif not isinstance(node.operator, Dropout):
-            values[i] = node.operator.plain(twin.module(i), *below)
-        else:
-            values[i] = below[0]
-    return {label: values[i] for i, label in twin.graph.labels.items()}

@@ -63,6 +63,10 @@ class PoissonEncoder:
 class DirectEncoder:
     """The analogue pixel is fed as a current at every step (DIET-SNN, Rathi & Roy 2020)."""
 
+    #: no spikes, so that the first layer multiplies; the same at every step: it does so once
+    analogue: ClassVar[bool] = True
+    constant: ClassVar[bool] = True
+
     def __call__(self, images: Tensor, start: int, stop: int, keys: Tensor) -> Tensor:
         """(stop − start, B, C, H, W), a view that repeats ``images`` without copying it."""
         return images.expand(stop - start, *images.shape)

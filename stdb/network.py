@@ -20,6 +20,7 @@ from .operators import Value
 from .presentation import Presentation, default_chunk
 from .randomness import sample_keys
 from .rewriting import check_module
+from .traced import Rewrite
 from .units import change_unit
 from .weights import bias_of, inner_copies, scale_bias, scale_weight
 
@@ -48,6 +49,7 @@ class SpikingNetwork(nn.Module):
         precision: what dense convolutions and matrix products are made in, ``torch.bfloat16`` say,
             with membranes and sums in the type of the weights; None: in that type as well.
         has_units: whether weights hold what a spike stands for, as biases need; :mod:`stdb.units`.
+        rewrites: what became of each operation of the ANN; of a network from a file none.
         observers: called with (presentation, layer, its value over the chunk) for every chunk; see
             ``record_spikes``.
     """
@@ -71,6 +73,7 @@ class SpikingNetwork(nn.Module):
         self.dropout_seed = dropout_seed
         self.precision = precision
         self.observers: list[Observer] = []
+        self.rewrites: tuple[Rewrite, ...] = ()
         modules = (self.module(i) for i, n in enumerate(graph.nodes) if n.operator.learns)
         self.has_units = any(bias_of(module) is not None for module in modules)
 

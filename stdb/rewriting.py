@@ -4,22 +4,23 @@ Modules are looked up in the table of operators, calls in ``CALLS``; what neithe
 with the layer's name and the remedy of ``REMEDIES`` or ``CALL_REMEDIES``.
 """
 
+import contextlib
 import operator as python
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .exported import trace_by_export
 from .graph import INPUT, Node
 from .operators import Operator
 from .operators.boundary import Input
 from .operators.diagonal import Diagonal
 from .operators.table import kind_of, kinds, operator_for
-from .rules import arithmetic, layers, neurons, shapes
-from .traced import ConversionError, Rewriting, shape_of, where
+from .rules import arithmetic, functional, layers, neurons, shapes
+from .traced import ConversionError, Rewrite, Rewriting, shape_of, where
 from .tracing import TracingError, place, trace
 
 Rule = Callable[[Rewriting, fx.Node], Node | int]
@@ -69,20 +70,20 @@ _FLATTEN = "allowed: all but the batch flat, as torch.flatten(x, 1)"
 CALL_REMEDIES: dict[Any, str] = {}
 
 
-def rewrite(net: nn.Module, example: Tensor | None = None) -> tuple[list[Node], int | None]:
-    """The nodes of a module tree, shapes and identities left out, and which of them is returned.
+def rewrite(net: nn.Module, example: Tensor | None = None) -> Rewriting:
+    """The graph of a module tree, shapes and identities left out.
+
+    Args:
+        net: the network; layers of our own come into it where an operation had none.
+        example: a batch of images.
 
     Raises:
         ConversionError: names every operation that has no spiking form, and the remedy.
     """
-    try:
-        calls = trace(net, example)
-    except TracingError as error:
-        Rewriting(net, (), problems=[*_refused_modules(net), str(error)]).refuse()
-        raise
-    rewriting = Rewriting(net, calls)
+    rewriting = Rewriting(net, _traced(net, example))
     result: fx.Node | None = None
-    for call in calls:
+    made: list[tuple[fx.Node, str, int]] = []  # with what it was, and the nodes before it
+    for call in rewriting.calls:
         if call.op == "placeholder":
             rewriting.add(call, Node(INPUT, Input()))
         elif call.op == "output":
@@ -90,23 +91,83 @@ def rewrite(net: nn.Module, example: Tensor | None = None) -> tuple[list[Node], 
                 rewriting.problems.append("the network returns several values; allowed: the logits")
             else:
                 result = call.args[0]
-        else:
-            try:
-                _check_shapes(rewriting, call)
-                rewriting.add(call, _rewrite_call(rewriting, call))
-            except ConversionError as error:
-                if str(error) not in rewriting.problems:
-                    rewriting.problems.append(str(error))
-                rewriting.add(call, next(iter(rewriting.sources(call)), 0))
+        elif call.op != "get_attr":
+            made.append((call, _kind(net, call), len(rewriting.nodes)))
+            _rewrite_one(rewriting, call)
     rewriting.refuse()
-    nodes, last = _alive(rewriting.nodes, None if result is None else rewriting.index.get(result))
-    if last is not None and result is not None and not _ends_with_weights(nodes, last):
-        width = result.meta["value"].shape[1]
-        rewriting.nodes = nodes
-        end = arithmetic.like_weights(rewriting, Diagonal(width, bias=False))
-        nodes.append(rewriting.put(result, end, (last,), "_output"))
-        last = len(nodes) - 1
-    return nodes, last
+    if result is None:
+        return rewriting
+    rewriting.result = rewriting.index[result]
+    _end_with_weights(rewriting, result)
+    kept = _alive(rewriting)
+    rewriting.rewrites = [_row(rewriting, kept, *one) for one in _with_ends(made, rewriting)]
+    rewriting.removed(kept)
+    rewriting.result = kept[rewriting.result]
+    return rewriting
+
+
+def _traced(net: nn.Module, example: Tensor | None) -> list[fx.Node]:
+    """The operations; where torch.fx cannot follow, and there is an example, torch.export's."""
+    try:
+        return trace(net, example)
+    except TracingError as error:
+        if example is not None:
+            with contextlib.suppress(TracingError):  # what torch.fx said is what the user reads
+                return trace_by_export(net, example)
+        Rewriting(net, (), problems=[*_refused_modules(net), str(error)]).refuse()
+        raise
+
+
+def _rewrite_one(rewriting: Rewriting, call: fx.Node) -> None:
+    """Apply the rule of an operation, or note why there is none."""
+    try:
+        _check_shapes(rewriting, call)
+        rewriting.add(call, _rewrite_call(rewriting, call))
+    except ConversionError as error:
+        if str(error) not in rewriting.problems:
+            rewriting.problems.append(str(error))
+        rewriting.add(call, next(iter(rewriting.sources(call)), 0))
+
+
+def _kind(net: nn.Module, call: fx.Node) -> str:
+    """What an operation is, as its users call it."""
+    if call.op == "call_module":
+        return kind_of(net.get_submodule(place(call))).__name__
+    return str(getattr(call.target, "__name__", call.target))
+
+
+def _with_ends(
+    made: list[tuple[fx.Node, str, int]], rewriting: Rewriting
+) -> Iterator[tuple[fx.Node, str, range]]:
+    """Each operation with the nodes that were made for it."""
+    starts = [start for _, _, start in made] + [len(rewriting.nodes)]
+    for (call, found, start), end in zip(made, starts[1:], strict=True):
+        yield call, found, range(start, end)
+
+
+def _row(
+    rewriting: Rewriting, kept: dict[int, int], call: fx.Node, found: str, own: range
+) -> Rewrite:
+    """What became of an operation, in words."""
+    layer = place(call) if call.op == "call_module" else where(call)
+    nodes = [rewriting.nodes[i] for i in own if i in kept]
+    if nodes:
+        return Rewrite(layer, found, ", ".join(f"{n.operator.name} {n.name}" for n in nodes))
+    if any(rewriting.nodes[i].operator.fires for i in own):
+        return Rewrite(layer, found, "neurons behind the max-pooling that reads it")
+    if found.startswith(("BatchNorm", "SyncBatchNorm", "batch_norm")):
+        return Rewrite(layer, found, f"folded into {rewriting.nodes[rewriting.index[call]].name}")
+    return Rewrite(layer, found, "nothing")
+
+
+def _end_with_weights(rewriting: Rewriting, result: fx.Node) -> None:
+    """Append a scale of 1 where no weights follow the last neurons: the logits need their units."""
+    last = rewriting.result
+    if last is None or _ends_with_weights(rewriting.nodes, last):
+        return
+    end = arithmetic.like_weights(rewriting, Diagonal(result.meta["value"].shape[1], bias=False))
+    rewriting.nodes.append(rewriting.put(result, end, (last,), "_output"))
+    rewriting.result = len(rewriting.nodes) - 1
 
 
 def _ends_with_weights(nodes: list[Node], last: int) -> bool:
@@ -131,18 +192,14 @@ def _check_shapes(rewriting: Rewriting, call: fx.Node) -> None:
             )
 
 
-def _alive(nodes: list[Node], result: int | None) -> tuple[list[Node], int | None]:
-    """The nodes that the result depends on: a relu that moved behind a pooling is no more."""
-    if result is None:
-        return nodes, None
-    alive = {0, result}
-    for i in reversed(range(len(nodes))):
+def _alive(rewriting: Rewriting) -> dict[int, int]:
+    """The nodes that the result depends on → their new places: some relus moved behind poolings."""
+    assert rewriting.result is not None
+    alive = {0, rewriting.result}
+    for i in reversed(range(len(rewriting.nodes))):
         if i in alive:
-            alive.update(nodes[i].inputs)
-    kept = sorted(alive)
-    place_of = {i: k for k, i in enumerate(kept)}
-    moved = [replace(nodes[i], inputs=tuple(place_of[j] for j in nodes[i].inputs)) for i in kept]
-    return moved, place_of[result]
+            alive.update(rewriting.nodes[i].inputs)
+    return {i: k for k, i in enumerate(sorted(alive))}
 
 
 def _allowed() -> str:
@@ -154,12 +211,14 @@ def _rewrite_call(rewriting: Rewriting, call: fx.Node) -> Node | int:
     """One traced operation as a node, or the node that it passes on."""
     if call.op == "call_module":
         return _rewrite_module(rewriting, call)
-    if call.op == "get_attr":
-        raise ConversionError(
-            f"{place(call)} is a parameter used outside a layer; allowed: {_allowed()}"
-        )
     if call.target in CALLS:
-        return CALLS[call.target](rewriting, call)
+        rule = CALLS[call.target]
+        given = [n for n in call.all_input_nodes if n.op == "get_attr" or n not in rewriting.index]
+        if given and rule not in TAKE_PARAMETERS:
+            raise ConversionError(
+                f"{place(given[0])} is a parameter used outside a layer; allowed: {_allowed()}"
+            )
+        return rule(rewriting, call)
     name = getattr(call.target, "__name__", str(call.target))
     raise ConversionError(
         f"{where(call)} calls {name}, which has no spiking form; "
@@ -276,9 +335,19 @@ CALLS: dict[Any, Rule] = {
     **dict.fromkeys((torch.mean, "mean"), layers.mean),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), neurons.max_pool),
     python.getitem: shapes.pick,
+    **dict.fromkeys((F.conv2d, torch.conv2d), functional.convolve),
+    F.linear: functional.connect,
+    **dict.fromkeys((F.batch_norm, torch.batch_norm), functional.normalise),
     F.pad: shapes.pad,
     F.dropout: layers.dropout,
     F.avg_pool2d: layers.average_pool,
     F.adaptive_avg_pool2d: layers.adaptive_average,
 }
 SHAPES = (shapes.rearrange, shapes.pick)
+TAKE_PARAMETERS = (
+    arithmetic.add,
+    arithmetic.subtract,
+    functional.convolve,
+    functional.connect,
+    functional.normalise,
+)

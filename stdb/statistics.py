@@ -1,8 +1,11 @@
 """Spike statistics (paper §7): spikes per neuron, synaptic operations, energy, energy-delay.
 
 Energies are those of 45 nm CMOS (Horowitz, ISSCC 2014): an accumulate 0.9 pJ, a multiply-accumulate
-4.6 pJ. A spike causes one accumulate at every neuron that it reaches: the real fan-out, so borders,
-pooling and shortcuts count. An analogue input causes multiply-accumulates instead.
+4.6 pJ. A spike causes one accumulate at every place of the first layer with weights that it
+reaches: the real fan-out, so borders, pooling and shortcuts count. A layer whose input is no spikes
+multiplies: the first behind an analogue input (once, if the input is the same at every step), one
+behind another without neurons between them (at every step; in the output layer once, on sums). A
+bias, or the current of a constant input, is an accumulate a neuron and step.
 """
 
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from .network import SpikingNetwork
 from .operators import Value, dense
 from .presentation import Presentation
 from .spikes import Spikes
+from .weights import bias_of
 
 ACCUMULATE_PJ = 0.9
 MULTIPLY_ACCUMULATE_PJ = 4.6
@@ -35,7 +39,6 @@ class SpikeStatistics:
             so does a nonzero pixel of an analogue input, at every step.
         images: number of images presented.
         timesteps: steps of a presentation.
-        analogue: whether the input was no spike train, as a tensor, so that nobody waits for it.
         trains: layer → spikes (T, B, …) uint8, if they were asked for.
     """
 
@@ -43,7 +46,6 @@ class SpikeStatistics:
     maps: dict[str, Tensor] = field(default_factory=dict)
     images: int = 0
     timesteps: int = 0
-    analogue: Tensor | None = None
     trains: dict[str, list[Tensor]] | None = None
 
     def observe(self, presentation: Presentation, name: str, spikes: Value) -> None:
@@ -52,8 +54,6 @@ class SpikeStatistics:
             if presentation.t == 0:
                 self.images += spikes.shape[1]
             self.timesteps = max(self.timesteps, presentation.t + spikes.shape[0])
-            analogue = (dense(spikes).frac() != 0).any()
-            self.analogue = analogue if self.analogue is None else self.analogue | analogue
         if isinstance(spikes, Spikes):
             total = spikes.map()
         else:
@@ -61,11 +61,6 @@ class SpikeStatistics:
         self.maps[name] = self.maps[name] + total if name in self.maps else total
         if self.trains is not None:
             self.trains.setdefault(name, []).append(dense(spikes).clone())
-
-    @property
-    def analogue_input(self) -> bool:
-        """The input was no spike train."""
-        return self.analogue is not None and bool(self.analogue)
 
     def spikes_per_neuron(self) -> dict[str, float]:
         """Spikes of a layer summed over T ÷ neurons of the layer, averaged over images (Fig. 3)."""
@@ -77,15 +72,30 @@ class SpikeStatistics:
 
     def synaptic_operations(self) -> dict[str, float]:
         """Operations per image that each layer's spikes cause: Σ spikes × fan-out, by source."""
-        c, h, w = self.maps[INPUT].shape
-        reach = fan_out(self.network, (c, h, w))
+        reach = fan_out(self.network, self._image_shape)
         return {n: float((m * reach[n]).sum()) / self.images for n, m in self.maps.items()}
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        c, h, w = self.maps[INPUT].shape
+        return c, h, w
 
     def energy(self) -> float:
         """Picojoules per image."""
         operations = self.synaptic_operations()
-        analogue = operations.pop(INPUT) if self.analogue_input else 0.0
-        return MULTIPLY_ACCUMULATE_PJ * analogue + ACCUMULATE_PJ * sum(operations.values())
+        encoder, multiplied, added = self.network.encoder, 0.0, 0.0
+        constant = bool(getattr(encoder, "constant", False))
+        if getattr(encoder, "analogue", False):
+            del operations[INPUT]
+            reached = float(fan_out(self.network, self._image_shape)[INPUT].sum())
+            multiplied += reached * (1 if constant else self.timesteps)
+        for layer in _layers(self.network, self._image_shape):
+            steps = self.timesteps if layer.in_body else 1
+            multiplied += steps * layer.multiplies
+            if layer.has_bias or (constant and layer.reads_input):
+                added += steps * layer.places
+        added += sum(operations.values())
+        return MULTIPLY_ACCUMULATE_PJ * multiplied + ACCUMULATE_PJ * added
 
     def energy_delay(self) -> float:
         """Energy–delay product per image: picojoules × time steps."""
@@ -120,21 +130,72 @@ def record_spikes(snn: SpikingNetwork, trains: bool = False) -> Iterator[SpikeSt
 def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """How many synapses each neuron drives: layer (``input`` first) → float64 (C, H, W) or (n,).
 
-    Counted by walking back from what every layer drives; the dropout and pooling in between
-    belong to the synapse.
+    Counted by walking back from every place where spikes end: a layer with weights, a neuron, a sum
+    with what is no spikes. The dropout and pooling in between belong to the synapse.
     """
     graph = snn.graph
     like, shapes = next(snn.parameters()), dict(enumerate(snn.shapes(image_shape)))
     driven = {i: like.new_zeros(shape, dtype=torch.float64) for i, shape in shapes.items()}
     driven[len(graph.nodes) - 1] += 1  # what is added to the output drives it
+    spikes = _are_spikes(snn)
     for i in reversed(range(1, len(graph.nodes))):
         node = graph.nodes[i]
+        passes = spikes[i] and not node.operator.fires
+        targets = driven[i] if passes else torch.ones_like(driven[i])
         for position, j in enumerate(node.inputs):
-            driven[j] += node.operator.fan_out(snn.module(i), driven[i], position, shapes[j])
+            driven[j] += node.operator.fan_out(snn.module(i), targets, position, shapes[j])
     return {name: driven[i] for i, name in {0: INPUT, **graph.labels}.items()}
+
+
+def _are_spikes(snn: SpikingNetwork) -> list[bool]:
+    """Whether the value of each node is spikes, of neurons or of the input, maybe pooled."""
+    spikes: list[bool] = []
+    for node in snn.graph.nodes:
+        passed = not node.operator.learns and all(spikes[j] for j in node.inputs)
+        spikes.append(node.operator.fires or passed)
+    return spikes
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer with weights: ``places`` in its output, ``multiplies`` of an input without spikes."""
+
+    places: int
+    multiplies: float
+    has_bias: bool
+    reads_input: bool
+    in_body: bool
+
+
+@torch.no_grad()
+def _layers(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> list[_Layer]:
+    """The layers with weights, in the order of a step."""
+    graph, shapes, spikes = snn.graph, snn.shapes(image_shape), _are_spikes(snn)
+    of_input = [True]  # whether a node's value is the input's, pooled or cut
+    found, body = [], set(graph.body)
+    for i, node in enumerate(graph.nodes[1:], start=1):
+        passes = not (node.operator.fires or node.operator.learns)
+        of_input.append(passes and any(of_input[j] for j in node.inputs))
+        if not node.operator.learns:
+            continue
+        (j,), module = node.inputs, snn.module(i)
+        ones = torch.ones(shapes[i], dtype=torch.float64, device=next(snn.parameters()).device)
+        synapses = float(node.operator.fan_out(module, ones, 0, shapes[j]).sum())
+        found.append(
+            _Layer(
+                places=shapes[i].numel(),
+                multiplies=0.0 if spikes[j] else synapses,
+                has_bias=bias_of(module) is not None,
+                reads_input=of_input[j],
+                in_body=i in body,
+            )
+        )
+    return found
 
 
 def ann_energy(ann: nn.Module, image_shape: tuple[int, int, int]) -> float:
     """Picojoules per image of an ANN: a multiply-accumulate at every synapse."""
-    synapses = fan_out(convert(ann, DirectEncoder()), image_shape)
-    return MULTIPLY_ACCUMULATE_PJ * sum(float(s.sum()) for s in synapses.values())
+    snn = convert(ann, DirectEncoder())
+    synapses = sum(float(reached.sum()) for reached in fan_out(snn, image_shape).values())
+    synapses += sum(layer.multiplies for layer in _layers(snn, image_shape))
+    return MULTIPLY_ACCUMULATE_PJ * synapses

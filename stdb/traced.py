@@ -1,7 +1,8 @@
 """A traced network on its way to a graph: what the rules of :mod:`stdb.rewriting` work on."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -15,6 +16,20 @@ class ConversionError(ValueError):
     """A network that cannot be converted; the message names the layer and the remedy."""
 
 
+class Rewrite(NamedTuple):
+    """What became of one operation of the ANN: a row of ``SpikingNetwork.rewrites``.
+
+    Attributes:
+        layer: its place in the module tree, or the operation and whose forward method has it.
+        found: what it was, such as ``BatchNorm2d`` or ``relu``.
+        became: the nodes of the graph that stand for it.
+    """
+
+    layer: str
+    found: str
+    became: str
+
+
 @dataclass
 class Rewriting:
     """A traced network on its way to a graph.
@@ -26,6 +41,9 @@ class Rewriting:
         index: traced operation → its node, or the one that it passes on.
         problems: what has no spiking form, a line each.
         waiting: a shape between two others, such as within a channel shuffle → what it is of.
+        left_out: a softmax at the end.
+        result: the node that is returned.
+        rewrites: what became of each operation.
     """
 
     net: nn.Module
@@ -34,6 +52,9 @@ class Rewriting:
     index: dict[fx.Node, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     waiting: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    left_out: list[fx.Node] = field(default_factory=list)
+    result: int | None = None
+    rewrites: list[Rewrite] = field(default_factory=list)
 
     def sources(self, call: fx.Node) -> tuple[int, ...]:
         """The nodes whose values an operation takes."""
@@ -50,7 +71,7 @@ class Rewriting:
 
     def source(self, call: fx.Node) -> int:
         """The node of the one value that an operation takes."""
-        return self.index[call.all_input_nodes[0]]
+        return self.index[next(n for n in call.all_input_nodes if n.op != "get_attr")]
 
     def is_image(self, call: fx.Node) -> bool:
         """Whether a value comes from the image, and is none of the network's own."""
@@ -61,17 +82,31 @@ class Rewriting:
         """Whether a layer that is called has a bias, or is a batch norm: no network of §2.3's."""
         called = {place(c) for c in self.calls if c.op == "call_module"}
         modules = [self.net.get_submodule(path) for path in called]
-        return any(getattr(module, "bias", None) is not None for module in modules) or any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules
+        return (
+            any(getattr(module, "bias", None) is not None for module in modules)
+            or any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
+            or any(c.op == "get_attr" and c.meta["value"].dim() == 1 for c in self.calls)
         )
 
     def readers(self, call: fx.Node) -> list[fx.Node]:
         """The operations that take its value, as far as the result depends on them."""
         return [other for other in self.calls if call in other.all_input_nodes]
 
-    def called(self, path: str) -> int:
-        """How often a module is called."""
-        return sum(c.op == "call_module" and place(c) == path for c in self.calls)
+    def removed(self, kept: Mapping[int, int]) -> None:
+        """Keep these nodes alone, each at its new place."""
+        nodes = [
+            replace(self.nodes[i], inputs=tuple(kept[j] for j in self.nodes[i].inputs))
+            for i in kept
+        ]
+        self.nodes = nodes
+        self.index = {call: kept[i] for call, i in self.index.items() if i in kept}
+
+    def own(self, call: fx.Node) -> bool:
+        """Whether an operation's weights are used by it alone."""
+        if call.op == "call_module":
+            return sum(c.op == "call_module" and place(c) == place(call) for c in self.calls) == 1
+        weights = [n for n in call.all_input_nodes if n.op == "get_attr"]
+        return all(self.readers(weight) == [call] for weight in weights)
 
     def put(
         self, call: fx.Node, module: nn.Module, inputs: tuple[int, ...], suffix: str = ""

@@ -44,12 +44,12 @@ def trace(net: nn.Module, example: Tensor | None = None) -> list[fx.Node]:
         TracingError: it depends on pixels, fails, or takes or returns something else.
     """
     _check_arguments(net)
-    twin = _without_memory(net).eval()
-    images = _images(net, twin, example)
+    twin = without_memory(net).eval()
+    images = images_for(net, twin, example)
     tracer = _Tracer(images)
     try:
         with torch.no_grad(), ONE_AT_A_TIME:
-            graph = tracer.trace(_Entry(twin))
+            graph = tracer.trace(Entry(twin))
     except fx.proxy.TraceError as error:
         raise TracingError(
             f"the forward method of {type(net).__name__} cannot be traced ({error}); write it "
@@ -57,10 +57,10 @@ def trace(net: nn.Module, example: Tensor | None = None) -> list[fx.Node]:
         ) from error
     except Exception as error:
         raise TracingError(
-            f"the forward method of {type(net).__name__} cannot be traced ({_first_line(error)})"
+            f"the forward method of {type(net).__name__} cannot be traced ({first_line(error)})"
         ) from error
     _make_functional(graph)
-    return _alive(graph)
+    return alive(graph)
 
 
 def place(node: fx.Node) -> str:
@@ -68,7 +68,7 @@ def place(node: fx.Node) -> str:
     return str(node.target).removeprefix(ROOT)
 
 
-class _Entry(nn.Module):
+class Entry(nn.Module):
     """The network with the image as its only argument; others have their defaults."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -76,6 +76,7 @@ class _Entry(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Any:
+        """What the network gives."""
         return self.net(x)
 
 
@@ -94,7 +95,7 @@ def _check_arguments(net: nn.Module) -> None:
 # -- what is traced on -----------------------------------------------------------------------------
 
 
-def _without_memory(net: nn.Module) -> nn.Module:
+def without_memory(net: nn.Module) -> nn.Module:
     """A copy on the meta device."""
     memo: dict[int, Any] = {}
     for module in net.modules():
@@ -107,7 +108,7 @@ def _without_memory(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, memo)
 
 
-def _images(net: nn.Module, twin: nn.Module, example: Tensor | None) -> Tensor:
+def images_for(net: nn.Module, twin: nn.Module, example: Tensor | None) -> Tensor:
     """Images that the network takes, on the meta device."""
     weights = (p for p in net.parameters() if p.is_floating_point())
     dtype = next((p.dtype for p in weights), torch.float32)
@@ -119,7 +120,7 @@ def _images(net: nn.Module, twin: nn.Module, example: Tensor | None) -> Tensor:
             with torch.no_grad():
                 result = twin(images)
         except Exception as error:
-            causes.append(_first_line(error))
+            causes.append(first_line(error))
         else:
             if not isinstance(result, Tensor) or result.shape[:1] == (BATCH,):
                 return images
@@ -156,7 +157,8 @@ def _hint(cause: str) -> str:
     return pixels if "meta tensors" in cause else "; give a batch of images: example="
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of our own."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -215,6 +217,8 @@ KNOWN = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad
 class _Tracer(fx.Tracer):
     """Runs what it traces, on the meta device; notes what is changed in place."""
 
+    proxy_buffer_attributes = True  # torch.fx would make them constants
+
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.images = images
@@ -223,7 +227,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, _: str) -> bool:
         """Whether what a module does is one operation: those of torch are."""
-        if isinstance(module, nn.Sequential | ResidualBlock | _Entry):
+        if isinstance(module, nn.Sequential | ResidualBlock | Entry):
             return False
         return kind_of(module).__module__.partition(".")[0] == "torch"
 
@@ -337,14 +341,14 @@ def _same_view(one: fx.Node, other: fx.Node) -> bool:
     return bool(where and a.shape == b.shape)
 
 
-def _alive(graph: fx.Graph) -> list[fx.Node]:
+def alive(graph: fx.Graph) -> list[fx.Node]:
     """The operations that the result depends on, the images and the output among them."""
-    alive: set[fx.Node] = set()
+    needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op in ("output", "placeholder") or node in alive:
-            alive.add(node)
-            alive.update(node.all_input_nodes)
-    return [node for node in graph.nodes if node in alive]
+        if node.op in ("output", "placeholder") or node in needed:
+            needed.add(node)
+            needed.update(node.all_input_nodes)
+    return [node for node in graph.nodes if node in needed]
 
 
 def unwrapped(net: nn.Module) -> nn.Module:

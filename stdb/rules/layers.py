@@ -3,53 +3,76 @@
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..graph import Node
 from ..operators import pair
 from ..operators.diagonal import Diagonal
 from ..operators.joining import Concatenation
 from ..operators.shaping import Flatten
-from ..operators.table import kind_of, operator_for
+from ..operators.table import operator_for
 from ..traced import ConversionError, Rewriting, shape_of, where
 from ..tracing import place
 from ..weights import fold
 
 
 def batch_norm(rewriting: Rewriting, call: fx.Node) -> Node | int:
-    """A batch norm: folded into the layer below it, or a scale and shift in its place.
-
-    From the running statistics: g = γ/√(σ² + ε), W' = g·W, b' = β + g·(b − μ).
-    """
+    """A batch norm: folded into the layer below it, or a scale and shift in its place."""
     name = place(call)
     norm: Any = rewriting.net.get_submodule(name)
     if norm.running_mean is None:
         raise ConversionError(
             f"layer {name} keeps no running statistics; train it with track_running_stats=True"
         )
-    with torch.no_grad():
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight.double()
-        shift = -scale * norm.running_mean.double()
-        if norm.bias is not None:
-            shift = shift + norm.bias.double()
-    below = call.all_input_nodes[0]
-    if below.op == "call_module" and rewriting.readers(below) == [call]:
-        module = rewriting.net.get_submodule(place(below))
-        operator = operator_for(kind_of(module))
-        if operator is not None and operator.learns and rewriting.called(place(below)) == 1:
-            fold(module, scale, shift)
-            return rewriting.index[below]
     like = norm.running_mean
+    scale, shift = fold_norm(
+        rewriting, call, like, norm.running_var, norm.weight, norm.bias, norm.eps
+    )
+    if scale is None:
+        return rewriting.source(call)
     diagonal = Diagonal(len(scale)).to(like.device, like.dtype)
     with torch.no_grad():
         diagonal.weight.copy_(scale)
-        diagonal.bias.copy_(shift)  # type: ignore[union-attr]
+        diagonal.bias.copy_(shift)  # type: ignore[union-attr,arg-type]
     rewriting.net.set_submodule(name, diagonal)
     operator = operator_for(Diagonal)
     assert operator is not None
     return Node(name, operator, (rewriting.source(call),), path=name)
+
+
+@torch.no_grad()
+def fold_norm(
+    rewriting: Rewriting,
+    call: fx.Node,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fold a norm into the layer below it, if nobody else reads that; (None, None) then.
+
+    From the running statistics: g = γ/√(σ² + ε), W' = g·W, b' = β + g·(b − μ).
+
+    Returns:
+        g and β − g·μ of each channel, float64, of a norm that stays.
+    """
+    scale = (var.double() + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.double()
+    shift = -scale * mean.double()
+    if bias is not None:
+        shift = shift + bias.double()
+    below = next(n for n in call.all_input_nodes if n.op != "get_attr")
+    place_of = rewriting.index[below]
+    node = rewriting.nodes[place_of]
+    alone = [c for c, i in rewriting.index.items() if i == place_of] == [below]
+    alone = alone and rewriting.readers(below) == [call] and rewriting.own(below)
+    if not node.operator.learns or not alone:
+        return scale, shift
+    assert node.path is not None
+    fold(rewriting.net.get_submodule(node.path), scale, shift)
+    return None, None
 
 
 def dropout(rewriting: Rewriting, call: fx.Node) -> Node | int:
@@ -63,6 +86,7 @@ def average_pool(rewriting: Rewriting, call: fx.Node) -> Node | int:
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
     settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
     settings.pop("input", None)
+    settings["stride"] = settings.get("stride") or None
     return rewriting.put(call, nn.AvgPool2d(**settings), (rewriting.source(call),))
 
 

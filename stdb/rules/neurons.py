@@ -122,6 +122,7 @@ def _pooling(rewriting: Rewriting, call: fx.Node) -> nn.MaxPool2d:
     settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
     for name in ("input", "return_indices"):
         settings.pop(name, None)
+    settings["stride"] = settings.get("stride") or None
     return nn.MaxPool2d(**settings)
 
 
@@ -138,4 +139,5 @@ def softmax(rewriting: Rewriting, call: fx.Node) -> int:
             f"{where(call)} is a softmax inside; leave it out: the membrane potential of the "
             "output layer is the logit"
         )
+    rewriting.left_out.append(call)
     return rewriting.source(call)

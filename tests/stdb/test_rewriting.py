@@ -1,5 +1,7 @@
 """Any CNN in: what its operations become computes what it computes, exactly, and then spikes."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,52 @@ def shuffle(x, groups):
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
 
 
+@dataclass
+class Pair:
+    """What torch.fx cannot look into."""
+
+    one: torch.Tensor
+    other: torch.Tensor
+
+
+def followed_by_export_alone(m, x):
+    """A check of the type, which a traced value fails; then norms, pooling, slices, a concat."""
+    assert isinstance(x, torch.Tensor)
+    pair = Pair(F.relu_(m.norm(x)), m.pool(m.relu(m.norm2(m.second(m.relu6(x))))))
+    a, b = F.adaptive_avg_pool2d(pair.one, 6).chunk(2, 1)
+    y = torch.cat([b[:, :, ::2, 1::2], a[:, 1:, :3, 3:], pair.other[:, 2:5, ::2, ::2]], 1)
+    return F.pad(y.clamp(min=0) * 2 - 1, (0, 1)).transpose(2, 3).transpose(2, 3)
+
+
 FORMS = {
+    "functional convolution": lambda m, x: F.relu(
+        F.conv2d(F.relu(x), m.second.weight, m.second.bias, 1, 1)
+    ),
+    "functional norm": lambda m, x: F.relu(
+        F.batch_norm(
+            F.conv2d(F.relu(x), m.second.weight, stride=2),
+            m.norm.running_mean,
+            m.norm.running_var,
+            m.norm.weight,
+            m.norm.bias,
+        )
+    ),
+    "norm of a relu": lambda m, x: m.relu(
+        m.second(
+            torch.batch_norm(
+                F.relu(x),
+                None,
+                m.norm.bias,
+                m.norm.running_mean,
+                m.norm.running_var,
+                False,
+                0.1,
+                1e-3,
+                False,
+            )
+        )
+    ),
+    "exported": followed_by_export_alone,
     "functional relu": lambda m, x: F.relu(x),
     "method": lambda m, x: x.relu(),
     "one relu for all": lambda m, x: m.relu(m.second(m.relu(x))),
@@ -186,6 +233,14 @@ REFUSED = {
     "transposition": (
         lambda m, x: m.relu(m.second(m.relu(x).transpose(2, 3))),
         "transpose .*makes",
+    ),
+    "computed weights": (
+        lambda m, x: F.relu(F.conv2d(x, m.second.weight - m.second.weight.mean())),
+        "second.weight is a parameter used outside a layer",
+    ),
+    "norm of the batch": (
+        lambda m, x: F.relu(F.batch_norm(x, None, None, training=True)),
+        "normalises by the batch, which a spike does not know",
     ),
     "one image": (lambda m, x: m.relu(x)[:1].expand_as(x), "picks .*; allowed: slices behind"),
     "joined images": (

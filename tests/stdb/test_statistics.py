@@ -207,16 +207,77 @@ def test_signed_input_spikes_count_as_one():
     assert statistics.synaptic_operations()["input"] == 42
 
 
-def test_direct_input_counts_macs():
-    """An analogue pixel costs a multiply-accumulate (4.6 pJ) per synapse at each step."""
+def test_a_constant_input_is_multiplied_once():
+    """4.6 pJ a synapse for all steps together, and its current is added at every step."""
     snn = convert(counted())
     with stdb.record_spikes(snn) as statistics, torch.no_grad():
         snn(torch.full((1, 1, 1, 2), 0.75), 5)
     # neuron 0 gets 1.125 a step and fires at all 5; neuron 1 gets 0.375 and fires at t = 3 only
     assert statistics.maps["1"].tolist() == [5, 1, 0]
     assert statistics.synaptic_operations() == {"input": 5 * 2 * 3, "1": 6 * 2}
-    assert statistics.energy() == pytest.approx(4.6 * 30 + 0.9 * 12)
-    assert statistics.energy_delay() == pytest.approx((4.6 * 30 + 0.9 * 12) * 5)
+    assert statistics.energy() == pytest.approx(4.6 * 6 + 0.9 * (12 + 5 * 3))
+    assert statistics.energy_delay() == pytest.approx(5 * statistics.energy())
+
+
+class Noise:
+    """Other currents at every step, which are no spikes."""
+
+    analogue = True
+
+    def __call__(self, images, start, stop, keys):
+        steps = torch.arange(start, stop) / 10
+        return images + steps.view(-1, 1, 1, 1, 1)
+
+
+def test_another_analogue_input_is_multiplied_at_every_step():
+    """What an encoder of one's own says of itself counts, not what its values look like."""
+    snn = convert(counted(), Noise())
+    with stdb.record_spikes(snn) as statistics, torch.no_grad():
+        snn(torch.zeros(1, 1, 1, 2), 5)
+    spikes = float(statistics.maps["1"].sum())
+    assert statistics.energy() == pytest.approx(4.6 * 5 * 6 + 0.9 * 2 * spikes)
+    snn = convert(counted(), stdb.SpikeTrain(TRAIN / 2))
+    with stdb.record_spikes(snn) as statistics, torch.no_grad():
+        snn(torch.zeros(1, 1, 1, 2), 5)
+    spikes = float(statistics.maps["1"].sum())
+    assert statistics.energy() == pytest.approx(0.9 * (5 * 6 + 2 * spikes))
+
+
+class Biased(nn.Module):
+    """Everything that costs without a spike: biases, a layer behind a layer, sums with currents."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 3, bias=False)
+        self.relu, self.norm = nn.ReLU(), nn.BatchNorm1d(3)
+        self.out, self.last = nn.Linear(3, 6, bias=False), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.relu(self.first(torch.flatten(x, 1)))
+        y = self.second(x) + x
+        return self.last(self.out(self.relu(self.norm(y))))
+
+
+def test_what_costs_without_spikes_by_hand():
+    """A bias is added at each step; what follows no neurons multiplies; the tail does it once."""
+    torch.manual_seed(0)
+    snn = convert(Biased(), stdb.SpikeTrain(torch.ones(7, 1, 1, 2, 2)))
+    with stdb.record_spikes(snn) as statistics, torch.no_grad():
+        snn(torch.zeros(1, 1, 2, 2), 7)
+    spikes = {name: float(count.sum()) for name, count in statistics.maps.items()}
+    # a spike of the first layer: 3 of second, 1 of the shortcut's unit; of the other: 6 of out
+    first, other = list(spikes)[1:]
+    accumulates = spikes["input"] * 3 + spikes[first] * 4 + spikes[other] * 6
+    assert sum(statistics.synaptic_operations().values()) == accumulates
+    biases = 7 * 3 + 7 * 3 + 2  # first, norm behind the sum; last, once
+    multiplies = 7 * 3 + 6 * 2  # norm at every step, last once
+    assert statistics.energy() == pytest.approx(4.6 * multiplies + 0.9 * (accumulates + biases))
+
+
+def test_an_anns_energy_counts_each_of_its_synapses():
+    """Also behind a sum and behind another layer; the unit of the shortcut is one, too."""
+    synapses = 4 * 3 + 3 * 3 + 3 + 3 + 3 * 6 + 6 * 2
+    assert stdb.ann_energy(Biased(), (1, 2, 2)) == pytest.approx(4.6 * synapses)
 
 
 def test_several_batches():
