@@ -20,6 +20,7 @@ from .conversion import ConversionError, convert
 from .decision import Decision, decide, first_confident
 from .diagnosis import LayerDiagnosis, diagnose
 from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain, encoder_of
+from .evaluation import evaluate
 from .graph import Graph, Node
 from .interop.authors import AuthorsNetwork, import_authors
 from .interop.export import export_program
@@ -33,6 +34,7 @@ from .randomness import derive, dropout_mask, sample_keys, uniform
 from .spikes import DENSITY_LIMITS
 from .statistics import SpikeStatistics, ann_energy, fan_out, record_spikes
 from .surrogate import STDB, SURROGATES, Exponential, Linear, Surrogate
+from .traced import Rewrite
 
 __all__ = [
     "ARCHITECTURES",
@@ -52,6 +54,7 @@ __all__ = [
     "PoissonEncoder",
     "Presentation",
     "ResidualBlock",
+    "Rewrite",
     "SpikeStatistics",
     "SpikeTrain",
     "SpikingNetwork",
@@ -67,6 +70,7 @@ __all__ = [
     "diagnose",
     "dropout_mask",
     "encoder_of",
+    "evaluate",
     "export_program",
     "fan_out",
     "first_confident",

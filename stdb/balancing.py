@@ -7,13 +7,15 @@ maximum, once for its spikes) and not once for every layer above it.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import kernels
 from .architectures import ResidualBlock
+from .evaluation import all_images
 from .kernels.layout import to_matrix
 from .network import SpikingNetwork, check_timesteps
 from .operators import Value, dense
@@ -28,7 +30,7 @@ DROPPED_BITS = 13  # of a float32's mantissa; the rest tells values 0.1 % apart 
 @torch.no_grad()
 def balance_thresholds(
     snn: SpikingNetwork,
-    images: Tensor,
+    images: Tensor | Iterable[Any],
     timesteps: int,
     *,
     batch_size: int = 64,
@@ -43,7 +45,8 @@ def balance_thresholds(
 
     Args:
         snn: a converted network; its thresholds are replaced.
-        images: (N, C, H, W), calibration images from the training split, shuffled.
+        images: (N, C, H, W), calibration images from the training split, shuffled; or batches of
+            them, as a DataLoader gives, all of which are taken.
         timesteps: T of the calibration.
         batch_size: images presented at once; does not change the result.
         percentile: V is this percentile of a layer's weighted inputs over images, neurons and time;
@@ -60,6 +63,7 @@ def balance_thresholds(
         ValueError: a layer's largest weighted input is not above 0; the message names the layer.
     """
     check_timesteps(timesteps)
+    images = all_images(images).to(next(snn.parameters()).device)
     if len(images) < 1 and reduce is None:
         raise ValueError("no calibration images")
     if not 0 < percentile <= 100:

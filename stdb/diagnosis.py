@@ -4,13 +4,16 @@ An IF neuron's firing rate approximates the ReLU that it stands for (§2.3). A c
 collapses does so in some layer, and all layers above it only pass that on: this finds it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checking import activations
 from .conversion import convert
+from .evaluation import all_images
 from .graph import INPUT
 from .kernels.layout import from_matrix
 from .network import SpikingNetwork
@@ -116,7 +119,7 @@ class _Sums:
 def diagnose(
     ann: nn.Module,
     snn: SpikingNetwork,
-    images: Tensor,
+    images: Tensor | Iterable[Any],
     timesteps: int,
     *,
     sample_ids: Tensor | None = None,
@@ -127,7 +130,7 @@ def diagnose(
     Args:
         ann: the network that ``snn`` was converted from, on the same device.
         snn: at the thresholds that are in question.
-        images: (N, C, H, W), pixels in [−1, 1].
+        images: (N, C, H, W), or batches of them, as a DataLoader gives.
         timesteps: T.
         sample_ids: as for ``SpikingNetwork.present``.
         batch_size: presented at once.
@@ -135,6 +138,7 @@ def diagnose(
     Returns:
         A row a layer, in the order of a step.
     """
+    images = all_images(images).to(next(snn.parameters()).device)
     graph, sums = snn.graph, {label: _Sums() for label in snn.graph.labels.values()}
     if sample_ids is None:
         sample_ids = torch.arange(len(images), device=images.device)
