@@ -8,6 +8,7 @@ autograd find every gradient but the spike's own.
 import copy
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -180,3 +181,72 @@ def balanced(ann: nn.Module, train: Tensor, keep: dict[str, float] | None = None
             list(network.run(train))
         found[name] = max(largest)
     return [found[name] for name in relus(ann)]
+
+
+# -- golden vectors of our own: biases, initial membranes, max-pooling -----------------------------
+
+
+def cnn() -> nn.Sequential:
+    """The network of ``tests/vectors/cnn_*.npz``."""
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.MaxPool2d(3, 2, 1), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Dropout(0.25),
+        nn.Conv2d(12, 12, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
+        nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 5),
+    )  # fmt: skip
+
+
+CNN_VECTORS = {
+    "cnn_stdb": {"surrogate": "stdb", "alpha": 0.3, "beta": 0.05, "truncate": 7},
+    "cnn_linear_over_threshold": {
+        "surrogate": "linear/v", "alpha": 0.4, "beta": 1.0, "truncate": 0, "leak": 0.875,
+    },
+}  # fmt: skip
+
+
+def cnn_vectors(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a file of ours, from the literal transcription above.
+
+    ``STDB_WRITE_VECTORS=1 pytest tests/stdb/test_golden_vectors.py -k made`` writes the files.
+    """
+    about = {"leak": 1.0, "initial": 0.5, **CNN_VECTORS[name]}
+    generator = torch.Generator().manual_seed(len(name))
+    net = cnn().double()
+    for parameter in net.parameters():  # multiples of 1/64: float32 adds them exactly
+        bound = 2.0 if parameter.dim() == 1 else 6 / parameter[0].numel() ** 0.5
+        values = torch.rand(parameter.shape, generator=generator).double()
+        parameter.data = torch.round((values * 2 - 0.8) * bound * 16) / 64
+    chance = torch.rand(21, 3, 2, 8, 8, generator=generator)
+    train = (chance < 0.2).double() - (chance > 0.9).double()
+    labels = torch.tensor([0, 3, 4])
+    mask = (torch.rand(3, 12, 2, 2, generator=generator) < 0.75).double() * 1.25
+    thresholds = dict(zip(relus(net), [1.0, 2.0, 1.5, 0.75], strict=True))
+    kind, _, over = str(about["surrogate"]).partition("/")
+    literal = Literal(
+        net, thresholds, about["leak"], {"6": mask}, kind=kind, alpha=about["alpha"],
+        beta=about["beta"], over_threshold=over == "v", initial=about["initial"],
+    )  # fmt: skip
+    size = about["truncate"] or len(train)
+    windows = [min(size, len(train) - t) for t in range(0, len(train), size)]
+    losses = []
+    for output in literal.run(train, windows):
+        loss = nn.functional.cross_entropy(output, labels)
+        loss.backward()
+        losses.append(loss.item())
+    arrays = {k: np.array(v) for k, v in about.items()}
+    arrays |= {"spikes_in": train.to(torch.int8).numpy(), "labels": labels.numpy()}
+    arrays |= {"logits": output.detach().numpy(), "loss": np.array(losses)}
+    arrays |= {"thresholds": np.array(list(thresholds.values())), "mask_0": mask.numpy()}
+    layers = [m for m in literal.net if isinstance(m, nn.Conv2d | nn.Linear)]
+    for i, layer in enumerate(layers):
+        for what in ("weight", "bias"):
+            parameter = getattr(layer, what)
+            grad = "grad" if what == "weight" else "grad_bias"
+            arrays[f"{what}_{i}"] = parameter.detach().numpy()
+            arrays[f"{grad}_{i}"] = parameter.grad.numpy()
+    neurons = list(literal.neurons.items())
+    for i, (place, _) in enumerate(neurons):
+        arrays[f"spikes_{i}"] = literal.spikes(place).to(torch.uint8).numpy()
+    arrays["grad_thresholds"] = np.array([float(n.threshold.grad) for _, n in neurons])
+    arrays["grad_leaks"] = np.array([float(n.leak.grad) for _, n in neurons])
+    return arrays

@@ -18,6 +18,7 @@ from torch import nn
 import stdb
 from stdb.kernels import works_on_bits
 from stdb.spikes import DENSITY_LIMITS
+from tests.stdb.support import CNN_VECTORS, cnn, cnn_vectors
 
 FOLDER = Path(os.environ.get("STDB_VECTORS", Path(__file__).parents[1] / "vectors"))
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -48,6 +49,9 @@ def resnet():
     )  # fmt: skip
 
 
+NETWORKS = {"vgg": vgg, "resnet": resnet, "cnn": cnn}
+
+
 class Case:
     """One file as a network with its weights, thresholds and surrogate."""
 
@@ -55,13 +59,7 @@ class Case:
         with np.load(path) as arrays:
             self.arrays = {name: arrays[name] for name in arrays.files}
         self.dtype = dtype
-        net = (resnet() if path.name.startswith("resnet") else vgg()).to(dtype)
-        self.weights = [
-            f"weight_{i}" for i in range(sum(k.startswith("weight_") for k in self.arrays))
-        ]
-        with torch.no_grad():
-            for parameter, name in zip(net.parameters(), self.weights, strict=True):
-                parameter.copy_(self.tensor(name))
+        net = NETWORKS[path.name.partition("_")[0]]().to(dtype)
         kind, _, over = str(self.arrays["surrogate"]).partition("/")
         surrogate = stdb.SURROGATES[kind](
             float(self.arrays["alpha"]), float(self.arrays["beta"]), over_threshold=over == "v"
@@ -77,6 +75,18 @@ class Case:
         self.snn.set_thresholds(
             dict(zip(self.snn.thresholds, self.arrays["thresholds"].tolist(), strict=True))
         )
+        for neuron in self.snn.neurons.values():
+            neuron.initial_membrane = float(self.arrays.get("initial", 0.0))
+        layers = [m for m in self.snn.net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        self.learned = {}  # gradient's name → parameter; weights as they stand above these V
+        for i, layer in enumerate(layers):
+            self.learned[f"grad_{i}"] = layer.weight
+            if layer.bias is not None:
+                self.learned[f"grad_bias_{i}"] = layer.bias
+        with torch.no_grad():
+            for name, parameter in self.learned.items():
+                of = "bias" if "bias" in name else "weight"
+                parameter.copy_(self.tensor(f"{of}_{name.rpartition('_')[2]}"))
         masks = [k for k in self.arrays if k.startswith("mask_")]
         self.masks = [self.tensor(f"mask_{i}") for i in range(len(masks))]
         truncate = int(self.arrays["truncate"]) or self.timesteps
@@ -145,9 +155,8 @@ def test_presentation(monkeypatch, path, dtype, position, form):
         assert torch.equal(spikes, expected), f"spikes of {name}"
     close(logits, case.arrays["logits"], 1e-5)
     np.testing.assert_allclose(losses, case.arrays["loss"], rtol=1e-5)
-    weights = [p for n, p in case.snn.net.named_parameters() if n.endswith("weight")]
-    for parameter, name in zip(weights, case.weights, strict=True):
-        close(parameter.grad, case.arrays[name.replace("weight", "grad")], 1e-4)
+    for name, parameter in case.learned.items():
+        close(parameter.grad, case.arrays[name], 1e-4)
     if not learn:
         return
     neurons = list(case.snn.neurons.values())
@@ -168,3 +177,19 @@ def test_balanced_thresholds(path, chunk):
     )
     np.testing.assert_allclose(list(found.values()), case.arrays["balanced_thresholds"], rtol=1e-6)
     assert list(case.snn.thresholds.values()) == list(found.values())
+
+
+@pytest.mark.parametrize("name", CNN_VECTORS)
+def test_our_own_vectors_are_made_by_the_transcription(name):
+    """Not by the engine: from the random weights on, to rounding."""
+    path = Path(__file__).parents[1] / "vectors" / f"{name}.npz"
+    made = cnn_vectors(name)
+    if os.environ.get("STDB_WRITE_VECTORS"):
+        np.savez_compressed(path, **made)
+    with np.load(path) as arrays:
+        assert set(arrays.files) == set(made)
+        for key in arrays.files:
+            if made[key].dtype == np.float64:
+                np.testing.assert_allclose(made[key], arrays[key], rtol=1e-9, atol=1e-12)
+            else:
+                assert np.array_equal(made[key], arrays[key]), key
