@@ -1,6 +1,7 @@
 """The real pipeline, run by `dvc repro` in a temporary repository."""
 
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -49,14 +50,12 @@ def test_metrics_say_what_was_measured(finished):
 
 
 def test_a_second_run_does_nothing(finished):
-    """Nothing changed, nothing runs, in under three seconds."""
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        output = finished.repro().stdout
-        seconds.append(time.monotonic() - start)
+    """Nothing changed, nothing runs, in under three seconds of a core that others use as well."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = finished.repro().stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "Running stage" not in output
-    assert min(seconds) < 3
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
 
 
 def test_mlflow_has_a_run_for_the_execution_and_one_below_it_per_stage(finished):
@@ -137,10 +136,7 @@ def test_diverging_training_is_an_error(changed):
     assert result.returncode != 0
     assert "the training diverged" in result.stdout + result.stderr
     assert changed.bytes_of_outs() == outs
-    client = mlflow.MlflowClient(f"sqlite:///{changed.root / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("stdb")
-    latest = client.search_runs([experiment.experiment_id], max_results=1)[0]
-    assert (latest.info.run_name, latest.info.status) == ("train_ann", "FAILED")
+    assert changed.runs("train_ann")[0] == "FAILED"
 
 
 def test_more_workers_than_cores_is_an_error(changed):

@@ -99,7 +99,7 @@ def test_scaling_the_output_multiplies_every_logit_and_changes_no_decision(netwo
 
 
 def test_all_branches_of_an_output_are_scaled():
-    """Where the output is a sum; a branch without weights is refused."""
+    """Where the output is a sum; one with a branch without weights has a scale of its own."""
 
     class Sum(nn.Module):
         def __init__(self, second: nn.Module) -> None:
@@ -112,14 +112,13 @@ def test_all_branches_of_an_output_are_scaled():
             return self.first(hidden) + self.second(hidden)
 
     images = torch.rand(3, 1, 3, 3)
-    snn = stdb.convert(Sum(nn.Linear(4, 4, bias=False)), stdb.DirectEncoder()).eval()
-    snn.set_thresholds(dict.fromkeys(snn.thresholds, 0.1))
-    with torch.no_grad():
-        before = snn(images, 5)
-        snn.scale_output(0.5)
-        assert torch.equal(snn(images, 5), 0.5 * before)
-    with pytest.raises(ValueError, match="without weights"):
-        stdb.convert(Sum(nn.Identity()), stdb.DirectEncoder()).scale_output(0.5)
+    for second in (nn.Linear(4, 4, bias=False), nn.Identity()):
+        snn = stdb.convert(Sum(second), stdb.DirectEncoder()).eval()
+        snn.set_thresholds(dict.fromkeys(snn.thresholds, 0.1))
+        with torch.no_grad():
+            before = snn(images, 5)
+            snn.scale_output(0.5)
+            assert torch.equal(snn(images, 5), 0.5 * before)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])

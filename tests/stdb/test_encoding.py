@@ -204,7 +204,20 @@ def test_pixel_out_of_range(bad):
     """A pixel that is no probability is refused, with its size and what is allowed."""
     images = grey(3, 0.5, 10)
     images[2, 0, 7, 3] = bad
+    snn = tiny()
+    snn.encoder = stdb.PoissonEncoder(0)
     with pytest.raises(ValueError, match=rf"{abs(bad)}.*allowed: −1 to 1"):
+        snn.present(images)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_current_is_a_number(bad):
+    """As a current a pixel may be of any size, but not infinite."""
+    images = grey(3, 0.5, 10)
+    images[0, 0, 1, 1] = 7.5
+    tiny().present(images)
+    images[2, 0, 7, 3] = bad
+    with pytest.raises(ValueError, match=rf"a pixel of size {bad} cannot be encoded"):
         tiny().present(images)
 
 
