@@ -20,6 +20,8 @@ def rearrange(rewriting: Rewriting, call: fx.Node) -> Node | int:
     """
     source, value = call.all_input_nodes[0], call.meta["value"]
     base = rewriting.waiting.get(source, source)
+    if not isinstance(base.meta["value"], Tensor):  # of what was refused, as attention's pair
+        return rewriting.index[base]
     places = _run(rewriting, call, base)
     if isinstance(value, Tensor) and isinstance(places, Tensor):
         before = base.meta["value"].shape[1:]
