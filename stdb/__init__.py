@@ -24,6 +24,7 @@ from .evaluation import evaluate
 from .graph import Graph, Node
 from .interop.authors import AuthorsNetwork, import_authors
 from .interop.export import export_program
+from .interop.from_nir import from_nir
 from .interop.nir import to_nir
 from .interop.saving import load, save
 from .memory import largest_chunk, training_memory
@@ -74,6 +75,7 @@ __all__ = [
     "export_program",
     "fan_out",
     "first_confident",
+    "from_nir",
     "import_authors",
     "largest_chunk",
     "load",

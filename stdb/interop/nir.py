@@ -15,6 +15,7 @@ from ..network import SpikingNetwork
 from ..operators import Operator, pair
 from ..operators.boundary import Input, Neuron
 from ..operators.convolution import Convolution
+from ..operators.diagonal import Scale
 from ..operators.linear import FullyConnected
 from ..operators.pooling import AveragePool
 from ..operators.shaping import Dropout, Flatten, Sum
@@ -38,9 +39,10 @@ def to_nir(
     ==========================  =================================================================
     here                        NIR
     ==========================  =================================================================
-    convolution                 Conv2d with a bias of zeros
-    linear, flatten             Linear; Flatten, whose dimensions count from the end, so that a
-                                reader may have a batch dimension or not
+    convolution                 Conv2d, with a bias of zeros where there is none
+    scale (and shift)           Scale; with a shift a 1×1 Conv2d or an Affine
+    linear, flatten             Linear, Affine with a bias; Flatten, whose dimensions count from
+                                the end, so that a reader may have a batch dimension or not
     average pooling             AvgPool2d
     neuron with λ = 1           IF, r = 1, v_threshold = V
     neuron with λ < 1           LIF, τ = dt/(1 − λ), r = τ/dt, v_leak = 0: with forward Euler at
@@ -202,6 +204,19 @@ def _convolution(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> A
     )  # fmt: skip
 
 
+def _diagonal(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
+    scale, bias = _array(weight_of(module)), bias_of(module)
+    if bias is None:
+        by_channel = scale.reshape(-1, *[1] * (len(shape) - 1))
+        return nir.Scale(scale=np.broadcast_to(by_channel, shape).copy())
+    if len(shape) == 1:
+        return nir.Affine(weight=np.diag(scale), bias=_array(bias))
+    return nir.Conv2d(
+        input_shape=shape[1:], weight=np.diag(scale)[:, :, None, None], stride=(1, 1),
+        padding=(0, 0), dilation=(1, 1), groups=1, bias=_array(bias),
+    )  # fmt: skip
+
+
 NODES: dict[type[Operator], Callable[..., Any]] = {
     Input: _input,
     Neuron: _neuron,
@@ -209,6 +224,7 @@ NODES: dict[type[Operator], Callable[..., Any]] = {
     FullyConnected: _linear,
     AveragePool: _average_pool,
     Flatten: _flatten,
+    Scale: _diagonal,
     Sum: _nothing,  # several edges into one node
     Dropout: _nothing,
 }
