@@ -40,6 +40,8 @@ def main(stage: Stage) -> None:
     state = run_job(stage, train_loop)
     test = Evaluation(**state["test"])
     snn.net.load_state_dict(state["best_network"])
+    prepared = train.preparation
+    resize = {} if prepared.resize is None else {"resize": prepared.resize}
     with writing(SNN) as temporary:
         stdb.save(
             snn,
@@ -47,7 +49,9 @@ def main(stage: Stage) -> None:
             network=recipe(params.network, train),
             timesteps=params.stdb.timesteps,
             classes=train.classes,
+            normalisation=prepared.normalisation,
             stdb=params.stdb.model_dump(),
+            **resize,
         )
     write_json(
         METRICS / "finetune_stdb.json",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import stdb
-from pipeline.data import Samples, normalise
+from pipeline.data import Samples
 from pipeline.errors import StageError
 from pipeline.files import ANN, THRESHOLDS
 from pipeline.jobs.worker import Row, State, Worker
@@ -143,7 +143,7 @@ def balance_random(snn: stdb.SpikingNetwork, train: Samples, params: StdbParams)
     try:
         stdb.balance_thresholds(
             snn,
-            normalise(few.images),
+            few.pixels(),
             params.timesteps,
             percentile=SCRATCH_PERCENTILE,
             residual_blocks=True,

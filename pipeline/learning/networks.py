@@ -13,7 +13,7 @@ from pipeline.errors import StageError
 from pipeline.files import ANN, THRESHOLDS
 from pipeline.handed_on import read_thresholds
 from pipeline.jobs.worker import Worker
-from pipeline.learning.checks import build_own, check_room
+from pipeline.learning.checks import build_own, check_input, check_room
 from pipeline.learning.weights import load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams
 
@@ -31,8 +31,12 @@ __all__ = [
 
 def recipe(params: NetworkParams, data: Samples) -> dict[str, Any]:
     """Arguments of ``stdb.build_network`` for a data set's images and classes."""
-    channels, _, size = data.shape
-    fitting = {"in_channels": channels, "image_size": size, "num_classes": len(data.classes)}
+    channels, *size = data.shape
+    fitting = {
+        "in_channels": channels,
+        "image_size": size[0] if size[0] == size[1] else tuple(size),
+        "num_classes": len(data.classes),
+    }
     return params.model_dump() | fitting
 
 
@@ -114,8 +118,10 @@ def load_converted(
         root: the repository, with weights and thresholds.
 
     Raises:
-        StageError: weights or thresholds are another network's.
+        StageError: weights or thresholds are another network's, or the encoder cannot fire at the
+            images.
     """
+    check_input(params, data)
     ann = build_ann(network, data)
     load_weights(ann, root / ANN)
     snn = build_snn(ann, params, params.seed)

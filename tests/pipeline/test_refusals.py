@@ -15,6 +15,7 @@ from pipeline.data import DataError
 from pipeline.data.sources import read_source
 from pipeline.params import Params, ParamsError, load_params
 from pipeline.prepare_data import split
+from tests.pipeline.archives import pack
 from tests.pipeline.support import ROOT
 
 TEXT = (ROOT / "params.yaml").read_text()
@@ -178,26 +179,13 @@ def png(seed: int, size=(8, 8)) -> bytes:
     return file.getvalue()
 
 
-def archive(kind: str) -> bytes:
-    members = {f"{name}/{i}.png": png(i) for name in ("cat", "dog") for i in range(6)}
-    file = io.BytesIO()
-    if kind == "zip":
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as opened:
-            for name, content in members.items():
-                opened.writestr(name, content)
-    else:
-        with tarfile.open(fileobj=file, mode=f"w:{kind}") as opened:
-            for name, content in members.items():
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                opened.addfile(entry, io.BytesIO(content))
-    return file.getvalue()
+IMAGES = {f"{name}/{i}.png": png(i) for name in ("cat", "dog") for i in range(6)}
 
 
 @pytest.mark.parametrize("kind", ["zip", "", "gz", "bz2", "xz"])
 def test_an_archive_that_was_cut_off_is_refused(tmp_path, kind):
     """An interrupted download: wherever it ends, a message that names the file, and no crash."""
-    whole, path = archive(kind), tmp_path / "images"
+    whole, path = pack(kind, IMAGES), tmp_path / "images"
     path.write_bytes(whole)
     (images, _), _, _ = read_source(params(path))
     assert len(images) == 12
@@ -211,7 +199,7 @@ def test_an_archive_that_was_cut_off_is_refused(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["zip", "gz", "bz2", "xz"])
 def test_a_changed_byte_in_an_archive_is_noticed(tmp_path, kind):
     """Refused, or harmless: never other pixels, fewer images or other classes."""
-    whole, path, refused = archive(kind), tmp_path / "images", 0
+    whole, path, refused = pack(kind, IMAGES), tmp_path / "images", 0
     path.write_bytes(whole)
     (images, labels), _, classes = read_source(params(path))
     for position in range(0, len(whole), len(whole) // 60):
