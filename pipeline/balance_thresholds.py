@@ -47,7 +47,7 @@ def balance_loop(worker: Worker) -> None:
     ann = build_ann(worker.params.network, train)
     load_weights(ann, worker.path(ANN))
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
-    snn = build_snn(ann, worker.params.stdb, params.seed).to(worker.device)
+    snn = build_snn(ann, worker.params.stdb, params.seed, train.shape).to(worker.device)
     generator = torch.Generator().manual_seed(params.seed)
     chosen = torch.randperm(len(train), generator=generator)[: params.images]
     batches = chosen.split(params.batch_size)[worker.rank :: worker.world]

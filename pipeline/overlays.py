@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from pipeline.errors import ParamsError
 from pipeline.files import writing
@@ -56,8 +56,8 @@ def merge(into: Any, changes: Any, overlay: str, place: str = "") -> None:
         place: the key that they stand under; empty at the top.
 
     Raises:
-        ParamsError: a key that ``into`` lacks, or no mapping where ``into`` has one; the message
-            names ``overlay`` and what is allowed.
+        ParamsError: a key that ``into`` lacks, or no mapping where ``into`` has a section; the
+            message names ``overlay`` and what is allowed.
     """
     if not isinstance(changes, dict):
         what = f"has {place}: {shown(changes)}" if place else f"is {shown(changes)}"
@@ -71,8 +71,8 @@ def merge(into: Any, changes: Any, overlay: str, place: str = "") -> None:
             merge(into[key], value, overlay, inside)
         elif value != into[key] or not isinstance(into[key], type(value)):  # else 1.0e-4 stays so
             into[key] = value
-            if isinstance(value, list):
-                into[key] = CommentedSeq(value)
+            if isinstance(value, list | dict):
+                into[key] = CommentedSeq(value) if isinstance(value, list) else CommentedMap(value)
                 into[key].fa.set_flow_style()
 
 

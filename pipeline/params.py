@@ -47,7 +47,7 @@ def known_pixels(value: Any) -> Any:
     if not (value is None or name or numbers):
         names = ", ".join(NORMALISATIONS)
         raise PydanticCustomError(
-            "normalise", "null, {names}, or {{mean: …, std: …}} with a list each", {"names": names}
+            "normalise", "null, {names}, or {mean: …, std: …} with a list each", {"names": names}
         )
     if numbers:
         Normalisation(**value)  # refuses numbers that no channel has

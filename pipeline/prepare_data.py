@@ -152,7 +152,9 @@ def _draw(
 
 def _to_size(images: np.ndarray, params: DataParams) -> np.ndarray:
     """(N, C, H, W) as the parameters say, with the pixels that files of these images would have."""
-    if params.size is None or (params.resize is None and images.shape[2:] == params.size):
+    read = params.source == "folder"  # each file in this size
+    fits = params.resize is None and images.shape[2:] == params.size
+    if params.size is None or read or fits:
         return np.ascontiguousarray(images)
     sized = np.empty((*images.shape[:2], *params.size), np.uint8)
     for place, image in zip(sized, images, strict=True):

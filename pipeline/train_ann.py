@@ -34,9 +34,8 @@ def main(stage: Stage) -> None:
     train = load_split(DATA / "train.safetensors")
     check_input(params.stdb, train)
     ann = build_ann(params.network, train)
-    stdb.convert(
-        ann, stdb.PoissonEncoder()
-    )  # refuses now what could not be converted after the training
+    # refuses now what could not be converted after the training
+    stdb.convert(ann, stdb.PoissonEncoder(), example=torch.zeros(1, *train.shape))
     if params.train_ann.weights is not None:
         load_weights(ann, Path(params.train_ann.weights))
     parameters = sum(p.numel() for p in ann.parameters())

@@ -102,7 +102,7 @@ def starting_network(
             if isinstance(module, nn.Dropout):
                 module.p = params.dropout
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
-    snn = build_snn(ann, params, params.seed).to(worker.device)
+    snn = build_snn(ann, params, params.seed, train.shape).to(worker.device)
     if params.from_scratch:
         balance_random(snn, train, params)
     else:

@@ -67,8 +67,17 @@ def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) 
     worker.use_threads(operations * batch_size / worker.world)
 
 
-def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetwork:
-    """The ANN converted as ``stdb`` says: encoder, surrogate, leak."""
+def build_snn(
+    ann: nn.Module, params: StdbParams, seed: int, shape: tuple[int, int, int] | None = None
+) -> stdb.SpikingNetwork:
+    """The ANN converted as ``stdb`` says: encoder, surrogate, leak.
+
+    Args:
+        ann: stays as it is.
+        params: params.yaml's, of the spiking network.
+        seed: of its spikes and dropout masks.
+        shape: (C, H, W) of an image, which what adapts to a size is made for; None: a usual one.
+    """
     surrogate = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
     snn = stdb.convert(
         ann,
@@ -81,6 +90,7 @@ def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetw
         chunk=params.chunk,
         dropout_seed=seed,
         precision=torch.bfloat16 if params.precision == "bf16" else None,
+        example=None if shape is None else torch.zeros(1, *shape),
     )
     if snn.has_units:
         raise StageError(
@@ -124,6 +134,6 @@ def load_converted(
     check_input(params, data)
     ann = build_ann(network, data)
     load_weights(ann, root / ANN)
-    snn = build_snn(ann, params, params.seed)
+    snn = build_snn(ann, params, params.seed, data.shape)
     load_thresholds(snn, root / THRESHOLDS)
     return ann, snn
