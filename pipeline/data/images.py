@@ -14,6 +14,7 @@ from stdb import Normalisation, normalisation_of
 Size = tuple[int, int]  # (H, W)
 
 LARGEST = 8192  # pixels that a shorter side is brought to
+LONGEST = 65_536  # pixels of the longer side then
 BACKGROUND = "white"  # is seen where an image is transparent
 SHALLOW = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")  # modes of 8 bits
 SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of 16 bits, without a sign
@@ -75,10 +76,10 @@ def read_image(
         with _opened(path) as opened:
             ImageOps.exif_transpose(opened, in_place=True)
             image = _eight_bits(opened).convert("L" if channels == 1 else "RGB")
+        if size is not None:
+            image = to_size(image, size, resize)
     except Exception as error:
         raise _unreadable(path, error) from error
-    if size is not None:
-        image = to_size(image, size, resize)
     pixels = np.array(image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -88,11 +89,19 @@ def to_size(image: Any, size: Size, resize: int | None) -> Any:
 
     Without ``resize`` it is the largest part of that shape, brought to the size. With it the
     shorter side is first brought to so many pixels, as torchvision's published weights ask for.
+
+    Raises:
+        ValueError: it is so narrow that it would take all of the memory.
     """
     height, width = size
     wide, high = image.size
     if resize is not None:
-        shorter = min(wide, high)
+        shorter, longer = min(wide, high), max(wide, high)
+        if resize * longer // shorter > LONGEST:
+            raise ValueError(
+                f"it is {wide}×{high} pixels, and with a shorter side of {resize} the longer one "
+                f"has more than {LONGEST:,}"
+            )
         image = _resized(image, (resize * wide // shorter, resize * high // shorter))
         return _middle(image, (width, height), round)
     if wide * height >= high * width:

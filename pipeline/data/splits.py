@@ -169,13 +169,10 @@ def load_split(path: Path, readers: int = 0) -> Samples:
     try:
         with safe_open(path, framework="pt") as file:
             about = _about(file.metadata())
-            classes, shape, preparation = (
-                about["classes"],
-                about.get("shape"),
-                preparation_of(about),
-            )
+            classes, shape = about["classes"], about.get("shape")
             labels, ids = file.get_tensor("labels"), file.get_tensor("ids")
             kept = file.get_tensor("images" if shape is None else "names")
+        preparation = preparation_of(about)
         if shape is None:
             _check(kept.numpy(), labels, ids, classes)
             preparation.normalisation.check_channels(kept.shape[1], "its images have")

@@ -161,6 +161,16 @@ def test_without_resize_it_is_the_largest_middle():
         assert np.array_equal(to_size(flat, size, None), np.full(size, 77))
 
 
+def test_what_is_too_narrow_to_be_resized_is_refused(tmp_path):
+    """It would take gigabytes; without resize its middle is small."""
+    Image.new("L", (9000, 1)).save(tmp_path / "line.png")
+    assert read_image(tmp_path / "line.png", 1, (8, 8)).shape == (1, 8, 8)
+    with pytest.raises(
+        DataError, match=r"line\.png cannot be .* \(it is 9000×1 pixels, and with a"
+    ):
+        read_image(tmp_path / "line.png", 1, (8, 8), 8)
+
+
 @pytest.mark.parametrize(("size", "resize"), [((9, 5), None), ((16, 16), None), ((7, 6), 8)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_arrays_are_resized_as_files_are(tmp_path, channels, size, resize):
