@@ -19,7 +19,7 @@ from torch import Tensor
 
 import stdb
 from benchmarks.workloads import images, labels
-from pipeline.data import Files, Samples, Split, normalise
+from pipeline.data import Files, Samples, Split
 
 COUNT, BATCH, TIMESTEPS = 512, 32, 10
 SIZES = {  # what images are brought to, width and height of their files
@@ -40,7 +40,7 @@ def seconds(split: Samples) -> float:
     batches = list(torch.arange(len(split)).split(BATCH))
     start = time.perf_counter()
     for batch in split.stream(batches, torch.device("cpu")):
-        normalise(batch.images)
+        batch.pixels()
     return (time.perf_counter() - start) / len(split)
 
 

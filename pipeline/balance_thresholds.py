@@ -10,11 +10,12 @@ Out: models/thresholds.json, layer by layer the largest weighted input, unscaled
 import torch
 
 import stdb
-from pipeline.data import load_split, normalise
+from pipeline.data import load_split
 from pipeline.errors import StageError
 from pipeline.files import ANN, DATA, PLOTS, THRESHOLDS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
+from pipeline.learning.checks import check_input
 from pipeline.learning.networks import build_ann, build_snn, load_weights, use_threads
 from pipeline.stage import Stage, stage_command
 
@@ -23,6 +24,7 @@ def main(stage: Stage) -> None:
     """Run the job, write the thresholds."""
     params = stage.params
     train = load_split(DATA / "train.safetensors")
+    check_input(params.stdb, train)
     ann = build_ann(params.network, train)
     load_weights(ann, ANN)
     images = min(params.balance_thresholds.images, len(train))
@@ -45,7 +47,7 @@ def balance_loop(worker: Worker) -> None:
     ann = build_ann(worker.params.network, train)
     load_weights(ann, worker.path(ANN))
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
-    snn = build_snn(ann, worker.params.stdb, params.seed).to(worker.device)
+    snn = build_snn(ann, worker.params.stdb, params.seed, train.shape).to(worker.device)
     generator = torch.Generator().manual_seed(params.seed)
     chosen = torch.randperm(len(train), generator=generator)[: params.images]
     batches = chosen.split(params.batch_size)[worker.rank :: worker.world]
@@ -53,7 +55,7 @@ def balance_loop(worker: Worker) -> None:
     try:
         thresholds = stdb.balance_thresholds(
             snn,
-            normalise(share.images),
+            share.pixels(),
             params.timesteps,
             batch_size=params.batch_size,
             percentile=params.percentile,

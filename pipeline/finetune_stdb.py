@@ -23,7 +23,7 @@ from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import Evaluation, collapse, diagnose, evaluate_snn, longest
 from pipeline.learning.finetuning import BATCH, fine_tune
 from pipeline.learning.networks import build_ann, load_converted, recipe
-from pipeline.params import DataParams, StdbParams
+from pipeline.params import DataParams, Params, StdbParams
 from pipeline.stage import Stage, stage_command
 from pipeline.tracking.messages import About
 
@@ -41,14 +41,7 @@ def main(stage: Stage) -> None:
     test = Evaluation(**state["test"])
     snn.net.load_state_dict(state["best_network"])
     with writing(SNN) as temporary:
-        stdb.save(
-            snn,
-            temporary,
-            network=recipe(params.network, train),
-            timesteps=params.stdb.timesteps,
-            classes=train.classes,
-            stdb=params.stdb.model_dump(),
-        )
+        write_network(snn, params, train, temporary)
     write_json(
         METRICS / "finetune_stdb.json",
         {
@@ -102,6 +95,22 @@ def main(stage: Stage) -> None:
     if ill := collapse(test.accuracy[-1], len(train.classes), images, state["diagnosis"]):
         stage.say(ill)
     forget_job(stage)
+
+
+def write_network(snn: stdb.SpikingNetwork, params: Params, train: Samples, path: Path) -> None:
+    """The network's file, with all that image files have to become for it."""
+    prepared = train.preparation
+    resize = {} if prepared.resize is None else {"resize": prepared.resize}
+    stdb.save(
+        snn,
+        path,
+        network=recipe(params.network, train),
+        timesteps=params.stdb.timesteps,
+        classes=train.classes,
+        normalisation=prepared.normalisation,
+        stdb=params.stdb.model_dump(),
+        **resize,
+    )
 
 
 def model_name(data: DataParams) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from pipeline.errors import ParamsError
 from pipeline.files import writing
@@ -47,17 +47,17 @@ def apply(overlay: Path, target: Path = PARAMS_FILE) -> str:
 
 
 def merge(into: Any, changes: Any, overlay: str, place: str = "") -> None:
-    """Write ``changes`` into a mapping of mappings, in place.
+    """Write ``changes`` into a mapping of sections, in place.
 
     Args:
         into: is changed.
-        changes: a mapping of some of the same keys.
+        changes: a mapping of some of the same sections, with some of the same keys.
         overlay: names the file that they come from.
         place: the key that they stand under; empty at the top.
 
     Raises:
-        ParamsError: a key that ``into`` lacks, or no mapping where ``into`` has one; the message
-            names ``overlay`` and what is allowed.
+        ParamsError: a key that ``into`` lacks, or no mapping where ``into`` has a section; the
+            message names ``overlay`` and what is allowed.
     """
     if not isinstance(changes, dict):
         what = f"has {place}: {shown(changes)}" if place else f"is {shown(changes)}"
@@ -67,14 +67,12 @@ def merge(into: Any, changes: Any, overlay: str, place: str = "") -> None:
         if key not in into:
             allowed = ", ".join(map(str, into))
             raise ParamsError(f"{overlay} has {shown_key(key)}; allowed: {allowed}")
-        if isinstance(into[key], dict):
+        if not place and isinstance(into[key], dict):
             merge(into[key], value, overlay, inside)
-        elif isinstance(value, dict):
-            raise ParamsError(f"{overlay} has {inside}: {shown(value)}; allowed: a value")
         elif value != into[key] or not isinstance(into[key], type(value)):  # else 1.0e-4 stays so
             into[key] = value
-            if isinstance(value, list):
-                into[key] = CommentedSeq(value)
+            if isinstance(value, list | dict):
+                into[key] = CommentedSeq(value) if isinstance(value, list) else CommentedMap(value)
                 into[key].fa.set_flow_style()
 
 

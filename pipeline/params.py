@@ -2,14 +2,23 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from pipeline.data.images import LARGEST, Preparation, Size
 from pipeline.data.sources import NEEDS_PATH, SOURCES, path_is_missing
 from pipeline.errors import ParamsError
 from pipeline.typed import Section, load, one_of
-from stdb import ARCHITECTURES, ENCODERS, SURROGATES
+from stdb import (
+    ARCHITECTURES,
+    ENCODERS,
+    NORMALISATIONS,
+    SURROGATES,
+    Normalisation,
+    normalisation_of,
+)
 
 __all__ = ["Params", "ParamsError", "load_params"]
 
@@ -17,6 +26,7 @@ PARAMS_FILE = Path("params.yaml")
 
 MOST_STEPS = 32767  # T of a presentation: spike times are 16 bits
 
+Pixels = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
@@ -30,6 +40,20 @@ Range = Annotated[list[Workers], Field(min_length=2, max_length=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+def known_pixels(value: Any) -> Any:
+    """A pydantic validator: a name of ``stdb.NORMALISATIONS``, mean and std by channel, or None."""
+    name = isinstance(value, str) and value in NORMALISATIONS
+    numbers = isinstance(value, dict) and set(value) == {"mean", "std"} and value["mean"]
+    if not (value is None or name or numbers):
+        names = ", ".join(NORMALISATIONS)
+        raise PydanticCustomError(
+            "normalise", "null, {names}, or {mean: …, std: …} with a list each", {"names": names}
+        )
+    if numbers:
+        Normalisation(**value)  # refuses numbers that no channel has
+    return value
+
+
 class DataParams(Section):
     """Which images, and how they are split."""
 
@@ -37,8 +61,15 @@ class DataParams(Section):
     """The data set; ``folder`` is any folder or archive of class folders."""
     path: str | None
     """``folder``: the folder or archive. Others: where downloads are kept (data/downloads)."""
-    image_size: Annotated[int, Field(ge=1, le=4096)] | None
-    """Images are resized to this many pixels square, 1 to 4096; None leaves them."""
+    image_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None
+    """Images are brought to this many pixels square, or to [height, width], 1 to 4096 each; None
+    leaves them. It is their middle, as large as it can be, that is brought to the size."""
+    resize: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
+    """The shorter side is brought to this many pixels, and the middle of ``image_size`` cut out of
+    that, as torchvision's published weights ask for (256 for 224); None: as above."""
+    normalise: Annotated[str | dict[str, list[float]] | None, BeforeValidator(known_pixels)] = None
+    """What pixels become: (x/255 − mean)/std with the mean and deviation of each channel, as
+    {mean: [0.5], std: [0.25]} or by a name of ``stdb.NORMALISATIONS``; None: x/127.5 − 1."""
     grayscale: bool
     """``folder`` only: read images as one grey channel."""
     stream: bool | Literal["auto"]
@@ -52,6 +83,34 @@ class DataParams(Section):
     """Share of the training images that is held out for validation, in (0, 1)."""
     seed: Seed
     """Seed that draws the splits."""
+
+    @property
+    def size(self) -> Size | None:
+        """(H, W) that images are brought to."""
+        size = self.image_size
+        if isinstance(size, list):
+            return size[0], size[1]
+        return None if size is None else (size, size)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What pixels become."""
+        how = self.normalise
+        return NORMALISATIONS[how] if isinstance(how, str) else normalisation_of(how)
+
+    @property
+    def preparation(self) -> Preparation:
+        """What becomes of images beside their size."""
+        return Preparation(self.resize, self.normalisation)
+
+    @model_validator(mode="after")
+    def _holds_the_middle(self) -> "DataParams":
+        if self.resize is not None and (self.size is None or self.resize < max(self.size)):
+            raise ValueError(
+                f"resize is {self.resize} and image_size {self.image_size}; allowed: null, or an "
+                "image_size and no less than its longer side"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_a_path(self) -> "DataParams":

@@ -5,14 +5,15 @@
     python -m pipeline.predict --model snn.safetensors --plot decisions cat.jpg dog.jpg
 
 Prints for each image the class, its probability, the step at which the decision settled, and the
-probability of the class after every step. Images are brought to the size the network was trained
-at: the largest square in the middle.
+probability of the class after every step. Images are brought to what the network was trained on,
+size and normalisation, as its file says.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ from torch import Tensor
 
 import stdb
 from pipeline.command import command, parser
-from pipeline.data import DataError, normalise, read_image
+from pipeline.data import DataError, Preparation, Size, read_image
 from pipeline.files import SNN, writing
 from pipeline.params import MOST_STEPS
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 60  # of the line of bars
 LARGEST = 4096  # pixels of an image's side, as params.yaml allows
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Images as a network sees them: channels, (H, W), and what becomes of the pixels."""
+
+    channels: int
+    size: Size
+    preparation: Preparation
 
 
 @command
@@ -42,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         raise DataError(str(error)) from error
     timesteps = options.timesteps or about["timesteps"]
-    pixels = read(options.images, *_image_of(options.model, about))
+    pixels = read(options.images, seen_by(options.model, about))
     decision = classify(snn, pixels, timesteps, options.confidence)
     classes = about["classes"]
     for k, name in enumerate(options.images):
@@ -68,24 +78,36 @@ def parse(arguments: Sequence[str]) -> Any:
     return line.parse_args(arguments)
 
 
-def read(images: Sequence[Path], channels: int, size: int) -> Tensor:
-    """(N, C, H, W) float32 in [−1, 1]: image files as the network was trained on them."""
-    pixels = np.stack([read_image(path, channels, size) for path in images])
-    return normalise(torch.from_numpy(pixels))
+def read(images: Sequence[Path], seen: Seen) -> Tensor:
+    """(N, C, H, W) float32: image files as the network was trained on them."""
+    resize, normalisation = seen.preparation.resize, seen.preparation.normalisation
+    pixels = np.stack([read_image(path, seen.channels, seen.size, resize) for path in images])
+    return normalisation(torch.from_numpy(pixels))
 
 
-def _image_of(path: Path, about: dict[str, Any]) -> tuple[int, int]:
-    """Channels and size of the images that a saved network is for."""
+def seen_by(path: Path, about: dict[str, Any]) -> Seen:
+    """The images that a saved network is for."""
     network = about.get("network")
     said = network if isinstance(network, dict) else {}
     channels, size = said.get("in_channels"), said.get("image_size")
-    if channels not in (1, 3) or not isinstance(size, int) or not 1 <= size <= LARGEST:
+    sides: list[Any] = size if isinstance(size, list) else [size, size]
+    fits = len(sides) == 2 and all(type(n) is int and 1 <= n <= LARGEST for n in sides)
+    if channels not in (1, 3) or not fits:
         raise DataError(
             f"{path} does not say what images it is for: in_channels is {channels}, image_size "
-            f"{size}; allowed: 1 or 3, and 1 to {LARGEST} "
+            f"{size}; allowed: 1 or 3, and 1 to {LARGEST} or two of that "
             "(stdb.save(..., network={'in_channels': 3, 'image_size': 32}))"
         )
-    return channels, size
+    try:
+        preparation = Preparation(about.get("resize"), about["normalisation"])
+        preparation.normalisation.check_channels(channels, "its images have")
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    if (preparation.resize or LARGEST) < max(sides):
+        raise DataError(
+            f"{path}: resize is {preparation.resize}; allowed: {max(sides)} or more, or none"
+        )
+    return Seen(channels, (sides[0], sides[1]), preparation)
 
 
 def classify(

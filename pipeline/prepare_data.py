@@ -11,24 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 
 from pipeline.data import DataError, Files, Samples, Split, save_split
 from pipeline.data.checks import (
+    check_channels,
     check_classes,
     check_counts,
     check_memory,
     check_samples,
     shown,
 )
+from pipeline.data.images import array_to_size
 from pipeline.data.sources import Arrays, Held, read_source
 from pipeline.files import DATA, METRICS, digest, write_json, writing
 from pipeline.params import DataParams
 from pipeline.stage import Stage, stage_command
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # images or names of files, labels, ids
-AT_ONCE = 1 << 26  # pixels that are resized at once, as floats
 
 
 def main(stage: Stage) -> None:
@@ -111,19 +111,20 @@ def _check(params: DataParams, parts: dict[str, Part], classes: list[str]) -> No
     check_classes(classes, source)
     for name, (images, labels, _) in parts.items():
         check_samples(images, labels, classes, f"{source}, {name},")
-    size = params.image_size
+    size = params.size
     shapes = {images.shape[1:] for images, _, _ in parts.values()}  # (C, H, W), of files ()
     if size is None and any(len(shape) != 3 or shape[1] != shape[2] for shape in shapes):
         raise DataError(
             f"data.image_size is null; allowed for {source}, whose images are not square or stay "
-            "in their files: a number of pixels"
+            "in their files: pixels of a side, or [height, width]"
         )
     if len({shape if size is None else shape[:1] for shape in shapes}) > 1:
         said = " and ".join("×".join(map(str, shape)) or "files" for shape in sorted(shapes))
         raise DataError(f"{source} has images of {said}; allowed: one shape in all splits")
-    if size is not None and (shape := shapes.pop()):
+    if shape := shapes.pop():
+        check_channels(params.normalisation, shape[0], source)
         count = sum(len(labels) for _, labels, _ in parts.values())
-        check_memory(count, (shape[0], size, size), "a smaller data.image_size")
+        check_memory(count, (shape[0], *(size or shape[1:])), "a smaller data.image_size")
     check_counts(parts["train"][1], classes, 4 - len(parts), source)
 
 
@@ -132,11 +133,11 @@ def _split(
 ) -> Samples:
     own = torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(ids), classes
     if images.ndim == 4:
-        pixels = torch.from_numpy(np.ascontiguousarray(images))
-        return Split(_resize(pixels, params.image_size), *own)
-    assert params.image_size is not None
-    size = params.image_size
-    return Files(images, *own, (1 if params.grayscale else 3, size, size))
+        pixels = torch.from_numpy(_to_size(images, params))
+        return Split(pixels, *own, params.preparation)
+    assert params.size is not None
+    shape = (1 if params.grayscale else 3, *params.size)
+    return Files(images, *own, shape, preparation=params.preparation)
 
 
 def _draw(
@@ -149,16 +150,16 @@ def _draw(
     return np.asarray(rest), np.asarray(drawn)
 
 
-def _resize(images: torch.Tensor, size: int | None) -> torch.Tensor:
-    """To ``size`` pixels square, bilinear with antialiasing."""
-    if size is None or images.shape[-1] == size == images.shape[-2]:
-        return images
-    resized = torch.empty((*images.shape[:2], size, size), dtype=torch.uint8)
-    few = max(1, AT_ONCE // (images.shape[1] * size**2))
-    for there, part in zip(resized.split(few), images.split(few), strict=True):
-        scaled = F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
-        there.copy_(scaled.round_().clamp_(0, 255))
-    return resized
+def _to_size(images: np.ndarray, params: DataParams) -> np.ndarray:
+    """(N, C, H, W) as the parameters say, with the pixels that files of these images would have."""
+    read = params.source == "folder"  # each file in this size
+    fits = params.resize is None and images.shape[2:] == params.size
+    if params.size is None or read or fits:
+        return np.ascontiguousarray(images)
+    sized = np.empty((*images.shape[:2], *params.size), np.uint8)
+    for place, image in zip(sized, images, strict=True):
+        place[:] = array_to_size(image, params.size, params.resize)
+    return sized
 
 
 if __name__ == "__main__":

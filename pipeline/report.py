@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 import stdb
-from pipeline.data import load_split, normalise
+from pipeline.data import load_split
 from pipeline.files import DATA, METRICS, REPORT, SNN, write_json, write_text, writing
 from pipeline.params import Params
 from pipeline.reporting import figures
@@ -54,7 +54,7 @@ def draw(params: Params, results: Results) -> dict[str, Figure]:
             reduced.spikes_per_neuron, tuned.spikes_per_neuron, snn.thresholds
         ),
         "surrogate": figures.surrogate(params.stdb),
-        "raster": figures.raster(snn, normalise(one.images), one.ids, about["timesteps"]),
+        "raster": figures.raster(snn, one.pixels(), one.ids, about["timesteps"]),
         "diagnosis": figures.diagnosis(plots.converted_diagnosis, plots.finetuned_diagnosis),
         "confusion": figures.confusion(plots.finetuned_confusion, about["classes"]),
         "training": figures.training(plots.train_ann, plots.finetune_stdb),

@@ -20,6 +20,7 @@ from pipeline.data import Samples, load_split
 from pipeline.files import ANN, DATA, METRICS, PLOTS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Row, State, Worker
+from pipeline.learning.checks import check_input
 from pipeline.learning.dropout import SampleDropout
 from pipeline.learning.evaluation import evaluate_ann
 from pipeline.learning.fit import Task, fit
@@ -31,10 +32,10 @@ def main(stage: Stage) -> None:
     """Check that the network can be converted, run the job, write weights and metrics."""
     params = stage.params
     train = load_split(DATA / "train.safetensors")
+    check_input(params.stdb, train)
     ann = build_ann(params.network, train)
-    stdb.convert(
-        ann, stdb.PoissonEncoder()
-    )  # refuses now what could not be converted after the training
+    # refuses now what could not be converted after the training
+    stdb.convert(ann, stdb.PoissonEncoder(), example=torch.zeros(1, *train.shape))
     if params.train_ann.weights is not None:
         load_weights(ann, Path(params.train_ann.weights))
     parameters = sum(p.numel() for p in ann.parameters())

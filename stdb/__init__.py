@@ -30,6 +30,7 @@ from .interop.saving import load, save
 from .memory import largest_chunk, training_memory
 from .network import SpikingNetwork
 from .neuron import SpikingNeuron, simulate_neuron
+from .normalisation import NORMALISATIONS, Normalisation, normalisation_of
 from .presentation import Presentation
 from .randomness import derive, dropout_mask, sample_keys, uniform
 from .spikes import DENSITY_LIMITS
@@ -41,6 +42,7 @@ __all__ = [
     "ARCHITECTURES",
     "DENSITY_LIMITS",
     "ENCODERS",
+    "NORMALISATIONS",
     "STDB",
     "SURROGATES",
     "AuthorsNetwork",
@@ -52,6 +54,7 @@ __all__ = [
     "LayerDiagnosis",
     "Linear",
     "Node",
+    "Normalisation",
     "PoissonEncoder",
     "Presentation",
     "ResidualBlock",
@@ -80,6 +83,7 @@ __all__ = [
     "largest_chunk",
     "load",
     "logit_scale",
+    "normalisation_of",
     "record_spikes",
     "residual_layers",
     "sample_keys",

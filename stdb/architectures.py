@@ -125,10 +125,19 @@ def build(
 def build_network(architecture: str, **arguments: Any) -> nn.Module:
     """``stdb.build``, or a function of your own, ``module:function``, of the same first arguments.
 
+    Args:
+        architecture: its name.
+        arguments: ``image_size`` may be (H, W), of images that are not square, for yours.
+
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: there is no such module or function, or it is for squares.
     """
     if ":" not in architecture:
+        if not isinstance(size := arguments.get("image_size", 0), int):
+            raise ValueError(
+                f"{architecture} is for square images; image_size is {'×'.join(map(str, size))}; "
+                "allowed: one number of pixels, or a network of your own"
+            )
         return build(architecture, **arguments)
     module, _, function = architecture.partition(":")
     try:

@@ -27,7 +27,7 @@ import stdb
 import stdb.architectures
 import stdb.operators.table
 import stdb.rewriting
-from pipeline.data import Split, load_split, normalise, worker_batches
+from pipeline.data import Split, load_split, worker_batches
 from pipeline.data.sources import NEEDS_PATH, SOURCES, read_source
 from pipeline.errors import DataError, ParamsError
 from pipeline.files import METRICS, write_csv
@@ -36,7 +36,7 @@ from pipeline.overlays import apply
 from pipeline.params import NetworkParams, Params, load_params
 from pipeline.prepare_data import split
 from pipeline.typed import read_yaml
-from tests.pipeline import support as pipeline_support
+from tests.pipeline import dependencies
 from tests.pipeline.support import ROOT, STDB, KeptWorker, make_files, make_repository, worker
 from tests.stdb.support import Literal, LiteralNeuron, relus
 
@@ -448,10 +448,10 @@ def test_a_stage_runs(tmp_path, monkeypatch):
     assert written == {"brightness": pytest.approx(mean)}
     assert repository.runs("measure_brightness") == ["FINISHED"]
     assert not list((repository.root / ".results").glob("measure_brightness-*"))
-    monkeypatch.setattr(pipeline_support, "ROOT", repository.root)
+    monkeypatch.setattr(dependencies, "ROOT", repository.root)
     deps = set(read_yaml(dvc)["stages"]["measure_brightness"]["deps"])
-    needed = pipeline_support.needed(file_of(script))
-    assert [file for file in needed if not pipeline_support.covered(file, deps)] == []
+    needed = dependencies.needed(file_of(script))
+    assert [file for file in needed if not dependencies.covered(file, deps)] == []
 
 
 # -- metrics and presets ---------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def test_a_metric_is_in_every_epoch(tmp_path):
     validation = parts["validation"]
     snn.eval()
     with stdb.record_spikes(snn, trains=True) as statistics, torch.no_grad():
-        snn(normalise(validation.images), STDB.timesteps, sample_ids=validation.ids)
+        snn(validation.pixels(), STDB.timesteps, sample_ids=validation.ids)
     means = [float(statistics.train(name).sum(0).mean()) for name in snn.neurons]
     assert len(set(means)) > 1
     assert rows[-1]["quietest/validation"] == pytest.approx(min(means))

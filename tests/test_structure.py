@@ -67,11 +67,11 @@ def test_only_public_names_of_the_engine_are_used_above_it(path):
 
 @pytest.mark.parametrize("path", TESTS, ids=name_of)
 def test_no_test_module_imports_another(path):
-    """What they share is in a support.py for each half."""
+    """What they share is in a support.py for each half, or in a file of its own subject."""
     shared = {"tests.pipeline.support", "tests.stdb.support", "tests", "tests.browser"}
-    shared |= (
-        {"tests.pipeline"} if re.search("import (support|malformed)", path.read_text()) else set()
-    )
+    shared |= {"tests.pipeline.archives", "tests.pipeline.dependencies"}
+    if re.search("import (dependencies|malformed)", path.read_text()):
+        shared |= {"tests.pipeline"}
     assert {name for name in modules(path) if name.startswith("tests")} <= shared
 
 

@@ -1,7 +1,7 @@
 """Data sets: where they come from, their splits, images and augmentation."""
 
 from pipeline.data.augmentation import augment
-from pipeline.data.images import normalise, read_image
+from pipeline.data.images import Preparation, Size, read_image
 from pipeline.data.splits import (
     Files,
     Samples,
@@ -16,11 +16,12 @@ from pipeline.errors import DataError
 __all__ = [
     "DataError",
     "Files",
+    "Preparation",
     "Samples",
+    "Size",
     "Split",
     "augment",
     "load_split",
-    "normalise",
     "read_image",
     "save_split",
     "subset",

@@ -16,8 +16,9 @@ AREA, ASPECT = (0.08, 1.0), 4 / 3  # of a random crop of a photograph; the ratio
 def augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
     """Random crop and horizontal flip, as the authors': a function of (seed, epoch, sample).
 
-    The crop is one of the image's size after padding by 4; from 128 pixels on, as for ImageNet, one
-    of 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, brought to the image's size.
+    The crop is one of the image's size after padding by 4 with black; from 128 pixels on, as for
+    ImageNet, one of 8 to 100 % of the area, whose shape is the image's by 3/4 to 4/3, brought to
+    the image's size.
 
     Args:
         images: (B, C, H, W) uint8.
@@ -26,7 +27,7 @@ def augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
         epoch: of the training.
     """
     keys = derive(sample_keys(ids, epoch), seed)
-    crop = _resized_crop if images.shape[-1] >= PHOTOGRAPH else _padded_crop
+    crop = _resized_crop if min(images.shape[-2:]) >= PHOTOGRAPH else _padded_crop
     flip = uniform(derive(keys, FLIP_STREAM), 1) < 0.5
     cropped = crop(images, keys)
     return torch.where(flip[:, :, None, None], cropped.flip(-1), cropped)
@@ -34,11 +35,11 @@ def augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
 
 def _padded_crop(images: Tensor, keys: Tensor) -> Tensor:
     padded = F.pad(images, (4, 4, 4, 4))
-    size = images.shape[-1]
+    height, width = images.shape[-2:]
     offset = (uniform(derive(keys, CROP_STREAM), 2) * 9).long()  # (N, 2) of 0 … 8
-    pixel = torch.arange(size, device=images.device)
-    rows = (offset[:, 0, None] + pixel)[:, None, :, None]  # (N, 1, H, 1)
-    columns = (offset[:, 1, None] + pixel)[:, None, None, :]  # (N, 1, 1, W)
+    down, across = (torch.arange(side, device=images.device) for side in (height, width))
+    rows = (offset[:, 0, None] + down)[:, None, :, None]  # (N, 1, H, 1)
+    columns = (offset[:, 1, None] + across)[:, None, None, :]  # (N, 1, 1, W)
     sample = torch.arange(len(images), device=images.device)[:, None, None, None]
     channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
     return padded[sample, channel, rows, columns]

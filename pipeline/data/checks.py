@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from pipeline.errors import DataError
+from stdb import Normalisation
 
 LISTED = 10  # of the faults that a message tells
 LONGEST = 400  # characters of a name in a message
@@ -127,6 +128,18 @@ def check_counts(labels: np.ndarray, classes: list[str], needed: int, where: str
                 f"be split; allowed: {needed} or more, one for each split that is drawn"
             )
     faults.refuse(where)
+
+
+def check_channels(normalisation: Normalisation, channels: int, where: str) -> None:
+    """There is a mean and a deviation for each channel.
+
+    Raises:
+        DataError: there is not.
+    """
+    try:
+        normalisation.check_channels(channels, f"data.normalise: the images of {where} have")
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def check_memory(count: int, shape: tuple[int, ...], remedy: str) -> None:

@@ -1,27 +1,67 @@
-"""Images: files to pixels, and pixels to what a network sees."""
+"""Images: files to pixels, pixels to a size; what becomes of them before a network sees them."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from pipeline.data.checks import shown
 from pipeline.errors import DataError
+from stdb import Normalisation, normalisation_of
 
+Size = tuple[int, int]  # (H, W)
+
+LARGEST = 8192  # pixels that a shorter side is brought to
+LONGEST = 65_536  # pixels of the longer side then
 BACKGROUND = "white"  # is seen where an image is transparent
 SHALLOW = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")  # modes of 8 bits
 SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of 16 bits, without a sign
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value of the second
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Uint8 pixels → float32 in [−1, 1], which the ANN sees and the SNN's encoder fires at."""
-    return images.float().div_(127.5).sub_(1.0)
+@dataclass(frozen=True)
+class Preparation:
+    """What becomes of images before a network sees them, beside their size.
+
+    Attributes:
+        resize: pixels that the shorter side is brought to before the middle of the size is cut out;
+            None: the middle is cut out as large as it can be, and brought to the size.
+        normalisation: of the pixels.
+
+    Raises:
+        ValueError: no number of pixels.
+    """
+
+    resize: int | None = None
+    normalisation: Normalisation = field(default_factory=Normalisation)
+
+    def __post_init__(self) -> None:
+        """Checked."""
+        size = self.resize
+        if size is not None and (type(size) is not int or not 1 <= size <= LARGEST):
+            raise ValueError(f"resize is {size!r}; allowed: 1 to {LARGEST}, or none")
+
+    def settings(self) -> dict[str, Any]:
+        """What a file keeps of it; empty for the default."""
+        kept = {"resize": self.resize, "normalisation": self.normalisation.settings()}
+        return {name: value for name, value in kept.items() if value}
 
 
-def read_image(path: str | Path, channels: int, size: int | None) -> np.ndarray:
-    """An image file as (C, H, W) uint8; the largest square in its middle, where a size is given.
+def preparation_of(kept: Mapping[str, Any]) -> Preparation:
+    """What :meth:`Preparation.settings` gave.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    return Preparation(kept.get("resize"), normalisation_of(kept.get("normalisation")))
+
+
+def read_image(
+    path: str | Path, channels: int, size: Size | None, resize: int | None = None
+) -> np.ndarray:
+    """An image file as (C, H, W) uint8; its middle, where a size is given (:func:`to_size`).
 
     It is seen as a viewer shows it: upright by its EXIF orientation, on white where it is
     transparent, 0 to 65,535 of 16 bits (4,095 of 12) and 0 to 1 of floats as black to white. Of
@@ -30,21 +70,66 @@ def read_image(path: str | Path, channels: int, size: int | None) -> np.ndarray:
     Raises:
         DataError: it is no image, or one whose range of pixels is not known.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
         with _opened(path) as opened:
             ImageOps.exif_transpose(opened, in_place=True)
             image = _eight_bits(opened).convert("L" if channels == 1 else "RGB")
+        if size is not None:
+            image = to_size(image, size, resize)
     except Exception as error:
         raise _unreadable(path, error) from error
-    if size is not None and image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = np.array(image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def to_size(image: Any, size: Size, resize: int | None) -> Any:
+    """The middle of a Pillow image in (H, W) pixels, bilinear with antialiasing.
+
+    Without ``resize`` it is the largest part of that shape, brought to the size. With it the
+    shorter side is first brought to so many pixels, as torchvision's published weights ask for.
+
+    Raises:
+        ValueError: it is so narrow that it would take all of the memory.
+    """
+    height, width = size
+    wide, high = image.size
+    if resize is not None:
+        shorter, longer = min(wide, high), max(wide, high)
+        if resize * longer // shorter > LONGEST:
+            raise ValueError(
+                f"it is {wide}×{high} pixels, and with a shorter side of {resize} the longer one "
+                f"has more than {LONGEST:,}"
+            )
+        image = _resized(image, (resize * wide // shorter, resize * high // shorter))
+        return _middle(image, (width, height), round)
+    if wide * height >= high * width:
+        wide = max(1, round(high * width / height))
+    else:
+        high = max(1, round(wide * height / width))
+    return _resized(_middle(image, (wide, high), int), (width, height))
+
+
+def array_to_size(pixels: np.ndarray, size: Size, resize: int | None) -> np.ndarray:
+    """:func:`to_size` of (C, H, W) uint8."""
+    from PIL import Image
+
+    return np.stack([np.asarray(to_size(Image.fromarray(c), size, resize)) for c in pixels])
+
+
+def _middle(image: Any, part: tuple[int, int], whole: Callable[[float], int]) -> Any:
+    """So many pixels across and down; ``whole`` says where what is left over is odd."""
+    left, top = (
+        whole((there - wanted) / 2) for there, wanted in zip(image.size, part, strict=True)
+    )
+    return image.crop((left, top, left + part[0], top + part[1]))
+
+
+def _resized(image: Any, wanted: tuple[int, int]) -> Any:
+    from PIL import Image
+
+    return image if image.size == wanted else image.resize(wanted, Image.Resampling.BILINEAR)
 
 
 def check_image(path: str | Path) -> None:

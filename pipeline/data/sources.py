@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.data.archives import unpacked
-from pipeline.data.checks import Faults, check_memory, shown
+from pipeline.data.checks import Faults, check_channels, check_memory, shown
 from pipeline.data.folders import Found, find_images
 from pipeline.data.images import check_image, read_image
 from pipeline.errors import DataError
@@ -160,7 +160,7 @@ def _pixels(found: Found, place: Path, params: "DataParams") -> np.ndarray | Non
     images, faults = np.empty((len(files), *shape), np.uint8), Faults()
     for position, file in enumerate(files):
         with faults.noted():
-            image = read_image(file, shape[0], params.image_size)
+            image = read_image(file, shape[0], params.size, params.resize)
             if image.shape != shape:
                 raise DataError(
                     f"{shown(file)} is {_pixels_of(image.shape)} and {shown(first)} "
@@ -175,9 +175,10 @@ def _pixels(found: Found, place: Path, params: "DataParams") -> np.ndarray | Non
 
 def _first(files: list[Path], place: Path, params: "DataParams") -> tuple[Path, tuple[int, ...]]:
     """The first file that is an image, and the (C, H, W) that it gives all of them."""
-    channels, size = 1 if params.grayscale else 3, params.image_size
+    channels, size = 1 if params.grayscale else 3, params.size
+    check_channels(params.normalisation, channels, shown(place))
     if size is not None:
-        return files[0], (channels, size, size)
+        return files[0], (channels, *size)
     faults = Faults()
     for file in files:
         with faults.noted():
@@ -187,7 +188,10 @@ def _first(files: list[Path], place: Path, params: "DataParams") -> tuple[Path, 
             return file, shape
     else:
         faults.refuse(shown(place))
-    raise DataError(f"{shown(file)} is {_pixels_of(shape)}; set data.image_size for square images")
+    raise DataError(
+        f"{shown(file)} is {_pixels_of(shape)}; set data.image_size: pixels of a side for square "
+        f"images, or [{shape[1]}, {shape[2]}]"
+    )
 
 
 def _pixels_of(shape: tuple[int, ...]) -> str:
@@ -199,7 +203,8 @@ def _check(files: list[Path], place: Path, params: "DataParams") -> None:
     if params.image_size is None:
         raise DataError(
             f"data.image_size is null; allowed for the {len(files)} images of {shown(place)}, "
-            "which are read from their files as they are needed: a number of pixels"
+            "which are read from their files as they are needed: pixels of a side, or [height, "
+            "width]"
         )
     faults = Faults()
     for position, file in enumerate(files):

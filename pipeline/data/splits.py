@@ -2,13 +2,16 @@
 
 A split is one safetensors file of labels (N,), sample ids (N,), which name the random streams of a
 sample, and images: (N, C, H, W) uint8 that live in memory (:class:`Split`), or, of a large data
-set, the names of files that are read as they are needed (:class:`Files`).
+set, the names of files that are read as they are needed (:class:`Files`). Its metadata have one
+key, since nothing orders several: ``classes``, names by line, or ``about``, a JSON object.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.checks import check_samples, shown
-from pipeline.data.images import read_image
+from pipeline.data.images import Preparation, preparation_of, read_image
 from pipeline.errors import DataError
 
 
@@ -30,9 +33,14 @@ class Split:
     labels: Tensor  # (N,) int64
     ids: Tensor  # (N,) int64
     classes: list[str]
+    preparation: Preparation = field(default_factory=Preparation)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def pixels(self) -> Tensor:
+        """(N, C, H, W) float32, as ANN and SNN see them."""
+        return self.preparation.normalisation(self.images)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -42,14 +50,16 @@ class Split:
 
     def take(self, index: Tensor) -> "Split":
         """The samples with these positions."""
-        return Split(self.images[index], self.labels[index], self.ids[index], self.classes)
+        return replace(
+            self, images=self.images[index], labels=self.labels[index], ids=self.ids[index]
+        )
 
     def to(self, device: torch.device) -> "Split":
         """The split on a device; does not wait for it where the memory is pinned."""
         images, labels, ids = (
             part.to(device, non_blocking=True) for part in (self.images, self.labels, self.ids)
         )
-        return Split(images, labels, ids, self.classes)
+        return replace(self, images=images, labels=labels, ids=ids)
 
     def stream(self, batches: Sequence[Tensor], device: torch.device) -> Iterator["Split"]:
         """These batches of positions, one after the other, on a device."""
@@ -68,6 +78,7 @@ class Files(Dataset[Tensor]):
         classes: names of the classes.
         shape: (C, H, W) that images are brought to.
         readers: processes that read; 0 reads in this one.
+        preparation: what becomes of the images.
     """
 
     names: np.ndarray
@@ -76,17 +87,20 @@ class Files(Dataset[Tensor]):
     classes: list[str]
     shape: tuple[int, int, int]
     readers: int = 0
+    preparation: Preparation = field(default_factory=Preparation)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, position: int) -> Tensor:
-        return torch.from_numpy(read_image(self.names[position], self.shape[0], self.shape[1]))
+        channels, *size = self.shape
+        name, resize = self.names[position], self.preparation.resize
+        return torch.from_numpy(read_image(name, channels, (size[0], size[1]), resize))
 
     def take(self, index: Tensor) -> Split:
         """The samples with these positions, read now."""
         images = torch.stack([self[int(k)] for k in index])
-        return Split(images, self.labels[index], self.ids[index], self.classes)
+        return self._batch(images, index)
 
     def to(self, _: torch.device) -> "Files":
         """Itself: batches go to a device, the split does not."""
@@ -101,8 +115,11 @@ class Files(Dataset[Tensor]):
             pin_memory=device.type == "cuda",
         )
         for index, images in zip(batches, loader, strict=True):
-            batch = Split(images, self.labels[index], self.ids[index], self.classes)
-            yield batch.to(device)
+            yield self._batch(images, index).to(device)
+
+    def _batch(self, images: Tensor, index: Tensor) -> Split:
+        labels, ids = self.labels[index], self.ids[index]
+        return Split(images, labels, ids, self.classes, self.preparation)
 
 
 Samples = Split | Files  # what stages get
@@ -128,13 +145,16 @@ def worker_batches(count: int, size: int, rank: int, world: int) -> list[Tensor]
 def save_split(split: Samples, path: Path) -> None:
     """Write a split."""
     tensors = {"labels": split.labels, "ids": split.ids}
-    metadata = {"classes": "\n".join(split.classes)}
+    about: dict[str, Any] = split.preparation.settings()
     if isinstance(split, Split):
         tensors["images"] = split.images
     else:
         joined = b"\0".join(map(os.fsencode, split.names))  # no name of a file has a byte 0
         tensors["names"] = torch.frombuffer(bytearray(joined), dtype=torch.uint8)
-        metadata["shape"] = " ".join(map(str, split.shape))
+        about["shape"] = split.shape
+    metadata = {"classes": "\n".join(split.classes)}
+    if about:
+        metadata = {"about": json.dumps({"classes": split.classes} | about)}
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
 
 
@@ -148,23 +168,36 @@ def load_split(path: Path, readers: int = 0) -> Samples:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            classes = metadata["classes"].split("\n")
+            about = _about(file.metadata())
+            classes, shape = about["classes"], about.get("shape")
             labels, ids = file.get_tensor("labels"), file.get_tensor("ids")
-            kept = file.get_tensor("names" if "shape" in metadata else "images")
-        if "shape" not in metadata:
+            kept = file.get_tensor("images" if shape is None else "names")
+        preparation = preparation_of(about)
+        if shape is None:
             _check(kept.numpy(), labels, ids, classes)
-            return Split(kept, labels, ids, classes)
-        c, h, w = map(int, metadata["shape"].split())
-        if c not in (1, 3) or h != w or h < 1:
-            raise DataError(f"its images are {c}×{h}×{w}; allowed: 1 or 3 channels of a square")
+            preparation.normalisation.check_channels(kept.shape[1], "its images have")
+            return Split(kept, labels, ids, classes, preparation)
+        c, h, w = map(int, shape)
+        if c not in (1, 3) or h < 1 or w < 1:
+            raise DataError(f"its images are {c}×{h}×{w}; allowed: 1 or 3 channels")
+        preparation.normalisation.check_channels(c, "its images have")
         root = Path(os.environ.get("DVC_ROOT") or path.resolve().parents[2])
         names = np.array([str(root / os.fsdecode(n)) for n in kept.numpy().tobytes().split(b"\0")])
         _check(names, labels, ids, classes)
-        return Files(names, labels, ids, classes, (c, h, w), readers)
+        return Files(names, labels, ids, classes, (c, h, w), readers, preparation)
     except Exception as error:
         why = shown(error) or type(error).__name__
         raise DataError(f"{path} is no split of a data set ({why}); run prepare_data") from error
+
+
+def _about(metadata: dict[str, str]) -> dict[str, Any]:
+    """What the metadata of a file say."""
+    if "about" not in metadata:
+        return {"classes": metadata["classes"].split("\n")}
+    about = json.loads(metadata["about"])
+    if not isinstance(about, dict):
+        raise DataError("its metadata are no JSON object")
+    return about
 
 
 def _check(images: np.ndarray, labels: Tensor, ids: Tensor, classes: list[str]) -> None:

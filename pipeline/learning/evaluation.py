@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import stdb
-from pipeline.data import Samples, normalise
+from pipeline.data import Samples
 from pipeline.jobs.worker import Worker
 from pipeline.params import EvaluateConvertedParams
 from stdb import first_confident, logit_scale, scaled_losses
@@ -65,7 +65,7 @@ def evaluate_ann(worker: Worker, ann: nn.Module, split: Samples, batch_size: int
     ann.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     for batch in split.stream(worker.batches(len(split), batch_size), device):
-        correct += (ann(normalise(batch.images)).argmax(1) == batch.labels).sum()
+        correct += (ann(batch.pixels()).argmax(1) == batch.labels).sum()
     return worker.all_reduce(correct).item() / len(split)
 
 
@@ -88,7 +88,7 @@ def evaluate_snn(
                 said = time.monotonic()
                 shown = number * batch_size * worker.world
                 worker.say(f"T = {timesteps}: {shown} of {len(split)} images presented")
-            images = normalise(batch.images)
+            images = batch.pixels()
             logits = snn.logits_over_time(images, timesteps, sample_ids=batch.ids)
             decided = logits.argmax(2)  # (T, B)
             right = decided == batch.labels
@@ -120,7 +120,7 @@ def fitting_logit_scale(
     losses = torch.zeros_like(scaled_losses(torch.zeros(1, 2), torch.zeros(1).long()))
     losses = losses.to(device)
     for batch in split.stream(worker.batches(len(split), batch_size), device):
-        logits = snn(normalise(batch.images), timesteps, sample_ids=batch.ids)
+        logits = snn(batch.pixels(), timesteps, sample_ids=batch.ids)
         losses += scaled_losses(logits, batch.labels)
     return logit_scale(worker.all_reduce(losses))
 
@@ -165,9 +165,7 @@ def diagnose(
     device = next(snn.parameters()).device
     few = split.take(torch.arange(min(DIAGNOSED, len(split)), device=split.labels.device))
     few = few.to(device)
-    layers = stdb.diagnose(
-        ann.to(device), snn, normalise(few.images), timesteps, sample_ids=few.ids
-    )
+    layers = stdb.diagnose(ann.to(device), snn, few.pixels(), timesteps, sample_ids=few.ids)
     return [vars(row) | {"hint": row.hint} for row in layers]
 
 

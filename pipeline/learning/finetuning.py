@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import stdb
-from pipeline.data import Samples, normalise
+from pipeline.data import Samples
 from pipeline.errors import StageError
 from pipeline.files import ANN, THRESHOLDS
 from pipeline.jobs.worker import Row, State, Worker
@@ -102,7 +102,7 @@ def starting_network(
             if isinstance(module, nn.Dropout):
                 module.p = params.dropout
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
-    snn = build_snn(ann, params, params.seed).to(worker.device)
+    snn = build_snn(ann, params, params.seed, train.shape).to(worker.device)
     if params.from_scratch:
         balance_random(snn, train, params)
     else:
@@ -143,7 +143,7 @@ def balance_random(snn: stdb.SpikingNetwork, train: Samples, params: StdbParams)
     try:
         stdb.balance_thresholds(
             snn,
-            normalise(few.images),
+            few.pixels(),
             params.timesteps,
             percentile=SCRATCH_PERCENTILE,
             residual_blocks=True,

@@ -10,14 +10,14 @@ a restart nor the number of workers changes it.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data import Samples, Split, augment, normalise
+from pipeline.data import Samples, Split, augment
 from pipeline.errors import DivergenceError
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.params import Schedule
@@ -170,11 +170,12 @@ class _Fit:
         self, share: Split, epoch: int, step: int, weight: float
     ) -> tuple[Tensor, Tensor, float]:
         """One step of the optimiser; mean loss, correct predictions, and norm of the gradient."""
-        task, images = self.task, share.images
+        task = self.task
         if self.params.augment:
-            images = augment(images, share.ids, self.params.seed, epoch)
+            images = augment(share.images, share.ids, self.params.seed, epoch)
+            share = replace(share, images=images)
         task.optimizer.zero_grad(set_to_none=True)
-        loss, correct = backward(task, normalise(images), share, epoch, weight)
+        loss, correct = backward(task, share.pixels(), share, epoch, weight)
         largest = task.clip or float("inf")
         norm = float(nn.utils.clip_grad_norm_(task.network.parameters(), largest))
         if not (torch.isfinite(loss) and norm < float("inf")):

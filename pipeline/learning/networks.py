@@ -13,7 +13,7 @@ from pipeline.errors import StageError
 from pipeline.files import ANN, THRESHOLDS
 from pipeline.handed_on import read_thresholds
 from pipeline.jobs.worker import Worker
-from pipeline.learning.checks import build_own, check_room
+from pipeline.learning.checks import build_own, check_input, check_room
 from pipeline.learning.weights import load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams
 
@@ -31,8 +31,12 @@ __all__ = [
 
 def recipe(params: NetworkParams, data: Samples) -> dict[str, Any]:
     """Arguments of ``stdb.build_network`` for a data set's images and classes."""
-    channels, _, size = data.shape
-    fitting = {"in_channels": channels, "image_size": size, "num_classes": len(data.classes)}
+    channels, *size = data.shape
+    fitting = {
+        "in_channels": channels,
+        "image_size": size[0] if size[0] == size[1] else tuple(size),
+        "num_classes": len(data.classes),
+    }
     return params.model_dump() | fitting
 
 
@@ -63,8 +67,17 @@ def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) 
     worker.use_threads(operations * batch_size / worker.world)
 
 
-def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetwork:
-    """The ANN converted as ``stdb`` says: encoder, surrogate, leak."""
+def build_snn(
+    ann: nn.Module, params: StdbParams, seed: int, shape: tuple[int, int, int] | None = None
+) -> stdb.SpikingNetwork:
+    """The ANN converted as ``stdb`` says: encoder, surrogate, leak.
+
+    Args:
+        ann: stays as it is.
+        params: params.yaml's, of the spiking network.
+        seed: of its spikes and dropout masks.
+        shape: (C, H, W) of an image, which what adapts to a size is made for; None: a usual one.
+    """
     surrogate = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
     snn = stdb.convert(
         ann,
@@ -77,6 +90,7 @@ def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetw
         chunk=params.chunk,
         dropout_seed=seed,
         precision=torch.bfloat16 if params.precision == "bf16" else None,
+        example=None if shape is None else torch.zeros(1, *shape),
     )
     if snn.has_units:
         raise StageError(
@@ -114,10 +128,12 @@ def load_converted(
         root: the repository, with weights and thresholds.
 
     Raises:
-        StageError: weights or thresholds are another network's.
+        StageError: weights or thresholds are another network's, or the encoder cannot fire at the
+            images.
     """
+    check_input(params, data)
     ann = build_ann(network, data)
     load_weights(ann, root / ANN)
-    snn = build_snn(ann, params, params.seed)
+    snn = build_snn(ann, params, params.seed, data.shape)
     load_thresholds(snn, root / THRESHOLDS)
     return ann, snn

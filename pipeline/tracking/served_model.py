@@ -38,7 +38,8 @@ class SpikingClassifier(PythonModel):
         """
         images = model_input["images"] if isinstance(model_input, dict) else model_input
         device = next(self.snn.parameters()).device
-        pixels = torch.from_numpy(np.array(images, dtype=np.float32)).to(device) / 127.5 - 1
+        pixels = torch.from_numpy(np.array(images, dtype=np.float32)).to(device)
+        pixels = self.config["normalisation"](pixels)
         steps = int((params or {}).get("timesteps") or self.config["timesteps"])
         ids = torch.zeros(len(pixels), dtype=torch.int64, device=device)
         decision = stdb.decide(self.snn, pixels, steps, sample_ids=ids)

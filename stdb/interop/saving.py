@@ -15,6 +15,7 @@ where none was). The metadata are one JSON object under the key ``config``:
 ``encoder``, ``surrogate``, ``temporal_gradient``
 ``timesteps``       T it was made for
 ``classes``         their names
+``normalisation``   mean and std by channel (:mod:`stdb.normalisation`); x/127.5 − 1 has none
 ==================  =============================================================================
 
 and whatever else was given to :func:`save`. Weights that are computed (pruned, normalised) are
@@ -35,6 +36,7 @@ from ..encoding import ENCODERS
 from ..graph import Node
 from ..network import SpikingNetwork, check_timesteps
 from ..neuron import SpikingNeuron
+from ..normalisation import Normalisation, normalisation_of
 from ..operators.table import OPERATORS, kind_of, kinds, operator_for
 from ..surrogate import SURROGATES
 from ..weights import plain_copy
@@ -54,6 +56,7 @@ def save(
     *,
     timesteps: int,
     classes: list[str],
+    normalisation: Normalisation = Normalisation(),  # noqa: B008 (it is frozen)
     **about: Any,
 ) -> None:
     """Write a network; the same bytes for the same values.
@@ -63,6 +66,7 @@ def save(
         path: of the file.
         timesteps: T that it is meant for.
         classes: their names, in the order of the logits.
+        normalisation: what becomes of an image's pixels before the network sees them.
         about: further metadata, such as ``network``, how its ANN was built.
     """
     from safetensors.torch import save_file
@@ -98,6 +102,8 @@ def save(
         "classes": classes,
         **about,
     }
+    if kept := normalisation.settings():
+        config["normalisation"] = kept
     save_file(tensors, path, {"config": json.dumps(config)})  # of several keys none orders them
 
 
@@ -105,6 +111,8 @@ def load(
     path: str | Path, *, network: nn.Module | None = None
 ) -> tuple[SpikingNetwork, dict[str, Any]]:
     """The network that :func:`save` wrote, in evaluation mode, and its metadata.
+
+    ``normalisation`` among them is a :class:`stdb.Normalisation`, also of a file without one.
 
     Args:
         path: of the file.
@@ -134,6 +142,10 @@ def load(
         )
     if not isinstance(config["classes"], list) or not config["classes"]:
         raise ValueError(f"{path}: classes are {config['classes']!r}; allowed: a list of names")
+    try:
+        config["normalisation"] = normalisation_of(config.get("normalisation"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if written == 1 and network is None:
         network = _named(path, config)
     try:

@@ -98,6 +98,47 @@ NO_NUMBER = {
 }
 NO_COUNT = {"10^12": 10**12, "a fraction": 1.5, "zero and a half": 0.5}
 DRAWN = 3  # of each of the above for each key
+NO_IMAGES: dict[str, dict[str, Any]] = {  # of the section data
+    "normalise": {
+        "an unknown name": "imagenot",
+        "a name in capitals": "ImageNet",
+        "a number": 0.5,
+        "mean alone": {"mean": [0.5]},
+        "another key": {"mean": [0.5], "std": [0.5], "min": [0]},
+        "no channels": {"mean": [], "std": []},
+        "numbers in the place of lists": {"mean": 0.5, "std": 0.5},
+        "more means": {"mean": [0.5, 0.5], "std": [0.5]},
+        "std zero": {"mean": [0.5], "std": [0]},
+        "std negative": {"mean": [0.5], "std": [-0.5]},
+        "std NaN": {"mean": [0.5], "std": [math.nan]},
+        "std tiny": {"mean": [0.5], "std": [1e-300]},
+        "of 0 … 255": {"mean": [123.7], "std": [58.4]},
+        "infinite": {"mean": [math.inf], "std": [0.5]},
+        "400 digits": {"mean": [10**399], "std": [0.5]},
+        "words": {"mean": ["0.5"], "std": ["0.5"]},
+        "true": {"mean": [True], "std": [0.5]},
+        "null inside": {"mean": [None], "std": [0.5]},
+        "lists of lists": {"mean": [[0.5]], "std": [[0.5]]},
+    },
+    "image_size": {
+        "one of a pair": [8],
+        "three": [8, 8, 8],
+        "a pair with zero": [8, 0],
+        "a pair with a word": [8, "8"],
+        "a pair with a fraction": [8, 8.5],
+        "a pair with true": [8, True],
+        "a pair too large": [8, 4097],
+        "text of a pair": "8x8",
+    },
+    "resize": {
+        "without image_size": 256,
+        "zero": 0,
+        "a pair": [256, 256],
+        "a word": "256",
+        "true": True,
+        "huge": 10**40,
+    },
+}
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
@@ -121,6 +162,11 @@ def params_files() -> Iterator[tuple[str, str | bytes]]:
                 changed = copy.deepcopy(PARAMS)
                 changed[section][key] = value
                 yield f"{section}.{key} is {name}", dumped(changed)
+    for key, wrongs in NO_IMAGES.items():
+        for name, value in wrongs.items():
+            yield f"data.{key}: {name}", dumped(PARAMS | {"data": PARAMS["data"] | {key: value}})
+    smaller = {"image_size": [8, 12], "resize": 11}
+    yield "data.resize below a side", dumped(PARAMS | {"data": PARAMS["data"] | smaller})
     for section in PARAMS:
         for name, value in {"null": None, "a list": [], "a word": "word"}.items():
             yield f"{section} is {name}", dumped(PARAMS | {section: value})

@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-import zipfile
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from PIL import Image
 from pipeline.data import DataError
 from pipeline.data.sources import read_source
 from pipeline.params import load_params
+from tests.pipeline.archives import pack
 from tests.pipeline.support import ROOT
 
 
@@ -21,21 +21,6 @@ def png(shade: int) -> bytes:
 
 
 IMAGES = {f"{name}/{k}.png": png(k) for name in ("cat", "dog") for k in range(4)}
-
-
-def pack(kind: str, members: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    if kind == "zip":
-        with zipfile.ZipFile(file, "w") as packed:
-            for name, content in members.items():
-                packed.writestr(name, content)
-    else:
-        with tarfile.open(fileobj=file, mode=f"w:{kind}") as packed:
-            for name, content in members.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                packed.addfile(member, io.BytesIO(content))
-    return file.getvalue()
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from pipeline.data import (
     Files,
     augment,
     load_split,
-    normalise,
     save_split,
     subset,
     worker_batches,
@@ -374,11 +373,6 @@ def test_a_file_that_is_gone_is_named_when_it_is_read(streamed):
     Path(part.names[4]).unlink()
     with pytest.raises(DataError, match=Path(part.names[4]).name):
         list(part.stream([torch.arange(8)], torch.device("cpu")))
-
-
-def test_pixels_fill_the_range():
-    """0 and 255 become −1 and 1 exactly, which the encoder fires at with certainty."""
-    assert normalise(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
 
 
 def test_augmentation_depends_on_the_sample_only():

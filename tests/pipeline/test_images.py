@@ -26,7 +26,7 @@ def kept(tmp_path, image: Image.Image, name: str, channels=1, **options) -> np.n
 
 def refusal(path) -> str:
     said = []
-    for read in (check_image, lambda p: read_image(p, 3, 8)):
+    for read in (check_image, lambda p: read_image(p, 3, (8, 8))):
         with pytest.raises(DataError) as caught:
             read(path)
         said.append(str(caught.value))
@@ -181,4 +181,4 @@ def test_a_file_that_is_no_image_or_not_all_of_one_is_refused(tmp_path):
     Image.fromarray(COLOURS).resize((64, 64)).save(whole, "PNG")
     (tmp_path / "cut.png").write_bytes(whole.getvalue()[:-2000])
     with pytest.raises(DataError, match=r"cut\.png cannot be read as an image"):
-        read_image(tmp_path / "cut.png", 3, 8)
+        read_image(tmp_path / "cut.png", 3, (8, 8))

@@ -12,7 +12,6 @@ import pipeline.learning.evaluation
 import pipeline.learning.finetuning
 import stdb
 from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
-from pipeline.data import normalise
 from pipeline.files import ANN, DATA
 from pipeline.learning.evaluation import evaluate_ann, evaluate_snn, fitting_logit_scale
 from pipeline.learning.finetuning import fitting_chunk
@@ -61,7 +60,7 @@ def test_truncated_bptt_adds_up_the_gradients_of_its_windows(files, truncate, wi
     assert len(batches) == 2
     for batch in batches:
         share = train.take(batch)
-        presentation = snn.present(normalise(share.images), sample_ids=share.ids, epoch=1)
+        presentation = snn.present(share.pixels(), sample_ids=share.ids, epoch=1)
         optimizer.zero_grad()
         for steps in windows:
             F.cross_entropy(snn(presentation, steps), share.labels).backward()
@@ -76,7 +75,7 @@ def test_the_scale_of_the_logits_is_that_of_the_least_loss(files, alone):
     """Over all images of a split, on a fine grid."""
     snn, split = starting(files, STDB).eval(), files[1]["validation"]
     with torch.no_grad():
-        logits = snn(normalise(split.images), 9, sample_ids=split.ids)
+        logits = snn(split.pixels(), 9, sample_ids=split.ids)
     guess = torch.arange(len(split)) % 3 == 0  # what the network does not know
     labels = torch.where(guess, split.labels, logits.argmax(1))
     known = dataclasses.replace(split, labels=labels)

@@ -20,7 +20,6 @@ import yaml
 from moto.server import ThreadedMotoServer
 
 import stdb
-from pipeline.data import normalise
 from pipeline.tracking import tracker as trackers
 from pipeline.tracking.messages import About, End, Log, Model, Start
 from pipeline.tracking.registry import REQUIREMENTS
@@ -31,6 +30,7 @@ NETWORK = {"architecture": "vgg5", "in_channels": 1, "image_size": 8, "num_class
            "width": 0.1, "hidden": 8}  # fmt: skip
 ABOUT = About(accuracy=0.5, timesteps=6, classes=list("abcd"), architecture="vgg5")
 NAME = "stdb-digits"
+PIXELS = stdb.Normalisation()
 LOAD = """
 import sys, mlflow, numpy as np
 assert not any("stdb" in name for name in sys.modules)
@@ -47,7 +47,7 @@ def network(tmp_path):
     torch.manual_seed(0)
     snn = stdb.convert(stdb.build_network(**NETWORK), stdb.PoissonEncoder(1)).eval()
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
-    stdb.balance_thresholds(snn, normalise(images), 6, percentile=90)
+    stdb.balance_thresholds(snn, PIXELS(images), 6, percentile=90)
     path = tmp_path / "snn.safetensors"
     stdb.save(snn, path, network=NETWORK, timesteps=6, classes=list("abcd"))
     return snn, path, images
@@ -83,8 +83,8 @@ def test_a_clean_process_gets_probabilities(database, network, tmp_path):
     found = np.load(tmp_path / "out.npz")
     ids = torch.zeros(5, dtype=torch.int64)
     with torch.no_grad():
-        expected = snn(normalise(images), 6, sample_ids=ids).softmax(1).numpy()
-        short = snn(normalise(images), 2, sample_ids=ids).softmax(1).numpy()
+        expected = snn(PIXELS(images), 6, sample_ids=ids).softmax(1).numpy()
+        short = snn(PIXELS(images), 2, sample_ids=ids).softmax(1).numpy()
     assert found["whole"].shape == (5, 4)
     assert np.ptp(expected, axis=0).max() > 0.01  # images differ, so the comparison says something
     np.testing.assert_allclose(found["whole"], expected, atol=1e-6)
@@ -241,7 +241,7 @@ def test_a_server_answers_a_post_of_images(database, network, tmp_path):
         answer = json.load(urllib.request.urlopen(request, timeout=60))
     ids = torch.zeros(5, dtype=torch.int64)
     with torch.no_grad():
-        expected = snn(normalise(images), 6, sample_ids=ids).softmax(1).numpy()
+        expected = snn(PIXELS(images), 6, sample_ids=ids).softmax(1).numpy()
     np.testing.assert_allclose(np.array(answer["predictions"]), expected, atol=1e-5)
 
 

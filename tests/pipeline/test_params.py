@@ -6,6 +6,7 @@ import pydantic
 import pytest
 import yaml
 
+import stdb
 from pipeline.params import Params, ParamsError, load_params
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +79,23 @@ def test_scientific_notation_is_a_number(tmp_path):
     """1e-4 is a string in YAML 1.1; people and DVC write it."""
     params = load(tmp_path, "learning_rate: 1.0e-4", "learning_rate: 2e-4")
     assert params.stdb.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(("size", "found"), [("null", None), ("7", (7, 7)), ("[7, 9]", (7, 9))])
+def test_a_size_is_a_side_or_height_and_width(tmp_path, size, found):
+    """None leaves images as they are."""
+    assert load(tmp_path, "image_size: null", f"image_size: {size}").data.size == found
+
+
+def test_normalisation_by_name_or_by_numbers(tmp_path):
+    """Or x/127.5 − 1."""
+    before = "normalise: null"
+    for text, found in {
+        "null": stdb.Normalisation(),
+        "cifar10": stdb.NORMALISATIONS["cifar10"],
+        "{mean: [0, 0.5], std: [1, 0.2]}": stdb.Normalisation([0, 0.5], [1, 0.2]),
+    }.items():
+        assert load(tmp_path, before, f"normalise: {text}").data.normalisation == found
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

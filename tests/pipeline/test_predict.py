@@ -7,7 +7,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import stdb
-from pipeline.data import normalise
 from pipeline.predict import main
 
 NETWORK = {"architecture": "vgg5", "in_channels": 1, "image_size": 8, "num_classes": 3,
@@ -39,7 +38,7 @@ def test_each_image_gets_its_class_and_when_it_settled(network, images, tmp_path
     pixels, files = images
     assert main(["--model", str(tmp_path / "snn"), *files]) == 0
     said = capsys.readouterr().out.splitlines()
-    image = normalise(torch.from_numpy(pixels)[None, None])
+    image = stdb.Normalisation()(torch.from_numpy(pixels)[None, None])
     decision = stdb.decide(network, image, 12, sample_ids=torch.zeros(1, dtype=torch.int64))
     best = int(decision.final.argmax())
     expected = f"{files[0]}: {CLASSES[best]} ({float(decision.final.max()):.1%}), settled at step "

@@ -156,15 +156,6 @@ def test_what_the_memory_has_no_room_for_is_refused_before_it_is_taken():
     assert said.endswith("allowed: a smaller data.image_size")
 
 
-def test_images_are_resized_a_few_at_a_time_with_the_same_pixels(monkeypatch):
-    """So that their floats take little memory."""
-    data = DATA.model_copy(update={"image_size": 13})
-    whole = split(data, (IMAGES, LABELS), None, CLASSES)
-    monkeypatch.setattr(pipeline.prepare_data, "AT_ONCE", 13 * 13 * 4)
-    for name, part in split(data, (IMAGES, LABELS), None, CLASSES).items():
-        assert torch.equal(part.images, whole[name].images)
-
-
 def test_what_was_drawn_and_what_is_the_sources_own_is_said(tmp_path, monkeypatch):
     """In lines for the person who watches, and in metrics/data.json; not where all was drawn."""
     monkeypatch.chdir(tmp_path)
@@ -227,7 +218,7 @@ def test_a_file_with_other_than_a_name_a_label_is_no_split(tmp_path):
     save_split(Files(names[:2], labels, ids, CLASSES, (1, 8, 8)), path)
     with pytest.raises(DataError, match="has 2 images and 3 labels"):
         load_split(path)
-    for shape in ((2, 8, 8), (1, 8, 9), (1, 0, 0)):
+    for shape in ((2, 8, 8), (1, 8, 0), (1, 0, 0)):
         save_split(Files(names, labels, ids, CLASSES, shape), path)
-        with pytest.raises(DataError, match="allowed: 1 or 3 channels of a square"):
+        with pytest.raises(DataError, match="allowed: 1 or 3 channels"):
             load_split(path)

@@ -92,3 +92,16 @@ def test_a_file_of_ones_own_is_a_preset(here, capsys):
         "+ timesteps: 9 # T of the network that is wanted",
         "+ milestones: [0.5, 0.9]",
     ]
+
+
+def test_a_value_may_be_a_mapping(here, capsys):
+    """On its line, in the place of a name and the other way round; a wrong one is refused."""
+    for value in ("{mean: [0.4], std: [0.2]}", "cifar10", "{mean: [0.5, 0.5], std: [0.2, 1.0]}"):
+        (here / "mine.yaml").write_text(f"data: {{normalise: {value}}}\n")
+        assert main(["mine.yaml"]) == 0
+        assert f"  normalise: {value} " in (here / "params.yaml").read_text()
+    (here / "mine.yaml").write_text("data: {normalise: {mean: [0.4]}}\n")
+    before = (here / "params.yaml").read_text()
+    assert main(["mine.yaml"]) == 1
+    assert "data.normalise is {'mean': [0.4]}; allowed: null, imagenet" in capsys.readouterr().err
+    assert (here / "params.yaml").read_text() == before

@@ -15,11 +15,20 @@ from pipeline.data import DataError
 from pipeline.data.sources import read_source
 from pipeline.params import Params, ParamsError, load_params
 from pipeline.prepare_data import split
+from tests.pipeline.archives import pack
 from tests.pipeline.support import ROOT
 
 TEXT = (ROOT / "params.yaml").read_text()
 VALUES = yaml.safe_load(TEXT)
 KEYS = [(section, key) for section, keys in VALUES.items() for key in keys]
+
+
+def has_default(section, key) -> bool:
+    """What 0.1.0 did not have."""
+    return not Params.model_fields[section].annotation.model_fields[key].is_required()
+
+
+NEW = [(section, key) for section, key in KEYS if has_default(section, key)]
 
 
 def message(tmp_path, content: str | bytes | dict) -> str:
@@ -39,12 +48,23 @@ def with_value(section, key, value) -> dict:
     return changed
 
 
-@pytest.mark.parametrize(("section", "key"), KEYS)
+@pytest.mark.parametrize(("section", "key"), [each for each in KEYS if each not in NEW])
 def test_a_missing_parameter_is_named(tmp_path, section, key):
-    """There are no hidden defaults."""
+    """There are no hidden defaults but of what 0.1.0 did not have."""
     changed = yaml.safe_load(TEXT)
     del changed[section][key]
     assert f"{section}.{key} is missing" in message(tmp_path, changed)
+
+
+def test_a_file_of_0_1_0_is_complete(tmp_path):
+    """It means what the file here says, all of whose new keys are at their defaults."""
+    old = yaml.safe_load(TEXT)
+    for section, key in NEW:
+        del old[section][key]
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(old))
+    assert {("data", "normalise"), ("data", "resize")} <= set(NEW)
+    assert load_params(path) == load_params(ROOT / "params.yaml")
 
 
 @pytest.mark.parametrize("section", VALUES)
@@ -108,6 +128,12 @@ def test_no_count_may_be_a_fraction(tmp_path, section, key):
         ("data", "image_size", 0),
         ("data", "image_size", "large"),
         ("data", "image_size", 16385),
+        ("data", "image_size", [8]),
+        ("data", "normalise", "imagenot"),
+        ("data", "normalise", {"mean": [0.5]}),
+        ("data", "normalise", {"mean": [], "std": []}),
+        ("data", "resize", 0),
+        ("data", "resize", [256, 256]),
         ("data", "path", ""),
         ("data", "path", "a\0b"),
         ("data", "train_limit", 0),
@@ -134,12 +160,41 @@ def test_a_value_out_of_range_is_named_with_the_range(tmp_path, section, key, va
         ("evaluate_converted", "scales", [0.5, 0], 1),
         ("train_ann", "milestones", [0.5, 1.0], 1),
         ("stdb", "milestones", ["0.5"], 0),
+        ("data", "image_size", [8, 0], 1),
     ],
 )
 def test_a_bad_member_of_a_list_is_named_by_its_position(tmp_path, section, key, value, position):
     """Which of them, counted from 0."""
     said = message(tmp_path, with_value(section, key, value))
     assert f"{section}.{key}.{position} is {value[position]!r}; allowed: " in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"normalise": {"mean": [0.5], "std": [0]}},
+            "data.normalise.std has 0; allowed: 1e-06 to 1",
+        ),
+        (
+            {"normalise": {"mean": [0.5, 0.5], "std": [0.5]}},
+            "mean has 2 channels and std 1; allowed",
+        ),
+        ({"resize": 8}, "data.resize is 8 and image_size None; allowed: null, or an image_size"),
+        (
+            {"resize": 11, "image_size": [8, 12]},
+            "data.resize is 11 and image_size [8, 12]; allowed",
+        ),
+        (
+            {"normalise": "x"},
+            "allowed: null, imagenet, cifar10, cifar100, or {mean: …, std: …} with",
+        ),
+    ],
+)
+def test_what_becomes_of_images_is_checked(tmp_path, changes, said):
+    """Before any image is read."""
+    values = yaml.safe_load(TEXT)
+    assert said in message(tmp_path, values | {"data": values["data"] | changes})
 
 
 @pytest.mark.parametrize(
@@ -178,26 +233,13 @@ def png(seed: int, size=(8, 8)) -> bytes:
     return file.getvalue()
 
 
-def archive(kind: str) -> bytes:
-    members = {f"{name}/{i}.png": png(i) for name in ("cat", "dog") for i in range(6)}
-    file = io.BytesIO()
-    if kind == "zip":
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as opened:
-            for name, content in members.items():
-                opened.writestr(name, content)
-    else:
-        with tarfile.open(fileobj=file, mode=f"w:{kind}") as opened:
-            for name, content in members.items():
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                opened.addfile(entry, io.BytesIO(content))
-    return file.getvalue()
+IMAGES = {f"{name}/{i}.png": png(i) for name in ("cat", "dog") for i in range(6)}
 
 
 @pytest.mark.parametrize("kind", ["zip", "", "gz", "bz2", "xz"])
 def test_an_archive_that_was_cut_off_is_refused(tmp_path, kind):
     """An interrupted download: wherever it ends, a message that names the file, and no crash."""
-    whole, path = archive(kind), tmp_path / "images"
+    whole, path = pack(kind, IMAGES), tmp_path / "images"
     path.write_bytes(whole)
     (images, _), _, _ = read_source(params(path))
     assert len(images) == 12
@@ -211,7 +253,7 @@ def test_an_archive_that_was_cut_off_is_refused(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["zip", "gz", "bz2", "xz"])
 def test_a_changed_byte_in_an_archive_is_noticed(tmp_path, kind):
     """Refused, or harmless: never other pixels, fewer images or other classes."""
-    whole, path, refused = archive(kind), tmp_path / "images", 0
+    whole, path, refused = pack(kind, IMAGES), tmp_path / "images", 0
     path.write_bytes(whole)
     (images, labels), _, classes = read_source(params(path))
     for position in range(0, len(whole), len(whole) // 60):

@@ -11,15 +11,16 @@ import pipeline.stage
 from pipeline.files import digest, read_json
 from pipeline.params import load_params
 from pipeline.stage import Stage, StageError, run_stage
-from tests.pipeline.support import ROOT, covered, needed
+from tests.pipeline.dependencies import covered, needed
+from tests.pipeline.support import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # Augmentation takes its random numbers from stdb/randomness.py, which prepare_data does not call.
 # train_ann converts the network to see that it can be, and imports the evaluation of an ANN beside
 # that of a spiking network; an edit of the engine shall not train the ANN again for that.
 OF_THE_ENGINE = {
-    "prepare_data": set(),
-    "train_ann": {"stdb/architectures.py", "stdb/randomness.py"},
+    "prepare_data": {"stdb/normalisation.py"},
+    "train_ann": {"stdb/architectures.py", "stdb/normalisation.py", "stdb/randomness.py"},
 }
 
 

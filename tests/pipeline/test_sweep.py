@@ -26,15 +26,14 @@ from pipeline.sweep import plan_trials
 from pipeline.sweeps.front import candidates, choose, draw_curves, front
 from pipeline.sweeps.space import BudgetParams, ResourceParams, load_sweep, settings
 from pipeline.sweeps.tuner import ACCURACY, Budget, Halving
+from tests.pipeline.dependencies import covered, needed
 from tests.pipeline.support import (
     LAYER_THRESHOLDS,
     ROOT,
     STDB,
     Started,
     copy_of,
-    covered,
     make_files,
-    needed,
     worker,
 )
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline.data import Files, Split, augment, normalise
+from pipeline.data import Files, Split, augment
 from pipeline.errors import DivergenceError
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.worker import Worker
@@ -265,7 +266,7 @@ def test_training_sees_the_images_of_its_order_with_their_ids(job):
     for (pixels, ids, epoch), (batch, e) in zip(seen, expected, strict=True):
         assert epoch == e
         assert torch.equal(ids, split.ids[batch])
-        assert torch.equal(pixels, normalise(split.images[batch]))
+        assert torch.equal(pixels, split.take(batch).pixels())
 
 
 def test_augmentation_reaches_the_training(job):
@@ -277,9 +278,10 @@ def test_augmentation_reaches_the_training(job):
         yield lambda: network(pixels)
 
     train(job, network, schedule(epochs=1, augment=True, seed=5), split=split, passes=passes)
-    batch = order(20, 8, 5, 1)[0]
-    assert torch.equal(seen[0], normalise(augment(split.images[batch], split.ids[batch], 5, 1)))
-    assert not torch.equal(seen[0], normalise(split.images[batch]))
+    batch = split.take(order(20, 8, 5, 1)[0])
+    cropped = replace(batch, images=augment(batch.images, batch.ids, 5, 1))
+    assert torch.equal(seen[0], cropped.pixels())
+    assert not torch.equal(seen[0], batch.pixels())
 
 
 def test_clip_bounds_the_gradient_and_the_log_has_it_unclipped(job):
@@ -319,7 +321,7 @@ def test_the_mean_of_the_workers_gradients_is_that_of_the_global_batch(count, wo
         share = split.take(torch.arange(rank, count, of))
         optimizer.zero_grad()
         task = Task(network, network, passes, optimizer, half)
-        backward(task, normalise(share.images), share, 1, of / count)
+        backward(task, share.pixels(), share, 1, of / count)
         return torch.cat([p.grad.flatten() for p in network.parameters()])
 
     mean = torch.stack([gradients(rank, world) for rank in range(world)]).mean(0)
@@ -356,7 +358,7 @@ def test_train_metrics_are_means_over_the_images_that_were_seen(job):
     params = schedule(epochs=1, learning_rate=1e-30, milestones=[])
     row = train(job, network, params, split=split)["history"][0]
     seen = torch.cat(order(20, 8, 0, 1))
-    logits = network(normalise(split.images[seen]))
+    logits = network(split.take(seen).pixels())
     labels = split.labels[seen]
     assert row["loss/train"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
     assert row["accuracy/train"] == (logits.argmax(1) == labels).double().mean().item()

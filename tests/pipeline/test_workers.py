@@ -7,7 +7,7 @@ import torch.multiprocessing
 
 import stdb
 from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
-from pipeline.data import Split, normalise
+from pipeline.data import Split
 from pipeline.learning.fit import Task, backward
 from tests.pipeline.support import (
     NETWORK,
@@ -140,7 +140,7 @@ def gradients(rank: int, world: int, files) -> dict:
     share = split.take(torch.arange(rank, 45, world))
     optimizer = torch.optim.SGD(snn.net.parameters(), lr=1.0)
     task = Task(snn.net, model, passes, optimizer, lambda epoch: {})
-    backward(task, normalise(share.images), share, 1, world / 45)
+    backward(task, share.pixels(), share, 1, world / 45)
     return {name: p.grad for name, p in snn.net.named_parameters() if p.requires_grad}
 
 

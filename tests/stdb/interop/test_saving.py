@@ -60,6 +60,28 @@ def test_the_same_network_is_the_same_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_a_file_says_what_becomes_of_pixels(tmp_path):
+    """One that says nothing, as those of 0.1.0, means x/127.5 − 1; so does the default's."""
+    given = stdb.Normalisation([0.3], [0.2])
+    stdb.save(network(), tmp_path / "plain", timesteps=5, classes=CLASSES)
+    stdb.save(network(), tmp_path / "own", timesteps=5, classes=CLASSES, normalisation=given)
+    assert stdb.load(tmp_path / "plain")[1]["normalisation"] == stdb.Normalisation()
+    assert stdb.load(tmp_path / "own")[1]["normalisation"] == given
+    with safe_open(tmp_path / "plain", framework="pt") as file:
+        assert "normalisation" not in json.loads(file.metadata()["config"])
+
+
+@pytest.mark.parametrize("kept", [{"mean": [0.5], "std": [0]}, "imagenet", {"mean": [0.5]}])
+def test_a_file_whose_normalisation_is_none_is_refused(tmp_path, kept):
+    """Nobody could show it an image."""
+    stdb.save(network(), tmp_path / "snn", timesteps=5, classes=CLASSES)
+    with safe_open(tmp_path / "snn", framework="pt") as file:
+        config = json.loads(file.metadata()["config"]) | {"normalisation": kept}
+    save_file(load_file(tmp_path / "snn"), tmp_path / "snn", {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match=r"snn: (std|normalisation) .*; allowed"):
+        stdb.load(tmp_path / "snn")
+
+
 class Own(nn.Module):
     """A shortcut, a layer that nobody calls, two layers that share their weights."""
 
