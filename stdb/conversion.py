@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .encoding import Encoder
+from .encoding import Encoder, limits_of
 from .graph import Graph, Node
 from .network import SpikingNetwork
 from .neuron import SpikingNeuron
@@ -20,6 +20,7 @@ from .rewriting import rewrite
 from .surrogate import STDB, Surrogate
 from .traced import ConversionError
 from .tracing import inner, unwrapped
+from .units import INPUT, change_unit
 from .weights import inner_copies
 
 __all__ = ["ConversionError", "convert"]
@@ -42,9 +43,9 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
     """Convert an ANN to a spiking network with all thresholds 1 (paper §2.3, Algorithm 1).
 
     Args:
-        ann: any tree of Conv2d, Linear, ReLU, AvgPool2d, Dropout, Flatten and residual blocks,
-            without biases. It is copied, not changed.
-        encoder: gives each step's input; ``PoissonEncoder``, ``DirectEncoder``, ``SpikeTrain``.
+        ann: of images (B, C, H, W), signals (B, C, L) or vectors (B, n). It is copied, not changed.
+        encoder: gives each step's input; ``PoissonEncoder``, ``DirectEncoder``, ``SpikeTrain``. The
+            first weights hold its limits, where it has some.
         surrogate: ``STDB``, ``Linear`` or ``Exponential``.
         leak: λ in (0, 1]; 1 gives IF neurons.
         temporal_gradient: see ``SpikingNeuron``.
@@ -65,7 +66,8 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
         net = unwrapped(copy.deepcopy(ann, inner_copies(ann)))
     except Exception as error:
         raise ConversionError(f"the network cannot be copied: {error}") from error
-    nodes, result = rewrite(net, example)
+    limits = limits_of(encoder)
+    nodes, result = rewrite(net, example, limited=limits is not None)
     graph = spiking_graph(nodes, result)
     parameter = next(ann.parameters())
     for i in graph.neurons:
@@ -76,6 +78,8 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
         neuron.leak.requires_grad_(learn_leaks)
         neuron.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
         net.set_submodule(graph.nodes[i].name, neuron)
+    if limits is not None:
+        change_unit(graph, net, INPUT, torch.tensor(limits, dtype=torch.float64))
     snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed, precision)
     snn.train(ann.training)
     snn.check(values=True)

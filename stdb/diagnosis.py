@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .conversion import convert
+from .encoding import in_units
 from .graph import INPUT
 from .kernels.layout import from_matrix
 from .network import SpikingNetwork
@@ -180,7 +181,7 @@ def diagnose(
 
 def _activations(twin: SpikingNetwork, images: Tensor) -> dict[str, Tensor]:
     """What the ANN's activations give, by the name of the spiking layer in the same place."""
-    values = {0: images}
+    values = {0: in_units(images, twin.encoder)}
     for i, node in enumerate(twin.graph.nodes[1:], start=1):
         below = [values[j] for j in node.inputs]
         if node.operator.fires:

@@ -5,7 +5,7 @@ Energies are those of 45 nm CMOS (Horowitz, ISSCC 2014): an accumulate 0.9 pJ, a
 pooling and shortcuts count. An analogue input causes multiply-accumulates instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -77,8 +77,7 @@ class SpikeStatistics:
 
     def synaptic_operations(self) -> dict[str, float]:
         """Operations per image that each layer's spikes cause: Σ spikes × fan-out, by source."""
-        c, h, w = self.maps[INPUT].shape
-        reach = fan_out(self.network, (c, h, w))
+        reach = fan_out(self.network, self.maps[INPUT].shape)
         return {n: float((m * reach[n]).sum()) / self.images for n, m in self.maps.items()}
 
     def energy(self) -> float:
@@ -117,7 +116,7 @@ def record_spikes(snn: SpikingNetwork, trains: bool = False) -> Iterator[SpikeSt
 
 
 @torch.no_grad()
-def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
+def fan_out(snn: SpikingNetwork, image_shape: Sequence[int]) -> dict[str, Tensor]:
     """How many synapses each neuron drives: layer (``input`` first) → float64 (C, H, W) or (n,).
 
     Counted by walking back from what every layer drives; the dropout and pooling in between
@@ -134,7 +133,7 @@ def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str,
     return {name: driven[i] for i, name in {0: INPUT, **graph.labels}.items()}
 
 
-def ann_energy(ann: nn.Module, image_shape: tuple[int, int, int]) -> float:
+def ann_energy(ann: nn.Module, image_shape: Sequence[int]) -> float:
     """Picojoules per image of an ANN: a multiply-accumulate at every synapse."""
     synapses = fan_out(convert(ann, DirectEncoder()), image_shape)
     return MULTIPLY_ACCUMULATE_PJ * sum(float(s.sum()) for s in synapses.values())

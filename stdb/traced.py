@@ -26,6 +26,8 @@ class Rewriting:
         index: traced operation → its node, or the one that it passes on.
         problems: what has no spiking form, a line each.
         waiting: a shape between two others, such as within a channel shuffle → what it is of.
+        limited: whether the input is encoded as x/u, in units of an encoder's limits.
+        padded: id of a convolution → widths and mode of the padding that stands in front of it.
     """
 
     net: nn.Module
@@ -34,6 +36,8 @@ class Rewriting:
     index: dict[fx.Node, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     waiting: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    limited: bool = False
+    padded: dict[int, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
     def sources(self, call: fx.Node) -> tuple[int, ...]:
         """The nodes whose values an operation takes."""
@@ -69,9 +73,15 @@ class Rewriting:
         """The operations that take its value, as far as the result depends on them."""
         return [other for other in self.calls if call in other.all_input_nodes]
 
-    def called(self, path: str) -> int:
-        """How often a module is called."""
-        return sum(c.op == "call_module" and place(c) == path for c in self.calls)
+    def sharing(self, call: fx.Node) -> int:
+        """How many calls use the weights of a module's call, its own among them."""
+        modules = [self.net.get_submodule(place(c)) for c in self.calls if c.op == "call_module"]
+        own = self.net.get_submodule(place(call))
+        weight = own._parameters.get("weight")
+        return sum(
+            m is own or (weight is not None and m._parameters.get("weight") is weight)
+            for m in modules
+        )
 
     def put(
         self, call: fx.Node, module: nn.Module, inputs: tuple[int, ...], suffix: str = ""
