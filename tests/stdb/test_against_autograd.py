@@ -98,7 +98,7 @@ def compare(  # noqa: PLR0913 (what hypothesis draws)
     snn = stdb.convert(
         net, stdb.DirectEncoder() if direct else stdb.SpikeTrain(train), surrogate, leak,
         temporal_gradient=temporal_gradient, chunk=chunk,
-        learn_thresholds="V" in learn, learn_leaks="λ" in learn,
+        learn_thresholds="V" in learn, learn_leaks="λ" in learn, example=images.detach(),
     )  # fmt: skip
     with torch.no_grad():
         for place, value in thresholds.items():
@@ -222,15 +222,16 @@ class Branching(nn.Module):
         return self.output(torch.flatten(values[-1], 1))
 
 
-def convolutions(draw, channels, signal):
+def convolutions(draw, shape, signal):
     """A convolution of any kind, or a transposed one."""
+    channels, tiny = shape[1], min(shape[2:]) < 3
     bias, stride = draw(st.booleans()), draw(st.integers(1, 2))
     planes = draw(st.sampled_from([2, 4]))
     groups = 2 if channels % 2 == 0 and draw(st.booleans()) else 1
     if draw(st.booleans()):
         kind = nn.ConvTranspose1d if signal else nn.ConvTranspose2d
         padding, extra = draw(st.integers(0, 1)), draw(st.integers(0, stride - 1))
-        return kind(channels, planes, 3, stride, padding, extra, groups, bias), planes
+        return kind(channels, planes, 3, stride, padding, extra, groups, bias)
     kind = nn.Conv1d if signal else nn.Conv2d
     mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
     if draw(st.booleans()):
@@ -239,8 +240,8 @@ def convolutions(draw, channels, signal):
         mode = "zeros" if mode == "reflect" else mode
     else:
         options, size = {"padding": 1, "stride": stride}, 3
-    options |= {"groups": groups, "bias": bias, "padding_mode": mode}
-    return kind(channels, planes, size, **options), planes
+    options |= {"groups": groups, "bias": bias, "padding_mode": "zeros" if tiny else mode}
+    return kind(channels, planes, size, **options)
 
 
 def linear_maps(draw, shape, signal):
@@ -248,7 +249,7 @@ def linear_maps(draw, shape, signal):
     size, up = min(shape[2:]), nn.Upsample(scale_factor=2)
     mode = "linear" if signal else "bilinear"
     found = [nn.Dropout(0.25), (nn.Dropout1d if signal else nn.Dropout2d)(0.25)]
-    found += [(nn.ReflectionPad1d if signal else nn.ReflectionPad2d)(1), nn.Identity()]
+    found += [(nn.ReplicationPad1d if signal else nn.ReplicationPad2d)(1), nn.Identity()]
     found += [(nn.AdaptiveAvgPool1d if signal else nn.AdaptiveAvgPool2d)(3)]
     if size >= 3:
         found += [(nn.AvgPool1d if signal else nn.AvgPool2d)(2, draw(st.integers(1, 2)))]
@@ -294,9 +295,10 @@ def branching(draw):
         elif choice == "map" and step > 0:
             put(linear_maps(draw, shape, signal), is_positive=positive[-1])
         elif choice == "conv" or step == 0:
-            layer, _ = convolutions(draw, shape[1], signal)
-            put(layer)
-            if min(values[-1].shape[2:]) >= 3 and draw(st.booleans()):
+            put(convolutions(draw, shape, signal))
+            # not of spikes: two sums of them may be alike, and either the maximum
+            wide = min(values[-1].shape[2:]) >= 3
+            if wide and not any(positive) and draw(st.booleans()):
                 hidden.add(len(values) - 1)
                 put((nn.MaxPool1d if signal else nn.MaxPool2d)(2, draw(st.integers(1, 2))))
                 hidden.add(len(values) - 1)
@@ -309,15 +311,17 @@ def branching(draw):
     return Branching(operations, linear(features, 3, draw(st.booleans()))), first
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_random_graphs(data):
     """Branches, sums, concatenations, and every operator between them; biases and U_0."""
     net, shape = data.draw(branching())
     timesteps, seed = data.draw(st.integers(2, 6)), data.draw(st.integers(0, 2**20))
+    train = random_train((timesteps, data.draw(st.integers(1, 2)), *shape), seed)
+    noise = torch.rand(train.shape, generator=torch.Generator().manual_seed(seed)).double()
     gradient = compare(
         prepare(net, seed),
-        random_train((timesteps, data.draw(st.integers(1, 2)), *shape), seed),
+        train + noise / 64,  # no two sums alike, of which a maximum may be either
         seed=seed,
         direct=data.draw(st.booleans()),
         chunk=data.draw(st.none() | st.integers(1, timesteps)),
