@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import kernels
+from .encoding import in_units
 from .kernels import bits
 from .kernels.layout import from_matrix, to_layout, to_matrix
 from .operators import Gradient, Value, dense
@@ -175,7 +176,7 @@ class BackwardWalk:
         presentation = self.presentation
         encoder, pixels = presentation.network.encoder, presentation.images
         if getattr(encoder, "straight_through", False):
-            self.images = self.images + grad.sum(0)
+            self.images = self.images + in_units(grad.sum(0), encoder)
             return
         with torch.enable_grad():
             pixels = pixels.detach().requires_grad_()

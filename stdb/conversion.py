@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .checking import check_rewriting
-from .encoding import Encoder
+from .encoding import Encoder, limits_of
 from .graph import Graph, Node
 from .network import SpikingNetwork
 from .neuron import SpikingNeuron
@@ -21,6 +21,7 @@ from .rewriting import rewrite
 from .surrogate import STDB, Surrogate
 from .traced import ConversionError
 from .tracing import inner, unwrapped
+from .units import INPUT, change_unit
 from .weights import inner_copies
 
 __all__ = ["ConversionError", "convert"]
@@ -43,10 +44,12 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
     """Convert an ANN to a spiking network with all thresholds 1 (paper §2.3, Algorithm 1).
 
     Args:
-        ann: any network whose operations have a spiking form (docs/networks.md): convolutions and
-            linear layers with or without a bias, batch norm, ReLU, average and max-pooling, sums,
-            concatenations, as modules or as functions. It is copied, not changed.
-        encoder: gives each step's input; ``PoissonEncoder``, ``DirectEncoder``, ``SpikeTrain``.
+        ann: any network of images (B, C, H, W), signals (B, C, L) or vectors (B, n) whose
+            operations have a spiking form (docs/networks.md): convolutions and linear layers with
+            or without a bias, batch norm, ReLU, average and max-pooling, sums, concatenations, as
+            modules or as functions. It is copied, not changed.
+        encoder: gives each step's input; ``PoissonEncoder``, ``DirectEncoder``, ``SpikeTrain``. The
+            first weights hold its limits, where it has some.
         surrogate: ``STDB``, ``Linear`` or ``Exponential``.
         leak: λ in (0, 1]; 1 gives IF neurons.
         temporal_gradient: see ``SpikingNeuron``.
@@ -69,7 +72,8 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
         net = unwrapped(copy.deepcopy(ann, inner_copies(ann)))
     except Exception as error:
         raise ConversionError(f"the network cannot be copied: {error}") from error
-    rewriting = rewrite(net, example)
+    limits = limits_of(encoder)
+    rewriting = rewrite(net, example, limited=limits is not None)
     graph = spiking_graph(rewriting.nodes, rewriting.result)
     parameter = next(ann.parameters())
     for i in graph.neurons:
@@ -80,6 +84,8 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
         neuron.leak.requires_grad_(learn_leaks)
         neuron.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
         net.set_submodule(graph.nodes[i].name, neuron)
+    if limits is not None:
+        change_unit(graph, net, INPUT, torch.tensor(limits, dtype=torch.float64))
     snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed, precision)
     snn.rewrites = tuple(rewriting.rewrites)
     snn.train(ann.training)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .checking import activations
 from .conversion import convert
+from .encoding import in_units
 from .evaluation import all_images
 from .graph import INPUT
 from .kernels.layout import from_matrix
@@ -163,7 +164,8 @@ def diagnose(
     try:
         for batch, ids in zip(images.split(batch_size), sample_ids.split(batch_size), strict=True):
             counts.clear()
-            values = activations(twin.graph.nodes, twin.net, batch)
+            pixels = in_units(batch, twin.encoder)
+            values = activations(twin.graph.nodes, twin.net, pixels)
             presentation = snn.present(batch, sample_ids=ids)
             presentation.advance(timesteps)
             for i, label in graph.labels.items():

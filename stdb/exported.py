@@ -18,8 +18,8 @@ from .tracing import Entry, TracingError, alive, first_line, images_for, without
 
 ATEN = torch.ops.aten
 SAME: dict[Any, Callable[..., Any]] = {
-    ATEN.conv2d.default: F.conv2d,
-    ATEN.conv2d.padding: F.conv2d,
+    **dict.fromkeys((ATEN.conv2d.default, ATEN.conv2d.padding), F.conv2d),
+    **dict.fromkeys((ATEN.conv1d.default, ATEN.conv1d.padding), F.conv1d),
     ATEN.linear.default: F.linear,
     ATEN.batch_norm.default: torch.batch_norm,
     ATEN.relu.default: F.relu,
@@ -34,8 +34,13 @@ SAME: dict[Any, Callable[..., Any]] = {
     ATEN.cat.default: torch.cat,
     ATEN.mean.dim: torch.mean,
     ATEN.max_pool2d.default: F.max_pool2d,
+    ATEN.max_pool1d.default: F.max_pool1d,
     ATEN.avg_pool2d.default: F.avg_pool2d,
+    ATEN.avg_pool1d.default: F.avg_pool1d,
     ATEN.adaptive_avg_pool2d.default: F.adaptive_avg_pool2d,
+    ATEN.adaptive_avg_pool1d.default: F.adaptive_avg_pool1d,
+    ATEN.pixel_shuffle.default: F.pixel_shuffle,
+    ATEN.pixel_unshuffle.default: F.pixel_unshuffle,
     ATEN.dropout.default: F.dropout,
     ATEN.constant_pad_nd.default: F.pad,
     ATEN.pad.default: F.pad,
@@ -106,5 +111,15 @@ def _translate(node: fx.Node) -> None:
         parts = [slice(None)] * node.meta["value"].dim()
         parts[dim] = slice(*ends)  # type: ignore[index]
         node.target, node.args = python.getitem, (image, tuple(parts))
+    elif node.target is ATEN.upsample_nearest2d.vec:
+        image, size, factors = node.args
+        node.target, node.args = F.interpolate, (image, size, _tuple(factors), "nearest")
+    elif node.target is ATEN.upsample_bilinear2d.vec:
+        image, size, align, factors = node.args
+        node.target, node.args = F.interpolate, (image, size, _tuple(factors), "bilinear", align)
     elif node.target in SAME:
         node.target = SAME[node.target]
+
+
+def _tuple(factors: Any) -> tuple[float, ...] | None:
+    return None if factors is None else tuple(factors)

@@ -6,8 +6,11 @@ the chunk: inputs and outputs of the largest layer and their gradients. So a sma
 images at once, makes room for a longer presentation.
 """
 
+from collections.abc import Sequence
+
 from .network import SpikingNetwork
 from .operators.maximum import MaxPool
+from .operators.resizing import Upsampling
 from .operators.shaping import Dropout
 from .presentation import STEPS_PER_SNAPSHOT, default_chunk
 
@@ -16,7 +19,7 @@ OVERHEAD = 64 << 20  # what allocators and libraries keep beside, measured
 
 def training_memory(
     snn: SpikingNetwork,
-    image_shape: tuple[int, int, int],
+    image_shape: Sequence[int],
     timesteps: int,
     batch_size: int,
     chunk: int | None = None,
@@ -25,7 +28,7 @@ def training_memory(
 
     Args:
         snn: the network.
-        image_shape: (C, H, W).
+        image_shape: (C, H, W), (C, L) or (n,).
         timesteps: T; with truncated BPTT the steps between two backward passes.
         batch_size: images presented at once.
         chunk: time steps computed at once; by default what the network would choose.
@@ -49,15 +52,16 @@ def training_memory(
     largest, weights = 0, 0
     for i in graph.body:
         node = graph.nodes[i]
-        if node.operator.learns:
+        if node.operator.learns or isinstance(node.operator, Upsampling):
             largest = max(largest, 2 * (sizes[node.inputs[0]] + sizes[i]))
+        if node.operator.learns:
             weights += snn.module(i).weight.numel() * real
     return int(batch_size * (per_image + chunk * largest * real) + weights + OVERHEAD)
 
 
 def largest_chunk(
     snn: SpikingNetwork,
-    image_shape: tuple[int, int, int],
+    image_shape: Sequence[int],
     timesteps: int,
     batch_size: int,
     available: int,

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .backward import Steps
-from .encoding import DirectEncoder, Encoder, check_images
+from .encoding import Encoder, check_images, limits_of
 from .graph import Graph
 from .neuron import SpikingNeuron
 from .operators import Value
+from .operators.shaping import Flatten
+from .operators.table import dimensions_of
 from .presentation import Presentation, default_chunk
 from .randomness import sample_keys
 from .rewriting import check_module
@@ -48,6 +50,7 @@ class SpikingNetwork(nn.Module):
         dropout_seed: chooses the dropout masks of training.
         precision: what dense convolutions and matrix products are made in, ``torch.bfloat16`` say,
             with membranes and sums in the type of the weights; None: in that type as well.
+        limits: of the encoder that it was converted with, which the first weights hold.
         has_units: whether weights hold what a spike stands for, as biases need; :mod:`stdb.units`.
         rewrites: what became of each operation of the ANN; of a network from a file none.
         observers: called with (presentation, layer, its value over the chunk) for every chunk; see
@@ -72,6 +75,7 @@ class SpikingNetwork(nn.Module):
         self.chunk = chunk
         self.dropout_seed = dropout_seed
         self.precision = precision
+        self.limits = limits_of(encoder)
         self.observers: list[Observer] = []
         self.rewrites: tuple[Rewrite, ...] = ()
         modules = (self.module(i) for i, n in enumerate(graph.nodes) if n.operator.learns)
@@ -98,7 +102,8 @@ class SpikingNetwork(nn.Module):
         """Start a presentation at t = 0, every membrane at 0.
 
         Args:
-            images: (B, C, H, W), pixels in [−1, 1].
+            images: (B, C, H, W), (B, C, L) or (B, n); in [−1, 1], or within the limits of the
+                encoder, where they are encoded as spikes.
             sample_ids: (B,) int64, which random stream each image draws from; 0 … B−1 by default.
             epoch: another epoch draws other spikes and masks.
             masks: one (B, …) mask for each dropout, in order, already scaled, in the place of
@@ -108,7 +113,12 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: pixels out of range, a threshold that is not a positive number.
         """
-        check_images(images, bounded=not isinstance(self.encoder, DirectEncoder))
+        check_images(images, self.encoder, self._dimensions())
+        if limits_of(self.encoder) != self.limits:
+            raise ValueError(
+                f"the encoder has the limits {limits_of(self.encoder)}, and the first weights hold "
+                f"{self.limits}; allowed: a network converted with the encoder"
+            )
         if sample_ids is None:
             sample_ids = torch.arange(len(images), device=images.device)
         if sample_ids.shape != images.shape[:1]:
@@ -167,7 +177,7 @@ class SpikingNetwork(nn.Module):
         mode dropout is active: call ``eval()`` first.
 
         Args:
-            images: (B, C, H, W), or a presentation to go on with.
+            images: as for :meth:`present`, or a presentation to go on with.
             timesteps: T.
             options: those of :meth:`present`, for images.
         """
@@ -189,13 +199,25 @@ class SpikingNetwork(nn.Module):
         return torch.stack(logits)
 
     @torch.no_grad()
-    def shapes(self, image_shape: tuple[int, int, int]) -> list[torch.Size]:
-        """(C, H, W) or (n,) of every node's value, for images (C, H, W)."""
+    def shapes(self, image_shape: Sequence[int]) -> list[torch.Size]:
+        """(C, H, W), (C, L) or (n,) of every node's value, for images of such a shape."""
         values = [next(self.net.parameters()).new_zeros(1, *image_shape)]
         for i, node in enumerate(self.graph.nodes[1:], start=1):
             below = [values[j] for j in node.inputs]
             values.append(node.operator.plain(self.module(i), *below))
         return [value.shape[1:] for value in values]
+
+    def _dimensions(self) -> int | None:
+        """How many dimensions a batch has, by the first layers; None where they take any."""
+        same = {0}
+        for i, node in enumerate(self.graph.nodes):
+            if same.intersection(node.inputs):
+                wanted = dimensions_of(self.module(i))
+                if wanted is not None:
+                    return wanted
+                if not isinstance(node.operator, Flatten):
+                    same.add(i)
+        return None
 
     def module(self, i: int) -> Any:
         """The module at a node; None where its operator has none."""
@@ -307,7 +329,9 @@ class SpikingNetwork(nn.Module):
         """V of a layer, and with it what its spikes stand for, where weights hold that."""
         neuron.threshold.fill_(value)
         if self.has_units:
-            change_unit(self.graph, self.net, i, value / neuron.unit)
+            ratio = value / neuron.unit
+            if ratio != 1:
+                change_unit(self.graph, self.net, i, torch.tensor([ratio], dtype=torch.float64))
             neuron.unit = value
 
     @torch.no_grad()

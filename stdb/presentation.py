@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import kernels
 from .graph import INPUT
-from .kernels.layout import from_matrix, to_matrix
+from .kernels.layout import channels_last, from_matrix, to_matrix
 from .operators import Value, dense
 from .operators.maximum import MaxPool
 from .operators.shaping import Dropout
@@ -72,8 +72,7 @@ class _Site:
 
     @property
     def weight(self) -> Tensor:
-        if self._weight is None:
-            self.use(weight_of(self.module), bias_of(self.module))
+        self._take()
         assert self._weight is not None
         return self._weight
 
@@ -82,6 +81,7 @@ class _Site:
 
     @property
     def bias(self) -> Tensor | None:
+        self._take()
         if self._bias is None or self.steps == 1:
             return self._bias
         return self._bias * self.steps
@@ -91,6 +91,11 @@ class _Site:
         if self._prepared is None or self._prepared[0] != state:
             self._prepared = state, make(self.weight)
         return self._prepared[1]
+
+    def _take(self) -> None:
+        """The weights as they are, where no run has said which."""
+        if self._weight is None:
+            self.use(weight_of(self.module), bias_of(self.module))
 
     def use(self, weight: Tensor, bias: Tensor | None) -> None:
         """Compute with these from now on."""
@@ -195,8 +200,11 @@ class Presentation:
         rate, seed = self.sites[i].module.p, self.network.dropout_seed
         if not self.network.training or rate == 0:
             return None
-        mask = dropout_mask(self.keys, seed, number, rate, shape, self.images.dtype)
-        return mask.contiguous(memory_format=torch.channels_last) if mask.dim() == 4 else mask
+        drawn = shape
+        if isinstance(self.sites[i].module, nn.Dropout1d | nn.Dropout2d):  # of whole channels
+            drawn = torch.Size((*shape[:2], *[1] * len(shape[2:])))
+        mask = dropout_mask(self.keys, seed, number, rate, drawn, self.images.dtype)
+        return channels_last(mask.expand(shape))
 
     def apply(self, i: int, inputs: list[Value]) -> Value:
         """The value of a linear operator's node."""

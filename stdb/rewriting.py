@@ -19,7 +19,7 @@ from .operators import Operator
 from .operators.boundary import Input
 from .operators.diagonal import Diagonal
 from .operators.table import kind_of, kinds, operator_for
-from .rules import arithmetic, functional, layers, neurons, shapes
+from .rules import arithmetic, functional, layers, neurons, products, resizing, shapes
 from .traced import ConversionError, Rewrite, Rewriting, shape_of, where
 from .tracing import TracingError, place, trace
 
@@ -64,23 +64,24 @@ REMEDIES: dict[type[nn.Module], str] = {
     ),
     nn.Softmax: _OUTPUT,
     nn.LogSoftmax: _OUTPUT,
-    nn.Dropout2d: "use nn.Dropout",
+    nn.Dropout3d: "use nn.Dropout2d, which drops channels of an image",
 }
 _FLATTEN = "allowed: all but the batch flat, as torch.flatten(x, 1)"
 CALL_REMEDIES: dict[Any, str] = {}
 
 
-def rewrite(net: nn.Module, example: Tensor | None = None) -> Rewriting:
+def rewrite(net: nn.Module, example: Tensor | None = None, *, limited: bool = False) -> Rewriting:
     """The graph of a module tree, shapes and identities left out.
 
     Args:
-        net: the network; layers of our own come into it where an operation had none.
-        example: a batch of images.
+        net: the tree; modules may be put into it.
+        example: a batch of images, of which the shape counts.
+        limited: whether the input comes in units of an encoder's limits.
 
     Raises:
         ConversionError: names every operation that has no spiking form, and the remedy.
     """
-    rewriting = Rewriting(net, _traced(net, example))
+    rewriting = Rewriting(net, _traced(net, example), limited=limited)
     result: fx.Node | None = None
     made: list[tuple[fx.Node, str, int]] = []  # with what it was, and the nodes before it
     for call in rewriting.calls:
@@ -285,15 +286,16 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
         raise ConversionError(
             f"layer {name} is a {type(module).__name__}; allowed in its place: {allowed}"
         )
-    if isinstance(module, nn.Conv2d):
-        if module.padding_mode != "zeros":
-            raise ConversionError(
-                f"layer {name} pads with {module.padding_mode!r}; allowed: padding_mode='zeros'"
-            )
-        if isinstance(module.padding, str):
-            raise ConversionError(
-                f"layer {name} has padding={module.padding!r}; give it as a number of pixels"
-            )
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        raise ConversionError(
+            f"layer {name} pads with {module.padding_mode!r}; allowed behind a conversion: "
+            "padding_mode='zeros'"
+        )
+    if isinstance(getattr(module, "padding", 0), str):
+        raise ConversionError(
+            f"layer {name} has padding={module.padding!r}; allowed behind a conversion: a number "
+            "of pixels"
+        )
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
         raise ConversionError(f"layer {name} flattens only some dimensions; allowed: nn.Flatten()")
 
@@ -302,7 +304,16 @@ MODULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh), neurons.relu),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), layers.batch_norm),
     **dict.fromkeys((nn.Softmax, nn.LogSoftmax), neurons.softmax),
-    nn.MaxPool2d: neurons.max_pool,
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d), neurons.max_pool),
+    **dict.fromkeys(
+        (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear), products.weights
+    ),
+    **dict.fromkeys((nn.Dropout1d, nn.Dropout2d), layers.channel_dropout),
+    **dict.fromkeys(
+        (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), resizing.upsample
+    ),
+    **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle), resizing.shuffle),
+    **dict.fromkeys(shapes.PADS, shapes.pad_layer),
 }
 CALLS: dict[Any, Rule] = {
     **dict.fromkeys((python.add, python.iadd, torch.add, "add", "add_"), arithmetic.add),
@@ -333,15 +344,19 @@ CALLS: dict[Any, Rule] = {
     ),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), layers.concatenate),
     **dict.fromkeys((torch.mean, "mean"), layers.mean),
-    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), neurons.max_pool),
+    **dict.fromkeys(
+        (F.max_pool2d, torch.max_pool2d, F.max_pool1d, torch.max_pool1d), neurons.max_pool
+    ),
+    **dict.fromkeys((F.pixel_shuffle, F.pixel_unshuffle), resizing.shuffle),
+    F.interpolate: resizing.interpolate,
     python.getitem: shapes.pick,
-    **dict.fromkeys((F.conv2d, torch.conv2d), functional.convolve),
+    **dict.fromkeys((F.conv2d, torch.conv2d, F.conv1d, torch.conv1d), functional.convolve),
     F.linear: functional.connect,
     **dict.fromkeys((F.batch_norm, torch.batch_norm), functional.normalise),
     F.pad: shapes.pad,
-    F.dropout: layers.dropout,
-    F.avg_pool2d: layers.average_pool,
-    F.adaptive_avg_pool2d: layers.adaptive_average,
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d), layers.dropout),
+    **dict.fromkeys((F.avg_pool2d, F.avg_pool1d), layers.average_pool),
+    **dict.fromkeys((F.adaptive_avg_pool2d, F.adaptive_avg_pool1d), layers.adaptive_average),
 }
 SHAPES = (shapes.rearrange, shapes.pick)
 TAKE_PARAMETERS = (

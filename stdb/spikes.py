@@ -154,9 +154,7 @@ class Events:
 
     def masked(self, mask: Tensor) -> "Events":
         """Times a dropout mask (B, …), the same at every step."""
-        if mask.dim() == 4:
-            mask = mask.permute(0, 2, 3, 1)
-        flat = mask.reshape(mask.shape[0], -1, self.shape[2]).contiguous().numpy()
+        flat = mask.movedim(1, -1).reshape(mask.shape[0], -1, self.shape[2]).contiguous().numpy()
         ends, channels = np.empty_like(self.ends), np.empty_like(self.channels)
         values = np.empty_like(self.values)
         new = flat, ends, channels, values
@@ -197,7 +195,7 @@ class Events:
 
     # -- products ------------------------------------------------------------------------------
 
-    def convolved(self, module: nn.Conv2d, rows: Tensor) -> Tensor:
+    def convolved(self, module: nn.Conv1d | nn.Conv2d, rows: Tensor) -> Tensor:
         """W ∗ O: (T, B, C', H', W'); ``rows`` is :func:`tap_rows` of the weights."""
         geometry = _geometry(module, self.shape)
         filters, new_shape = module.out_channels, geometry[-1]
@@ -208,10 +206,10 @@ class Events:
             *self._lists, rows.numpy().reshape(-1), rows.shape[1], *geometry[:4], self.shape[2],
             *geometry[4:], out,
         )  # fmt: skip
-        shape = (*self.shape[:2], filters, *new_shape)
+        shape = (*self.shape[:2], filters, *new_shape[-len(module.kernel_size) :])
         return from_matrix(torch.from_numpy(out).view(self.shape[0], -1), shape)
 
-    def convolved_weight(self, module: nn.Conv2d, grad: Tensor) -> Tensor:
+    def convolved_weight(self, module: nn.Conv1d | nn.Conv2d, grad: Tensor) -> Tensor:
         """∂L/∂W (C', C, k, k) of a convolution, given ∂L/∂I (T, B, C', H', W')."""
         geometry = _geometry(module, self.shape)
         images, channel_count, filters = len(self.starts), self.shape[2], module.out_channels
@@ -223,7 +221,7 @@ class Events:
             events.by_channel, images, self._work, *self._lists, channel_count, self.offsets, lists,
             places, values,
         )  # fmt: skip
-        flat = grad.permute(0, 1, 3, 4, 2).reshape(-1, filters)
+        flat = grad.movedim(2, -1).reshape(-1, filters)
         wide = products.padded(filters, dtype)
         if wide != filters:
             flat = nn.functional.pad(flat, (0, wide - filters))
@@ -233,7 +231,8 @@ class Events:
             products.convolve_weight, channel_count, self.total * filters, lists, places, values,
             flat.contiguous().numpy().reshape(-1), wide, *geometry, images, out,
         )  # fmt: skip
-        return torch.from_numpy(out)[..., :filters].permute(3, 0, 1, 2)
+        weight = torch.from_numpy(out)[..., :filters].permute(3, 0, 1, 2)
+        return weight if len(module.kernel_size) == 2 else weight[:, :, 0]
 
     def multiplied(self, module: nn.Linear, blocks: Tensor) -> Tensor:
         """W·O: (T, B, m); ``blocks`` is :func:`column_blocks` of the weights."""
@@ -255,7 +254,7 @@ class Events:
 def tap_rows(weight: Tensor) -> Tensor:
     """(k·k·C, ≥ C'): the weights as one row for each tap and input channel, in whole vectors."""
     weight = weight.detach()
-    rows = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
+    rows = weight.movedim((1, 0), (-2, -1)).reshape(-1, weight.shape[0])
     extra = products.padded(weight.shape[0], rows[:0].numpy().dtype) - weight.shape[0]
     return nn.functional.pad(rows, (0, extra)).contiguous()
 
@@ -270,14 +269,19 @@ def column_blocks(weights: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _geometry(module: nn.Conv2d, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-    """Kernel, stride, padding, dilation, (H, W) before and after."""
-    assert not isinstance(module.padding, str)  # conversion refuses it
-    kernel, stride, padding, dilation = (
-        (int(pair[0]), int(pair[1]))
-        for pair in (module.kernel_size, module.stride, module.padding, module.dilation)
+def _geometry(module: nn.Conv1d | nn.Conv2d, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+    """Kernel, stride, padding, dilation, (H, W) before and after; a signal is an image of a row."""
+    assert not isinstance(module.padding, str)  # conversion makes it numbers
+    kernel, stride, padding, dilation, before = (
+        (int((row, *sizes)[-2]), int(sizes[-1]))
+        for row, sizes in (
+            (1, module.kernel_size),
+            (1, module.stride),
+            (0, module.padding),
+            (1, module.dilation),
+            (1, shape[3:]),
+        )
     )
-    before = (shape[3], shape[4])
     height, width = (
         (before[k] + 2 * padding[k] - dilation[k] * (kernel[k] - 1) - 1) // stride[k] + 1
         for k in (0, 1)

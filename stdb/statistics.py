@@ -8,7 +8,7 @@ behind another without neurons between them (at every step; in the output layer 
 bias, or the current of a constant input, is an accumulate a neuron and step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -72,13 +72,8 @@ class SpikeStatistics:
 
     def synaptic_operations(self) -> dict[str, float]:
         """Operations per image that each layer's spikes cause: Σ spikes × fan-out, by source."""
-        reach = fan_out(self.network, self._image_shape)
+        reach = fan_out(self.network, self.maps[INPUT].shape)
         return {n: float((m * reach[n]).sum()) / self.images for n, m in self.maps.items()}
-
-    @property
-    def _image_shape(self) -> tuple[int, int, int]:
-        c, h, w = self.maps[INPUT].shape
-        return c, h, w
 
     def energy(self) -> float:
         """Picojoules per image."""
@@ -87,9 +82,9 @@ class SpikeStatistics:
         constant = bool(getattr(encoder, "constant", False))
         if getattr(encoder, "analogue", False):
             del operations[INPUT]
-            reached = float(fan_out(self.network, self._image_shape)[INPUT].sum())
+            reached = float(fan_out(self.network, self.maps[INPUT].shape)[INPUT].sum())
             multiplied += reached * (1 if constant else self.timesteps)
-        for layer in _layers(self.network, self._image_shape):
+        for layer in _layers(self.network, self.maps[INPUT].shape):
             steps = self.timesteps if layer.in_body else 1
             multiplied += steps * layer.multiplies
             if layer.has_bias or (constant and layer.reads_input):
@@ -127,7 +122,7 @@ def record_spikes(snn: SpikingNetwork, trains: bool = False) -> Iterator[SpikeSt
 
 
 @torch.no_grad()
-def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
+def fan_out(snn: SpikingNetwork, image_shape: Sequence[int]) -> dict[str, Tensor]:
     """How many synapses each neuron drives: layer (``input`` first) → float64 (C, H, W) or (n,).
 
     Counted by walking back from every place where spikes end: a layer with weights, a neuron, a sum
@@ -168,7 +163,7 @@ class _Layer:
 
 
 @torch.no_grad()
-def _layers(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> list[_Layer]:
+def _layers(snn: SpikingNetwork, image_shape: Sequence[int]) -> list[_Layer]:
     """The layers with weights, in the order of a step."""
     graph, shapes, spikes = snn.graph, snn.shapes(image_shape), _are_spikes(snn)
     of_input = [True]  # whether a node's value is the input's, pooled or cut
@@ -193,7 +188,7 @@ def _layers(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> list[_Lay
     return found
 
 
-def ann_energy(ann: nn.Module, image_shape: tuple[int, int, int]) -> float:
+def ann_energy(ann: nn.Module, image_shape: Sequence[int]) -> float:
     """Picojoules per image of an ANN: a multiply-accumulate at every synapse."""
     snn = convert(ann, DirectEncoder())
     synapses = sum(float(reached.sum()) for reached in fan_out(snn, image_shape).values())

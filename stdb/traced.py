@@ -1,5 +1,6 @@
 """A traced network on its way to a graph: what the rules of :mod:`stdb.rewriting` work on."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -41,7 +42,10 @@ class Rewriting:
         index: traced operation → its node, or the one that it passes on.
         problems: what has no spiking form, a line each.
         waiting: a shape between two others, such as within a channel shuffle → what it is of.
+        limited: whether the input is encoded as x/u, in units of an encoder's limits.
+        padded: id of a convolution → widths and mode of the padding that stands in front of it.
         left_out: a softmax at the end.
+        uses: id of a tensor or module → how many operations use it; filled when it is asked for.
         result: the node that is returned.
         rewrites: what became of each operation.
     """
@@ -52,6 +56,9 @@ class Rewriting:
     index: dict[fx.Node, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     waiting: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    limited: bool = False
+    padded: dict[int, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    uses: Counter[int] = field(default_factory=Counter)
     left_out: list[fx.Node] = field(default_factory=list)
     result: int | None = None
     rewrites: list[Rewrite] = field(default_factory=list)
@@ -102,11 +109,20 @@ class Rewriting:
         self.index = {call: kept[i] for call, i in self.index.items() if i in kept}
 
     def own(self, call: fx.Node) -> bool:
-        """Whether an operation's weights are used by it alone."""
+        """Whether an operation's weights and bias are used by it alone."""
+        if not self.uses:
+            for other in self.calls:
+                self.uses.update(self._tensors(other))
+        return all(self.uses[key] <= 1 for key in self._tensors(call))
+
+    def _tensors(self, call: fx.Node) -> set[int]:
+        """The ids of what an operation computes with besides its input."""
         if call.op == "call_module":
-            return sum(c.op == "call_module" and place(c) == place(call) for c in self.calls) == 1
-        weights = [n for n in call.all_input_nodes if n.op == "get_attr"]
-        return all(self.readers(weight) == [call] for weight in weights)
+            module = self.net.get_submodule(place(call))
+            return {id(module), *map(id, module.parameters())}
+        given = [node for node in call.all_input_nodes if node.op == "get_attr"]
+        paths = [place(node).rpartition(".") for node in given]
+        return {id(getattr(self.net.get_submodule(path), name)) for path, _, name in paths}
 
     def put(
         self, call: fx.Node, module: nn.Module, inputs: tuple[int, ...], suffix: str = ""

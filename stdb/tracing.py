@@ -24,6 +24,8 @@ from .operators.table import kind_of
 BATCH = 499  # images that are traced: no network's width, so it is known again in a shape
 SIZES = (32, 28, 224, 64, 8, 16, 96, 128, 48, 256, 299, *range(1, 225))  # tried in this order
 
+LENGTHS = (128, 1024, 256, 512, 1000, 2048, 4096, 8000, 16000, *range(1, 513))  # of signals
+
 ONE_AT_A_TIME = threading.Lock()  # torch.fx changes nn.Module while it traces
 ROOT = "net."  # the network's place in what is traced
 
@@ -134,10 +136,13 @@ def images_for(net: nn.Module, twin: nn.Module, example: Tensor | None) -> Tenso
 
 
 def _shapes(net: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Shapes of images that a network may take, by its first layer with weights."""
+    """Shapes that a network may take, of images, signals or vectors, by its first layer."""
     for module in net.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             yield from dict.fromkeys((module.in_channels, size, size) for size in SIZES)
+            return
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            yield from dict.fromkeys((module.in_channels, length) for length in LENGTHS)
             return
         if isinstance(module, nn.Linear):
             n = module.in_features

@@ -2,9 +2,12 @@
 
 A spike is 0 or 1. In a network with biases it stands for A_l, the ANN's value at a rate of 1: the
 threshold is V_l = A_l and the weights above carry A_l as a factor, so that currents, biases and the
-logits are in the ANN's own units. Behind a concatenation each channel has its own. No kernel knows
-of units. Networks without biases need none: there V alone says it (§2.3).
+logits are in the ANN's own units. Behind a concatenation each channel has its own. An input that is
+encoded as x/u has the unit u of each channel. No kernel knows of units. Networks without biases
+need none: there V alone says it (§2.3).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,73 +15,72 @@ from torch import Tensor, nn
 from .graph import Graph
 from .operators.cutting import Ordering, Padding, Slicing
 from .operators.joining import Concat
+from .operators.resizing import PixelShuffle, PixelUnshuffle
 from .weights import is_computed, make_plain
 
-ONE = -1  # the origin of a channel whose unit is 1: no spikes
-
-
-def channels(graph: Graph, net: nn.Module, i: int) -> int:
-    """The number of a node's channels; of a flat value those before it was flat."""
-    node = graph.nodes[i]
-    if not node.inputs:
-        raise ValueError("the channels of the input are the image's")
-    module = None if node.path is None else net.get_submodule(node.path)
-    if node.operator.learns:
-        assert module is not None
-        for name in ("out_channels", "out_features", "channels"):
-            if hasattr(module, name):
-                return int(getattr(module, name))
-    return len(origins(graph, net, i)) if _moves(graph, i) else channels(graph, net, node.inputs[0])
+INPUT, ONE = 0, -1  # origins: the first node; no spikes, so that the unit is 1
 
 
 def origins(graph: Graph, net: nn.Module, i: int) -> Tensor:
-    """(C,) int64: the layer of neurons whose spikes each channel of a node carries, or ``ONE``.
+    """(C,) int64: the layer of neurons whose spikes each channel of a node carries.
 
-    (1,) where it is the same for all channels of the image.
+    ``INPUT`` and ``ONE`` where it carries none; (1,) where it is the same for all channels.
     """
+
+    def begins(j: int) -> Tensor:
+        return torch.tensor([ONE if graph.nodes[j].operator.learns else j])
+
+    return _carried(graph, net, i, begins)
+
+
+def _carried(graph: Graph, net: nn.Module, i: int, begins: Callable[[int], Tensor]) -> Tensor:
+    """(C,) or (1,): what each channel of a node has from the neurons, weights or input below it."""
     node = graph.nodes[i]
-    if node.operator.fires:
-        return torch.full((channels(graph, net, i),), i)
-    if node.operator.learns or not node.inputs:
-        return torch.tensor([ONE])
-    below = [origins(graph, net, j) for j in node.inputs]
+    if node.operator.fires or node.operator.learns or not node.inputs:
+        return begins(i)
+    below = [_carried(graph, net, j, begins) for j in node.inputs]
+    first = below[0]
     module = None if node.path is None else net.get_submodule(node.path)
     if isinstance(node.operator, Concat):
-        assert module is not None
-        sizes = module.channels
-        return torch.cat([o.expand(n) for o, n in zip(below, sizes, strict=True)])  # type: ignore[arg-type]
+        sizes = module.channels  # type: ignore[union-attr]
+        parts = zip(below, sizes, strict=True)  # type: ignore[arg-type]
+        return torch.cat([o.repeat_interleave(n // len(o)) for o, n in parts])
+    if len(first) == 1:
+        return first
     if isinstance(node.operator, Slicing):
-        assert module is not None
-        return below[0][slice(*module.parts[0])] if len(below[0]) > 1 else below[0]  # type: ignore[index]
+        return first[slice(*module.parts[0])]  # type: ignore[union-attr,index]
     if isinstance(node.operator, Ordering):
-        assert module is not None
-        return below[0][list(module.order)] if len(below[0]) > 1 else below[0]  # type: ignore[arg-type]
-    if isinstance(node.operator, Padding):
-        assert module is not None
-        before, after = (*module.widths, 0, 0, 0, 0)[4:6]  # type: ignore[misc]
-        ends = [torch.full((int(n),), ONE) for n in (before, after)]
-        return torch.cat([ends[0], below[0], ends[1]])
-    return below[0]
-
-
-def _moves(graph: Graph, i: int) -> bool:
-    return isinstance(graph.nodes[i].operator, Concat | Slicing | Padding | Ordering)
+        return first[list(module.order)]  # type: ignore[union-attr,arg-type]
+    if isinstance(node.operator, Padding):  # zeros have any unit
+        before, after = (*module.widths, 0, 0, 0, 0)[4:6]  # type: ignore[union-attr,misc]
+        return torch.cat([first[:1].expand(before), first, first[:1].expand(after)])
+    if isinstance(node.operator, PixelShuffle):  # of r² channels of one origin each
+        return first[:: int(module.upscale_factor) ** 2]  # type: ignore[union-attr,arg-type]
+    if isinstance(node.operator, PixelUnshuffle):
+        return first.repeat_interleave(int(module.downscale_factor) ** 2)  # type: ignore[union-attr,arg-type]
+    return first
 
 
 @torch.no_grad()
-def change_unit(graph: Graph, net: nn.Module, neuron: int, ratio: float) -> None:
-    """Multiply the weights above a layer of neurons by ``ratio``, as far as they see its spikes."""
-    if ratio == 1:
-        return
+def change_unit(graph: Graph, net: nn.Module, source: int, ratio: Tensor) -> None:
+    """Multiply the weights above neurons, or the input, as far as they see what comes from there.
+
+    Args:
+        graph: of the network.
+        net: its modules.
+        source: the node.
+        ratio: (C,) of each channel, or (1,).
+    """
     done: set[int] = set()
+    one = torch.ones(1, dtype=ratio.dtype)
     for node in graph.nodes:
         if not node.operator.learns or node.path is None:
             continue
-        from_layer = origins(graph, net, node.inputs[0]) == neuron
+        factors = _carried(graph, net, node.inputs[0], lambda j: ratio if j == source else one)
         module = net.get_submodule(node.path)
-        if from_layer.any() and id(module) not in done:
+        if (factors != 1).any() and id(module) not in done:
             done.add(id(module))
-            _scale_columns(module, torch.where(from_layer, ratio, 1.0))
+            _scale_columns(module, factors)
 
 
 def _scale_columns(module: nn.Module, factors: Tensor) -> None:
@@ -89,12 +91,14 @@ def _scale_columns(module: nn.Module, factors: Tensor) -> None:
     weight = module.weight if weight is None else weight
     assert isinstance(weight, Tensor)
     factors = factors.to(weight)
+    ends = [1] * (weight.dim() - 2)
     if weight.dim() == 1:  # a diagonal
         weight.mul_(factors)
-    elif isinstance(module, nn.Conv2d):
-        groups = module.groups
-        rows = factors.expand(module.in_channels).view(groups, -1)
-        rows = rows.repeat_interleave(module.out_channels // groups, 0)
-        weight.mul_(rows[:, :, None, None])
+    elif isinstance(module, nn.Conv1d | nn.Conv2d):
+        rows = factors.expand(module.in_channels).view(module.groups, -1)
+        rows = rows.repeat_interleave(module.out_channels // module.groups, 0)
+        weight.mul_(rows.view(*rows.shape, *ends))
+    elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        weight.mul_(factors.expand(module.in_channels).view(-1, 1, *ends))
     else:
         weight.mul_(factors.repeat_interleave(weight.shape[1] // len(factors)))

@@ -85,17 +85,24 @@ def scale_bias(module: nn.Module, factor: float) -> None:
 
 
 @torch.no_grad()
-def fold(module: nn.Module, scale: Tensor, shift: Tensor) -> None:
+def fold(module: Any, scale: Tensor, shift: Tensor) -> None:
     """W ← g·W, b ← shift + g·b, for each output channel; computed weights become plain.
 
     Args:
-        module: a layer whose weights have the output channels first.
+        module: a layer.
         scale: g, (C,) float64.
         shift: (C,) float64.
     """
     make_plain(module)
     weight, bias = weight_of(module), bias_of(module)
-    weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.dim() - 1)))
+    ends = [1] * (weight.dim() - 2)
+    if getattr(module, "transposed", False):  # weights are (C, C'/groups, …)
+        rows = scale.view(module.groups, -1).repeat_interleave(len(weight) // module.groups, 0)
+        weight.copy_(weight.double() * rows.view(*weight.shape[:2], *ends))
+    elif weight.dim() == 1:
+        weight.copy_(weight.double() * scale)
+    else:
+        weight.copy_(weight.double() * scale.view(-1, 1, *ends))
     whole = shift if bias is None else shift + scale * bias.double()
     if bias is None:
         module.register_parameter("bias", nn.Parameter(whole.to(weight)))

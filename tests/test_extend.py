@@ -54,7 +54,7 @@ SECTIONS = {  # heading → files of its blocks
     "An architecture": ["stdb/architectures.py", "my_networks.py"],
     "A surrogate": ["stdb/surrogate.py"],
     "An encoder": ["stdb/encoding.py"],
-    "An operator": ["stdb/operators/padding.py", "stdb/operators/table.py"],
+    "An operator": ["stdb/operators/shuffling.py", "stdb/operators/table.py"],
     "A rewriting rule": ["stdb/rewriting.py"],
     "A data source": ["pipeline/data/sources.py"],
     "A stage": ["pipeline/measure_brightness.py", "dvc.yaml"],
@@ -304,32 +304,35 @@ def test_an_encoder_gives_its_train(run, here):
 # -- operators and rules ---------------------------------------------------------------------------
 
 
-def padded() -> nn.Sequential:
-    """Padding below a convolution that learns, and cropping (negative padding) further up."""
-    return small(nn.ZeroPad2d((1, 2, 0, 3)), nn.ZeroPad2d((0, 0, -1, 0)), features=2 * 6 * 7)
+def shuffled() -> nn.Sequential:
+    """Six channels of three groups, between layers of neurons."""
+    return small(
+        nn.Conv2d(2, 6, 3, bias=False, padding=1), nn.ReLU(), nn.ChannelShuffle(3),
+        nn.Conv2d(6, 2, 3, bias=False, padding=1), nn.ReLU(),
+    )  # fmt: skip
 
 
 def test_an_operator_runs_forward_and_backward(run):
     """As torch's own module does, step by step under autograd; refused before."""
-    with pytest.raises(stdb.ConversionError, match="layer 2 is a ZeroPad2d, which has no spiking"):
-        stdb.convert(padded(), stdb.DirectEncoder())
+    with pytest.raises(stdb.ConversionError, match="layer 4 is a ChannelShuffle, which has no"):
+        stdb.convert(shuffled(), stdb.DirectEncoder())
     for block in blocks("An operator"):
         run(block)
     for chunk in (1, 3, 7):
-        same_as_literal(padded(), chunk=chunk)
-    same_as_literal(padded(), stdb.Linear(0.3), kind="linear")  # recomputes the current
+        same_as_literal(shuffled(), chunk=chunk)
+    same_as_literal(shuffled(), stdb.Linear(0.3), kind="linear")  # recomputes the current
 
 
 def test_an_operator_counts_its_synapses_and_is_exported(run):
     """A neuron's synapses: the outputs in which autograd finds its spike, weights all one."""
     for block in blocks("An operator"):
         run(block)
-    ann = padded()
+    ann = shuffled()
     reach = stdb.fan_out(stdb.convert(ann, stdb.DirectEncoder()), (1, 4, 4))
     ones = copy.deepcopy(ann)
     for weight in ones.parameters():
         weight.data.fill_(1)
-    for name, layers in {"input": ones[:1], "0": ones[2:5], "4": ones[6:]}.items():
+    for name, layers in {"input": ones[:1], "0": ones[2:3], "2": ones[4:6]}.items():
         below = torch.zeros(1, *reach[name].shape, dtype=torch.float64, requires_grad=True)
         (expected,) = torch.autograd.grad(layers(below).sum(), below)
         assert torch.equal(reach[name], expected[0]), name

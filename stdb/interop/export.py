@@ -3,6 +3,7 @@
 For ``torch.export``, and so for ``torch.compile``, AOTInductor or ONNX.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..weights import plain_copy
 def export_program(
     snn: SpikingNetwork,
     timesteps: int,
-    image_shape: tuple[int, int, int],
+    image_shape: Sequence[int],
     *,
     spikes: bool = False,
 ) -> ExportedProgram:
@@ -43,7 +44,7 @@ def export_program(
     Args:
         snn: the network; dropout is left out, products are in the type of the weights.
         timesteps: T.
-        image_shape: (C, H, W) of an image.
+        image_shape: (C, H, W) of an image, (C, L) of a signal or (n,) of a vector.
         spikes: the program takes a spike train, whatever the encoder.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..conversion import spiking_graph
 from ..encoding import DirectEncoder, Encoder
-from ..graph import INPUT, Graph, Node
+from ..graph import INPUT, Node
 from ..network import SpikingNetwork
 from ..neuron import SpikingNeuron
 from ..operators.boundary import Input, Neuron
@@ -20,7 +20,6 @@ from ..operators.diagonal import Diagonal
 from ..operators.shaping import Flatten, Sum
 from ..operators.table import kind_of, operator_for
 from ..surrogate import STDB, Surrogate
-from ..units import channels
 
 if TYPE_CHECKING:
     import nir
@@ -141,6 +140,7 @@ class _Reader:
         self.nodes: list[Node] = []
         self.index: dict[str, int] = {}
         self.integrators: set[str] = set()
+        self.widths: dict[int, int] = {}  # channels of a neuron's spikes
         self.rules: dict[type, Callable[[str, Any, int], int]] = {
             nir.Output: self.passed,
             nir.Input: self.passed,
@@ -183,7 +183,7 @@ class _Reader:
             raise ValueError(f"the graph has {len(outputs)} outputs; allowed: one")
         (last,) = outputs
         if self.nodes[last].operator.fires:  # their counts are the logits
-            scale = Diagonal(channels(Graph(self.nodes), self.net, last), bias=False)
+            scale = Diagonal(self.widths[last], bias=False)
             like = next(self.net.parameters())
             last = self.layer("counts", scale.to(like.device, like.dtype), last)
         return last
@@ -277,7 +277,9 @@ class _Reader:
             source = self.layer(f"{name}_scale", module, source)
         neuron = SpikingNeuron(value, leak, self.surrogate).to(dtype=thresholds.dtype)
         neuron.initial_membrane = float(metadata.get("initial_membrane", 0.0))
-        return self.layer(name, neuron, source)
+        place = self.layer(name, neuron, source)
+        self.widths[place] = len(_by_channel(_tensor(node.v_threshold)))
+        return place
 
     def integrator(self, name: str, node: Any, source: int) -> int:
         """I, which is the output layer itself."""

@@ -3,7 +3,7 @@
 NIR: Pedersen et al., Nature Communications 2024.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +29,7 @@ OUTPUT = "logits"
 
 def to_nir(
     snn: SpikingNetwork,
-    image_shape: tuple[int, int, int],
+    image_shape: Sequence[int],
     *,
     integrator: bool = True,
     dt: float = 1e-4,
@@ -39,7 +39,7 @@ def to_nir(
     ==========================  =================================================================
     here                        NIR
     ==========================  =================================================================
-    convolution                 Conv2d, with a bias of zeros where there is none
+    convolution                 Conv2d, Conv1d; with a bias of zeros where it has none
     scale (and shift)           Scale; with a shift a 1×1 Conv2d or an Affine
     linear, flatten             Linear, Affine with a bias; Flatten, whose dimensions count from
                                 the end, so that a reader may have a batch dimension or not
@@ -68,7 +68,7 @@ def to_nir(
 
     Args:
         snn: the network, with any encoder.
-        image_shape: (C, H, W) of an image.
+        image_shape: (C, H, W) of an image, (C, L) of a signal or (n,) of a vector.
         integrator: end with I, whose v is U_t, the logits. False ends with the last weights, for
             readers that have no I: the sum of the output over the time steps is U_T.
         dt: time step in seconds that a reader of LIF neurons takes: snnTorch 1e-4, Norse 1e-3.
@@ -137,9 +137,9 @@ Shape = tuple[int, ...]
 
 def _nir_node(nir: Any, node: Node, module: Any, shape: Shape, dt: float) -> Any:
     """The NIR node of one of ours, None where edges say it all; ``shape`` is that of its input."""
-    for kind, make in NODES.items():
-        if isinstance(node.operator, kind):
-            return make(nir, node.name, module, shape, dt)
+    make = NODES.get(type(node.operator))
+    if make is not None:
+        return make(nir, node.name, module, shape, dt)
     raise ValueError(f"layer {node.name} is a {node.operator.name}, for which NIR has no node")
 
 
@@ -183,8 +183,6 @@ def _average_pool(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> 
 
 
 def _linear(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
-    if len(shape) != 1:
-        raise ValueError(f"layer {name} is given {shape}; allowed in NIR: a flat input")
     bias = bias_of(module)
     if bias is None:
         return nir.Linear(weight=_array(weight_of(module)))
@@ -192,11 +190,17 @@ def _linear(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
 
 
 def _convolution(nir: Any, name: str, module: Any, shape: Shape, dt: float) -> Any:
-    if module.groups != 1 or module.kernel_size[0] != module.kernel_size[1]:
+    if module.groups != 1 or len(set(module.kernel_size)) != 1:
         raise ValueError(  # nir 1.0 infers wrong shapes for both
             f"layer {name} is {module}; allowed in NIR: one group and square kernels"
         )
     bias, none = bias_of(module), np.zeros(module.out_channels, _array(weight_of(module)).dtype)
+    if len(shape) == 2:  # a signal
+        return nir.Conv1d(
+            input_shape=shape[1], weight=_array(weight_of(module)), stride=module.stride[0],
+            padding=module.padding[0], dilation=module.dilation[0], groups=1,
+            bias=none if bias is None else _array(bias),
+        )  # fmt: skip
     return nir.Conv2d(
         input_shape=shape[1:], weight=_array(weight_of(module)), stride=tuple(module.stride),
         padding=tuple(module.padding), dilation=tuple(module.dilation), groups=1,

@@ -95,7 +95,7 @@ def save(
         "modules": modules,
         "tied": tied,
         "units": snn.has_units,
-        "encoder": {"name": encoders[type(snn.encoder)], **vars(snn.encoder)},
+        "encoder": {"name": encoders[type(snn.encoder)], **_given(snn.encoder)},
         "surrogate": {"name": surrogates[type(neuron.surrogate)], **vars(neuron.surrogate)},
         "temporal_gradient": neuron.temporal_gradient,
         "timesteps": timesteps,
@@ -105,6 +105,11 @@ def save(
     if kept := normalisation.settings():
         config["normalisation"] = kept
     save_file(tensors, path, {"config": json.dumps(config)})  # of several keys none orders them
+
+
+def _given(encoder: Any) -> dict[str, Any]:
+    """An encoder's settings, without those that are None."""
+    return {name: value for name, value in vars(encoder).items() if value is not None}
 
 
 def load(

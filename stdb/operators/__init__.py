@@ -1,9 +1,10 @@
 """Operators: what a node of a network's graph does to the values below it.
 
 All but the neurons are linear and the same at every time step. A value has a leading time
-dimension: (T, B, C, H, W) or (T, B, n), kept in channels-last order; T = 1 stands for a value that
-is constant over the chunk. An operator has no state: weights are those of the module at its node,
-and what a presentation has for it comes as a :class:`Site`. One class an operator, a file a family.
+dimension: (T, B, C, H, W), (T, B, C, L) or (T, B, n), kept in channels-last order; T = 1 stands for
+a value that is constant over the chunk. An operator has no state: weights are those of the module
+at its node, and what a presentation has for it comes as a :class:`Site`. One class an operator, a
+file a family.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import PooledGradient
+from ..kernels.layout import channels_last
 from ..spikes import DENSITY_LIMITS, Events, Spikes
 
 Value = Tensor | Spikes | Events
@@ -116,10 +118,8 @@ def few_events(x: Value, purpose: str = "convolution") -> Events | None:
 
 
 def per_image(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply an operator of (N, …) to (T, B, …); images come out channels-last."""
-    y = operator(x.flatten(0, 1))
-    if y.dim() == 4:
-        y = y.contiguous(memory_format=torch.channels_last)
+    """Apply an operator of (N, …) to (T, B, …); they come out channels-last."""
+    y = channels_last(operator(x.flatten(0, 1)))
     whole: Tensor = y.unflatten(0, x.shape[:2])
     return whole
 

@@ -1,13 +1,12 @@
-"""Parts of a value, and zeros around it: slices with steps, crops, padding."""
+"""Parts of a value, and what is put around it: slices with steps, crops, padding."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import Gradient, Operator, Site, Value, dense
+from .fixed import Fixed
 
 
 class Slice(nn.Module):
@@ -36,23 +35,24 @@ class Slice(nn.Module):
 
 
 class Pad(nn.Module):
-    """Zeros around a value, as ``F.pad`` has them.
+    """Zeros around a value, or copies of its own, as ``F.pad`` has them.
 
     Args:
         widths: before and after, of the last dimension first: columns, rows, channels.
+        mode: ``constant``, which is zeros, ``reflect``, ``replicate`` or ``circular``.
     """
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], mode: str = "constant") -> None:
         super().__init__()
-        self.widths = tuple(widths)
+        self.widths, self.mode = tuple(widths), mode
 
     def forward(self, x: Tensor) -> Tensor:
-        """With zeros around."""
-        return F.pad(x, self.widths)
+        """With that around."""
+        return F.pad(x, self.widths, self.mode)
 
     def extra_repr(self) -> str:
-        """Show the widths."""
-        return str(self.widths)
+        """Show the widths and the mode."""
+        return f"{self.widths}, {self.mode}"
 
 
 class Channels(nn.Module):
@@ -75,102 +75,22 @@ class Channels(nn.Module):
         return f"{len(self.order)} channels"
 
 
-class Ordering(Operator):
+class Ordering(Fixed):
     """(T, B, C, …) → channels in another order, or some of them."""
 
     name = "channel order"
     kinds: ClassVar = {Channels: ("order",)}
-    owns = True
-
-    def plain(self, module: Channels, *inputs: Tensor) -> Tensor:
-        """The module itself."""
-        y: Tensor = module(inputs[0])
-        return y
-
-    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
-        """In that order, in memory of its own."""
-        return _laid_out(dense(inputs[0])[:, :, list(site.module.order)])
-
-    def backward_input(
-        self, site: Site, grad: Gradient, position: int, shape: torch.Size
-    ) -> Gradient:
-        """Each channel gets the gradients of its copies."""
-        grad = dense(grad)
-        order = torch.tensor(site.module.order, device=grad.device)
-        whole = grad.new_zeros(*grad.shape[:2], *shape)
-        return _laid_out(whole.index_add_(2, order, grad.contiguous()))
-
-    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
-        """A channel drives what its copies drive."""
-        order = torch.tensor(module.order, device=targets.device)
-        return targets.new_zeros(shape).index_add_(0, order, targets)
 
 
-class Slicing(Operator):
-    """(T, B, C, H, W) → a part of it."""
+class Slicing(Fixed):
+    """(T, B, C, …) → a part of it."""
 
     name = "slice"
     kinds: ClassVar = {Slice: ("parts",)}
-    owns = True
-
-    def plain(self, module: Slice, *inputs: Tensor) -> Tensor:
-        """The module itself."""
-        y: Tensor = module(inputs[0])
-        return y
-
-    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
-        """The part, in memory of its own."""
-        return _laid_out(dense(inputs[0])[(slice(None), slice(None), *site.module.slices())])
-
-    def backward_input(
-        self, site: Site, grad: Gradient, position: int, shape: torch.Size
-    ) -> Gradient:
-        """The gradient in the part's place, zero beside it."""
-        grad = dense(grad)
-        whole = _laid_out(grad.new_zeros(*grad.shape[:2], *shape))
-        whole[(slice(None), slice(None), *site.module.slices())] = grad
-        return whole
-
-    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
-        """What is beside the part drives nothing."""
-        driven = targets.new_zeros(shape)
-        driven[module.slices()] = targets
-        return driven
 
 
-class Padding(Operator):
-    """(T, B, C, H, W) → the same with zeros around."""
+class Padding(Fixed):
+    """(T, B, C, …) → the same with something around."""
 
     name = "padding"
-    kinds: ClassVar = {Pad: ("widths",)}
-    owns = True
-
-    def plain(self, module: Pad, *inputs: Tensor) -> Tensor:
-        """The module itself."""
-        y: Tensor = module(inputs[0])
-        return y
-
-    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
-        """With zeros around."""
-        return _laid_out(F.pad(dense(inputs[0]), site.module.widths))
-
-    def backward_input(
-        self, site: Site, grad: Gradient, position: int, shape: torch.Size
-    ) -> Gradient:
-        """Cut off what was added."""
-        return _laid_out(F.pad(dense(grad), [-w for w in site.module.widths]))
-
-    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
-        """A pixel drives what its copy drives."""
-        return F.pad(targets, [-w for w in module.widths])
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    """Channels last, in memory of its own."""
-    if x.dim() != 5:
-        return x.clone(memory_format=torch.contiguous_format)
-    flat = x.flatten(0, 1)
-    if flat.data_ptr() == x.data_ptr():
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    whole: Tensor = flat.contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
-    return whole
+    kinds: ClassVar = {Pad: ("widths", "mode")}

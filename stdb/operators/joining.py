@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.layout import to_layout
 from . import Gradient, Operator, Site, Value, dense
 
 
@@ -46,7 +47,7 @@ class Concat(Operator):
         values = [dense(value) for value in inputs]
         steps = max(len(value) for value in values)
         whole = [value.expand(steps, *value.shape[1:]) for value in values]
-        return _channels_last(torch.cat(whole, 2))
+        return to_layout(torch.cat(whole, 2))
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
@@ -54,17 +55,9 @@ class Concat(Operator):
         """Each branch gets its channels, in memory of its own."""
         first = sum(site.module.channels[:position])
         part = dense(grad).narrow(2, first, site.module.channels[position])
-        return _channels_last(part.clone(memory_format=torch.contiguous_format))
+        return to_layout(part)
 
     def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """The same connections, of the branch's channels."""
         first = sum(module.channels[:position])
         return targets.narrow(0, first, module.channels[position])
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    if x.dim() != 5:
-        return x
-    flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    whole: Tensor = flat.unflatten(0, x.shape[:2])
-    return whole

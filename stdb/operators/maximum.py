@@ -15,17 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from . import Operator, Value, pair
+from .fixed import by_windows
+
+SETTINGS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
 
 class MaxPool(Operator):
-    """(T, B, C, H, W) → (T, B, C, h, w). It has a state, so the presentation runs it."""
+    """(T, B, C, H, W) → (T, B, C, h, w), or (T, B, C, L) → (T, B, C, l).
+
+    It has a state, so the presentation runs it.
+    """
 
     name = "max pooling"
-    kinds: ClassVar = {nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode")}
+    kinds: ClassVar = {nn.MaxPool2d: SETTINGS, nn.MaxPool1d: SETTINGS}
     owns = True
     accumulates = True
 
-    def plain(self, module: nn.MaxPool2d, *inputs: Tensor) -> Tensor:
+    def plain(self, module: Any, *inputs: Tensor) -> Tensor:
         """The module itself: the ANN's maximum."""
         y: Tensor = module(inputs[0])
         return y
@@ -34,7 +40,7 @@ class MaxPool(Operator):
         """Not without what was summed before."""
         raise NotImplementedError("max-pooling needs the sums of the steps before: accumulate()")
 
-    def accumulate(self, module: nn.MaxPool2d, x: Tensor, total: Tensor) -> Tensor:
+    def accumulate(self, module: Any, x: Tensor, total: Tensor) -> Tensor:
         """P_t over a chunk.
 
         Args:
@@ -49,7 +55,7 @@ class MaxPool(Operator):
         return torch.cat([maxima[:1] - before, maxima[1:] - maxima[:-1]])
 
     def backpropagate(
-        self, module: nn.MaxPool2d, grad: Tensor, x: Tensor, total: Tensor, after: "Carry | None"
+        self, module: Any, grad: Tensor, x: Tensor, total: Tensor, after: "Carry | None"
     ) -> tuple[Tensor, "Carry"]:
         """∂L/∂I_s = Σ_{t≥s} h_t, h_t = ∂L/∂P_t − ∂L/∂P_{t+1} at the place of S_t's maximum.
 
@@ -67,26 +73,16 @@ class MaxPool(Operator):
         following = torch.zeros_like(grad[:1]) if after is None else after[0]
         change = grad - torch.cat([grad[1:], following])
         spread = torch.ops.aten.max_pool2d_with_indices_backward(
-            change.flatten(0, 1), sums.flatten(0, 1), *_settings(module), places.flatten(0, 1)
-        ).unflatten(0, grad.shape[:2])
-        below = spread.flip(0).cumsum(0).flip(0)
+            _images(change), _images(sums), *_settings(module), _images(places)
+        )
+        below = spread.view_as(sums).flip(0).cumsum(0).flip(0)
         if after is not None:
             below += after[1]
         return below, (grad[:1].clone(), below[:1].clone())
 
     def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """A pixel drives what the windows that hold it drive."""
-        driven: Tensor = torch.ops.aten.avg_pool2d_backward(
-            targets[None],
-            targets.new_zeros(1, *shape),
-            pair(module.kernel_size),
-            pair(module.stride),
-            pair(module.padding),
-            module.ceil_mode,
-            True,
-            1,  # the divisor: sum over the windows, undivided
-        )[0]
-        return driven
+        return by_windows(module, targets, shape)
 
 
 Carry = tuple[Tensor, Tensor]  # ∂L/∂P of the step after; ∂L/∂I of the step after, both (1, B, …)
@@ -96,11 +92,27 @@ def _sums(x: Tensor, total: Tensor) -> Tensor:
     return x.cumsum(0).add_(total)
 
 
-def _maximum(module: nn.MaxPool2d, sums: Tensor) -> tuple[Tensor, Tensor]:
-    values, places = torch.ops.aten.max_pool2d_with_indices(sums.flatten(0, 1), *_settings(module))
-    return values.unflatten(0, sums.shape[:2]), places.unflatten(0, sums.shape[:2])
+def _maximum(module: Any, sums: Tensor) -> tuple[Tensor, Tensor]:
+    values, places = torch.ops.aten.max_pool2d_with_indices(_images(sums), *_settings(module))
+    return _steps(values, sums), _steps(places, sums)
 
 
-def _settings(module: nn.MaxPool2d) -> tuple[Any, ...]:
-    size = (pair(module.kernel_size), pair(module.stride), pair(module.padding))
-    return (*size, pair(module.dilation), module.ceil_mode)
+def _images(x: Tensor) -> Tensor:
+    """(N, C, H, W); a signal is an image of one row."""
+    return x.flatten(0, 1) if x.dim() == 5 else x.flatten(0, 1).unsqueeze(-2)
+
+
+def _steps(images: Tensor, like: Tensor) -> Tensor:
+    """(T, B, C, …) of what ``_images`` made of a value like this."""
+    return images.reshape(*like.shape[:3], *images.shape[7 - like.dim() :])
+
+
+def _settings(module: Any) -> tuple[Any, ...]:
+    """Those of torch's operation, of rows and columns."""
+    if not isinstance(module, nn.MaxPool1d):
+        sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+        return (*map(pair, sizes), module.ceil_mode)
+    size, stride, padding, dilation = (
+        pair(n)[0] for n in (module.kernel_size, module.stride, module.padding, module.dilation)
+    )
+    return (1, size), (1, stride), (0, padding), (1, dilation), module.ceil_mode

@@ -1,16 +1,17 @@
 """Average pooling: a spike arrives as 1/k² of one."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import PooledGradient
-from . import Gradient, Operator, Site, Value, dense, few_events, pair, per_image
+from . import Gradient, Site, Value, dense, few_events, pair, per_image
+from .fixed import Averaging
 
 
-class AveragePool(Operator):
+class AveragePool(Averaging):
     """(T, B, C, H, W) → (T, B, C, H/k, W/k)."""
 
     name = "average pooling"
@@ -24,12 +25,6 @@ class AveragePool(Operator):
             "divisor_override",
         )
     }
-    owns = True
-
-    def plain(self, module: nn.AvgPool2d, *inputs: Tensor) -> Tensor:
-        """The module itself."""
-        y: Tensor = module(inputs[0])
-        return y
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """The average: of events where they are few, else dense."""
@@ -61,62 +56,24 @@ class AveragePool(Operator):
         spread: Tensor = grad_x.unflatten(0, grad.shape[:2])
         return spread
 
-    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
-        """A pixel drives what its window drives; one outside all windows drives nothing."""
-        driven: Tensor = torch.ops.aten.avg_pool2d_backward(
-            targets[None],
-            targets.new_zeros(1, *shape),
-            pair(module.kernel_size),
-            pair(module.stride),
-            pair(module.padding),
-            module.ceil_mode,
-            True,
-            1,  # the divisor: sum over the windows, undivided
-        )[0]
-        return driven
 
-
-class AdaptiveAveragePool(Operator):
+class AdaptiveAveragePool(Averaging):
     """(T, B, C, H, W) → (T, B, C, h, w): means of windows that cover the image, and may overlap."""
 
     name = "adaptive average pooling"
-    kinds: ClassVar = {nn.AdaptiveAvgPool2d: ("output_size",)}
-    owns = True
-
-    def plain(self, module: nn.AdaptiveAvgPool2d, *inputs: Tensor) -> Tensor:
-        """The module itself."""
-        y: Tensor = module(inputs[0])
-        return y
-
-    def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
-        """The means."""
-        return per_image(site.module, dense(inputs[0]))
-
-    def backward_input(
-        self, site: Site, grad: Gradient, position: int, shape: torch.Size
-    ) -> Gradient:
-        """Spread each mean's gradient evenly over its window."""
-        grad = dense(grad)
-        images = grad.flatten(0, 1)
-        blank = images.new_empty(1).expand(len(images), *shape)  # only its shape is looked at
-        spread = torch.ops.aten._adaptive_avg_pool2d_backward(images, blank)
-        spread = spread.contiguous(memory_format=torch.channels_last)
-        whole: Tensor = spread.unflatten(0, grad.shape[:2])
-        return whole
-
-    def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
-        """A pixel drives what the windows that hold it drive."""
-        rows, columns = (_windows(shape[k], targets.shape[k]).to(targets) for k in (1, 2))
-        driven: Tensor = rows.T @ targets @ columns
-        return driven
+    kinds: ClassVar = {
+        nn.AdaptiveAvgPool2d: ("output_size",),
+        nn.AdaptiveAvgPool1d: ("output_size",),
+    }
 
 
-def _windows(size: int, count: int) -> Tensor:
-    """(count, size): whether window k of adaptive pooling holds a pixel."""
-    pixel = torch.arange(size)
-    first = torch.tensor([k * size // count for k in range(count)])
-    last = torch.tensor([-(-(k + 1) * size // count) for k in range(count)])
-    return (pixel >= first[:, None]) & (pixel < last[:, None])
+class SignalAveragePool(Averaging):
+    """(T, B, C, L) → (T, B, C, l)."""
+
+    name = "average pooling of a signal"
+    kinds: ClassVar = {
+        nn.AvgPool1d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+    }
 
 
 def side_by_side(module: nn.AvgPool2d) -> bool:

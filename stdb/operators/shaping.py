@@ -62,10 +62,13 @@ class Sum(Operator):
 
 
 class Dropout(Operator):
-    """One mask per sample and layer, drawn once per presentation and kept for all t (§2.2)."""
+    """One mask per sample and layer, drawn once per presentation and kept for all t (§2.2).
+
+    Those of ``Dropout1d`` and ``Dropout2d`` are the same for all pixels of a channel.
+    """
 
     name = "dropout"
-    kinds: ClassVar = {nn.Dropout: ("p",)}
+    kinds: ClassVar = {nn.Dropout: ("p",), nn.Dropout1d: ("p",), nn.Dropout2d: ("p",)}
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """Times the mask."""

@@ -5,13 +5,14 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import Operator
 from .boundary import Input, Neuron
-from .convolution import Convolution
+from .convolution import Convolution, TransposedConvolution
 from .cutting import Ordering, Padding, Slicing
 from .diagonal import Scale
 from .joining import Concat
 from .linear import FullyConnected
 from .maximum import MaxPool
-from .pooling import AdaptiveAveragePool, AveragePool
+from .pooling import AdaptiveAveragePool, AveragePool, SignalAveragePool
+from .resizing import PixelShuffle, PixelUnshuffle, Upsampling
 from .shaping import Dropout, Flatten, Sum
 
 OPERATORS: dict[str, Operator] = {
@@ -32,10 +33,20 @@ OPERATORS: dict[str, Operator] = {
         Slicing(),
         Ordering(),
         Padding(),
+        TransposedConvolution(),
+        SignalAveragePool(),
+        Upsampling(),
+        PixelShuffle(),
+        PixelUnshuffle(),
     )
 }
 
 
+BATCHES: dict[tuple[type[nn.Module], ...], int] = {  # what takes batches of so many dimensions
+    (nn.Conv2d, nn.ConvTranspose2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d): 4,
+    (nn.Conv1d, nn.ConvTranspose1d, nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d): 3,
+    (nn.Linear,): 2,
+}
 COMPUTING = ("forward", "_conv_forward", "__call__")  # methods of which one makes another layer
 
 
@@ -47,6 +58,11 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
             same = all(getattr(own, n, None) is getattr(kind, n, None) for n in COMPUTING)
             return kind if same else own
     return own
+
+
+def dimensions_of(module: nn.Module | None) -> int | None:
+    """How many dimensions a batch has that a module takes; None where it takes several."""
+    return next((n for these, n in BATCHES.items() if isinstance(module, these)), None)
 
 
 def kinds() -> list[type[nn.Module]]:

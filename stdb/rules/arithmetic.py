@@ -10,7 +10,7 @@ from ..graph import Graph, Node
 from ..operators.diagonal import Diagonal
 from ..operators.shaping import Sum
 from ..traced import ConversionError, Rewriting, where
-from ..units import ONE, origins
+from ..units import INPUT, origins
 
 
 def add(rewriting: Rewriting, call: fx.Node) -> Node | int:
@@ -89,9 +89,9 @@ def in_unit_one(rewriting: Rewriting, call: fx.Node, image: fx.Node) -> int:
 
 def unit_one(rewriting: Rewriting, call: fx.Node, source: int, value: Tensor) -> int:
     """The same of a node, with a value of its shape."""
-    if not rewriting.has_units:
-        return source
-    if bool((origins(Graph(rewriting.nodes), rewriting.net, source) == ONE).all()):
+    of = origins(Graph(rewriting.nodes), rewriting.net, source)
+    spikes = rewriting.has_units and bool((of > INPUT).any())
+    if not spikes and not (rewriting.limited and bool((of == INPUT).any())):
         return source
     diagonal = like_weights(rewriting, Diagonal(value.shape[1], bias=False))
     rewriting.nodes.append(rewriting.put(call, diagonal, (source,), "_unit"))

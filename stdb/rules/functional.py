@@ -12,6 +12,7 @@ from ..operators.table import kind_of, operator_for
 from ..traced import ConversionError, Rewriting, where
 from ..tracing import place
 from .layers import fold_norm
+from .products import in_front
 
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -19,7 +20,7 @@ NORM_OF_TORCH = ("input", "weight", "bias", "running_mean", "running_var", *NORM
 
 
 def convolve(rewriting: Rewriting, call: fx.Node) -> Node:
-    """F.conv2d of the network's own parameters: a layer that shares them."""
+    """F.conv2d or F.conv1d of the network's own parameters: a layer that shares them."""
     settings: Any = _settings(call, CONVOLUTION)
     given, bias, _ = (settings.pop(name, None) for name in ("weight", "bias", "input"))
     weight, groups = _parameter(rewriting, call, given), settings.get("groups", 1)
@@ -27,7 +28,8 @@ def convolve(rewriting: Rewriting, call: fx.Node) -> Node:
         sizes = {name: _pair(value) for name, value in settings.items()}
         kernel: Any = tuple(weight.shape[2:])
         channels = weight.shape[1] * groups, weight.shape[0]
-        module = nn.Conv2d(*channels, kernel, bias=bias is not None, **sizes)
+        kind: Any = nn.Conv1d if len(kernel) == 1 else nn.Conv2d
+        module = kind(*channels, kernel, bias=bias is not None, **sizes)
     return _layer(rewriting, call, module, given, bias)
 
 
@@ -89,7 +91,6 @@ def _layer(
     rewriting: Rewriting, call: fx.Node, module: nn.Module, weight: fx.Node, bias: Any
 ) -> Node:
     """The node of a layer whose weights are the network's: that of a module, if they are its."""
-    source = rewriting.source(call)
     module.register_parameter("weight", _as_parameter(_parameter(rewriting, call, weight)))
     if bias is not None:
         module.register_parameter("bias", _as_parameter(_parameter(rewriting, call, bias)))
@@ -97,8 +98,8 @@ def _layer(
     other = rewriting.net.get_submodule(owner)
     operator = operator_for(kind_of(other))
     if operator is not None and str(other) == str(module) and other.weight is module.weight:
-        return Node(owner, operator, (source,), path=owner)
-    return rewriting.put(call, module, (source,))
+        return Node(owner, operator, (in_front(rewriting, call, other),), path=owner)
+    return rewriting.put(call, module, (in_front(rewriting, call, module),))
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:

@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..graph import Node
 from ..operators import pair
 from ..operators.diagonal import Diagonal
 from ..operators.joining import Concatenation
-from ..operators.shaping import Flatten
+from ..operators.shaping import Dropout, Flatten
 from ..operators.table import operator_for
 from ..traced import ConversionError, Rewriting, shape_of, where
 from ..tracing import place
@@ -76,38 +77,62 @@ def fold_norm(
 
 
 def dropout(rewriting: Rewriting, call: fx.Node) -> Node | int:
-    """F.dropout, with the rate that it has in training."""
-    rate = call.kwargs.get("p", call.args[1] if len(call.args) > 1 else 0.5)
-    return rewriting.put(call, nn.Dropout(float(rate)), (rewriting.source(call),))  # type: ignore[arg-type]
+    """F.dropout, with the rate that it has in training; F.dropout1d and F.dropout2d."""
+    rate: Any = call.kwargs.get("p", call.args[1] if len(call.args) > 1 else 0.5)
+    kinds: dict[Any, Any] = {F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d}
+    kind = kinds.get(call.target, nn.Dropout)
+    _check_dropout(call, kind, where(call))
+    return rewriting.put(call, kind(float(rate)), (rewriting.source(call),))
+
+
+def channel_dropout(rewriting: Rewriting, call: fx.Node) -> Node:
+    """nn.Dropout1d and nn.Dropout2d."""
+    name = place(call)
+    module = rewriting.net.get_submodule(name)
+    _check_dropout(call, type(module), f"layer {name}")
+    return Node(name, Dropout(), (rewriting.source(call),), path=name)
+
+
+def _check_dropout(call: fx.Node, kind: type[nn.Module], what: str) -> None:
+    """Refuse one that takes the batch for channels."""
+    value = call.all_input_nodes[0].meta["value"]
+    if issubclass(kind, nn.Dropout1d) and value.dim() != 3:
+        raise ConversionError(
+            f"{what} drops whole vectors of {shape_of(value.shape)}; allowed: nn.Dropout"
+        )
 
 
 def average_pool(rewriting: Rewriting, call: fx.Node) -> Node | int:
-    """F.avg_pool2d."""
+    """F.avg_pool2d, F.avg_pool1d."""
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
     settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
     settings.pop("input", None)
     settings["stride"] = settings.get("stride") or None
-    return rewriting.put(call, nn.AvgPool2d(**settings), (rewriting.source(call),))
+    kind = nn.AvgPool1d if call.meta["value"].dim() == 3 else nn.AvgPool2d
+    return rewriting.put(call, kind(**settings), (rewriting.source(call),))
 
 
 def mean(rewriting: Rewriting, call: fx.Node) -> Node | int:
-    """x.mean((2, 3)): a global average, and flat where the dimensions go."""
+    """x.mean((2, 3)): a global average, and flat where the dimensions go; x.mean(2) of a signal."""
     before, after = call.all_input_nodes[0].meta["value"].shape, call.meta["value"].shape
-    if len(before) != 4 or after[:2] != before[:2] or after[2:].numel() != 1:
+    if len(before) not in (3, 4) or after[:2] != before[:2] or after[2:].numel() != 1:
         raise ConversionError(
             f"{where(call)} makes {shape_of(after)} of {shape_of(before)}; allowed: the mean of "
             "height and width"
         )
-    node = rewriting.put(call, nn.AdaptiveAvgPool2d(1), (rewriting.source(call),))
-    if len(after) == 4:
+    kind = nn.AdaptiveAvgPool1d if len(before) == 3 else nn.AdaptiveAvgPool2d
+    node = rewriting.put(call, kind(1), (rewriting.source(call),))
+    if len(after) == len(before):
         return node
     rewriting.nodes.append(node)
     return Node(f"{node.name}_flat", Flatten(), (len(rewriting.nodes) - 1,))
 
 
 def adaptive_average(rewriting: Rewriting, call: fx.Node) -> Node | int:
-    """F.adaptive_avg_pool2d."""
+    """F.adaptive_avg_pool2d, F.adaptive_avg_pool1d."""
     size: Any = call.kwargs.get("output_size", call.args[1] if len(call.args) > 1 else None)
+    if call.meta["value"].dim() == 3:
+        return rewriting.put(call, nn.AdaptiveAvgPool1d(pair(size)[0]), (rewriting.source(call),))
     return rewriting.put(call, nn.AdaptiveAvgPool2d(pair(size)), (rewriting.source(call),))
 
 

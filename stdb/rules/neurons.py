@@ -91,7 +91,7 @@ def max_pool(rewriting: Rewriting, call: fx.Node) -> Node | int:
     return _pooled(rewriting, call, module, source)
 
 
-def _pooled(rewriting: Rewriting, call: fx.Node, module: nn.MaxPool2d, source: int) -> int:
+def _pooled(rewriting: Rewriting, call: fx.Node, module: nn.Module, source: int) -> int:
     """The node of max-pooled spikes: neurons behind the pooling of a source's currents."""
     node = rewriting.nodes[source]
 
@@ -113,17 +113,18 @@ def _pooled(rewriting: Rewriting, call: fx.Node, module: nn.MaxPool2d, source: i
     return append(rewriting.put(call, neuron, (pool,), "_relu"))
 
 
-def _pooling(rewriting: Rewriting, call: fx.Node) -> nn.MaxPool2d:
-    """The pooling of a module, or of F.max_pool2d."""
+def _pooling(rewriting: Rewriting, call: fx.Node) -> nn.MaxPool1d | nn.MaxPool2d:
+    """The pooling of a module, or of F.max_pool2d or F.max_pool1d."""
+    kind = nn.MaxPool1d if call.meta["value"].dim() == 3 else nn.MaxPool2d
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
     if call.op == "call_module":
         module: Any = rewriting.net.get_submodule(place(call))
-        return nn.MaxPool2d(**{name: getattr(module, name) for name in names})
+        return kind(**{name: getattr(module, name) for name in names})
     settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
     for name in ("input", "return_indices"):
         settings.pop(name, None)
     settings["stride"] = settings.get("stride") or None
-    return nn.MaxPool2d(**settings)
+    return kind(**settings)
 
 
 def _is_relu(rewriting: Rewriting, call: fx.Node) -> bool:

@@ -3,14 +3,17 @@
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from ..graph import Node
-from ..operators.cutting import Channels, Pad, Slice
+from ..graph import Graph, Node
+from ..operators.cutting import Channels, Pad, Padding, Slice
 from ..operators.shaping import Flatten
+from ..operators.table import kind_of
 from ..traced import ConversionError, Rewriting, shape_of, where
-from ..tracing import BATCH
+from ..tracing import BATCH, place
+from ..units import origins
+from .arithmetic import unit_one
 
 
 def rearrange(rewriting: Rewriting, call: fx.Node) -> Node | int:
@@ -82,16 +85,47 @@ def pick(rewriting: Rewriting, call: fx.Node) -> Node | int:
     if not all(isinstance(part, slice) for part in index) or index[0] != slice(None):
         raise ConversionError(f"{where(call)} picks {index}; allowed: slices behind the batch")
     parts = [(part.start, part.stop, part.step) for part in index[1:]]
-    return rewriting.put(call, Slice(parts), (rewriting.source(call),))
+    return rewriting.put(call, Slice(parts), (_channels_known(rewriting, call),))
+
+
+def _channels_known(rewriting: Rewriting, call: fx.Node) -> int:
+    """The source; where it is flat, without units of channels, which it has no more."""
+    source, value = rewriting.source(call), call.all_input_nodes[0].meta["value"]
+    several = len(origins(Graph(rewriting.nodes), rewriting.net, source)) > 1
+    if value.dim() == 2 and (several or rewriting.limited):
+        return unit_one(rewriting, call, source, value)
+    return source
 
 
 def pad(rewriting: Rewriting, call: fx.Node) -> Node | int:
-    """F.pad with zeros."""
+    """F.pad with zeros, or with copies: reflect, replicate, circular."""
     names = ("input", "pad", "mode", "value")
     settings: Any = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-    if settings.get("mode", "constant") != "constant" or settings.get("value"):
-        raise ConversionError(f"{where(call)} pads with other than zeros; allowed: zeros")
+    if settings.get("value"):
+        raise ConversionError(
+            f"{where(call)} pads with {settings['value']}; allowed: zeros, or copies (reflect, "
+            "replicate, circular)"
+        )
     widths = settings["pad"]
     if len(widths) > 2 * (call.meta["value"].dim() - 1):
         raise ConversionError(f"{where(call)} pads the batch; allowed: channels, rows, columns")
-    return rewriting.put(call, Pad(widths), (rewriting.source(call),))
+    made = Pad(widths, settings.get("mode", "constant"))
+    return rewriting.put(call, made, (_channels_known(rewriting, call),))
+
+
+PADS: dict[type[nn.Module], str] = {
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d), "constant"),
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d), "reflect"),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d), "replicate"),
+    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d), "circular"),
+}
+
+
+def pad_layer(rewriting: Rewriting, call: fx.Node) -> Node:
+    """nn.ZeroPad2d and its kind."""
+    name = place(call)
+    module: Any = rewriting.net.get_submodule(name)
+    if getattr(module, "value", 0):
+        raise ConversionError(f"layer {name} pads with {module.value}; allowed: 0")
+    rewriting.net.set_submodule(name, Pad(module.padding, PADS[kind_of(module)]))
+    return Node(name, Padding(), (rewriting.source(call),), path=name)

@@ -81,7 +81,7 @@ class LiteralNeuron(nn.Module):
 class LiteralMaxPool(nn.Module):
     """What the maximum of the sums of all steps so far has become more."""
 
-    def __init__(self, pool: nn.MaxPool2d):
+    def __init__(self, pool: nn.Module):
         """Start with sums of 0."""
         super().__init__()
         self.pool = pool
@@ -135,9 +135,9 @@ class Literal:
         for name in relus(ann):
             self.net.set_submodule(name, LiteralNeuron(thresholds[name], leak, **options))
         for name, module in ann.named_modules():
-            if isinstance(module, nn.MaxPool2d):
+            if isinstance(module, nn.MaxPool1d | nn.MaxPool2d):
                 self.net.set_submodule(name, LiteralMaxPool(module))
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d):
                 mask = (masks or {}).get(name)
                 self.net.set_submodule(name, nn.Identity() if mask is None else Mask(mask))
         self.with_state = [m for m in self.net.modules() if hasattr(m, "cut")]

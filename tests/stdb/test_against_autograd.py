@@ -53,12 +53,15 @@ def draw_masks(net, images, seed):
 
     def draw(name, module):
         def hook(_, inputs):
-            keep = torch.rand(inputs[0].shape, generator=generator) >= module.p
-            masks[name] = keep.double() / (1 - module.p)
+            shape = inputs[0].shape
+            drawn = shape if type(module) is nn.Dropout else (*shape[:2], *[1] * len(shape[2:]))
+            keep = torch.rand(drawn, generator=generator) >= module.p
+            masks[name] = (keep.double() / (1 - module.p)).expand(shape)
 
         return module.register_forward_pre_hook(hook)
 
-    hooks = [draw(n, m) for n, m in net.named_modules() if isinstance(m, nn.Dropout)]
+    kinds = nn.Dropout | nn.Dropout1d | nn.Dropout2d
+    hooks = [draw(n, m) for n, m in net.named_modules() if isinstance(m, kinds)]
     net(images)
     for hook in hooks:
         hook.remove()
@@ -95,7 +98,7 @@ def compare(  # noqa: PLR0913 (what hypothesis draws)
     snn = stdb.convert(
         net, stdb.DirectEncoder() if direct else stdb.SpikeTrain(train), surrogate, leak,
         temporal_gradient=temporal_gradient, chunk=chunk,
-        learn_thresholds="V" in learn, learn_leaks="λ" in learn,
+        learn_thresholds="V" in learn, learn_leaks="λ" in learn, example=images.detach(),
     )  # fmt: skip
     with torch.no_grad():
         for place, value in thresholds.items():
@@ -122,7 +125,7 @@ def compare(  # noqa: PLR0913 (what hypothesis draws)
         assert torch.equal(statistics.train(label), literal.spikes(place)), f"spikes of {place}"
     expected = dict(literal.net.named_parameters())
     for name, parameter in snn.net.named_parameters():
-        if parameter.requires_grad and not name.endswith("_unit.weight"):  # of a shortcut's spikes
+        if parameter.requires_grad and name in expected:  # units in front of a sum are new
             close(parameter.grad, expected[name].grad, f"gradient of {name}")
     return next(p for n, p in literal.net.named_parameters() if n.endswith("weight")).grad
 
@@ -188,6 +191,145 @@ def test_random_networks(data):
         temporal_gradient=data.draw(st.booleans()),
         learn=data.draw(st.sampled_from(LEARN)),
         initial=data.draw(st.sampled_from([0.0, 0.5, 0.875])),
+    )
+    assume(float(gradient.abs().max()) > 0)
+
+
+class Branching(nn.Module):
+    """Each operation takes the value before it, a sum or a concatenation an earlier one as well.
+
+    Args:
+        operations: (module, or ``sum`` or ``cat``; the earlier value's number).
+        output: the last layer.
+    """
+
+    def __init__(self, operations, output):
+        """Keep the modules where torch finds them."""
+        super().__init__()
+        self.layers = nn.ModuleList(o if isinstance(o, nn.Module) else None for o, _ in operations)
+        self.steps, self.output = [(o, j) for o, j in operations], output
+
+    def forward(self, x):
+        """Images or signals to logits."""
+        values = [x]
+        for layer, (kind, other) in zip(self.layers, self.steps, strict=True):
+            if kind == "sum":
+                values.append(values[-1] + values[other])
+            elif kind == "cat":
+                values.append(torch.cat([values[other], values[-1]], 1))
+            else:
+                values.append(layer(values[-1]))
+        return self.output(torch.flatten(values[-1], 1))
+
+
+def convolutions(draw, shape, signal):
+    """A convolution of any kind, or a transposed one."""
+    channels, tiny = shape[1], min(shape[2:]) < 3
+    bias, stride = draw(st.booleans()), draw(st.integers(1, 2))
+    planes = draw(st.sampled_from([2, 4]))
+    groups = 2 if channels % 2 == 0 and draw(st.booleans()) else 1
+    if draw(st.booleans()):
+        kind = nn.ConvTranspose1d if signal else nn.ConvTranspose2d
+        padding, extra = draw(st.integers(0, 1)), draw(st.integers(0, stride - 1))
+        return kind(channels, planes, 3, stride, padding, extra, groups, bias)
+    kind = nn.Conv1d if signal else nn.Conv2d
+    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+    if draw(st.booleans()):
+        options = {"padding": "same", "dilation": draw(st.integers(1, 2))}
+        size = draw(st.integers(1, 3))
+        mode = "zeros" if mode == "reflect" else mode
+    else:
+        options, size = {"padding": 1, "stride": stride}, 3
+    options |= {"groups": groups, "bias": bias, "padding_mode": "zeros" if tiny else mode}
+    return kind(channels, planes, size, **options)
+
+
+def linear_maps(draw, shape, signal):
+    """What has no weights and takes a value of this shape."""
+    size, up = min(shape[2:]), nn.Upsample(scale_factor=2)
+    mode = "linear" if signal else "bilinear"
+    found = [nn.Dropout(0.25), (nn.Dropout1d if signal else nn.Dropout2d)(0.25)]
+    found += [(nn.ReplicationPad1d if signal else nn.ReplicationPad2d)(1), nn.Identity()]
+    found += [(nn.AdaptiveAvgPool1d if signal else nn.AdaptiveAvgPool2d)(3)]
+    if size >= 3:
+        found += [(nn.AvgPool1d if signal else nn.AvgPool2d)(2, draw(st.integers(1, 2)))]
+    if max(shape[2:]) <= 5:
+        found += [up, nn.Upsample(scale_factor=1.5, mode=mode)]
+    if not signal and shape[1] % 4 == 0:
+        found += [nn.PixelShuffle(2)]
+    if not signal and shape[2] % 2 == shape[3] % 2 == 0 and shape[1] <= 4:
+        found += [nn.PixelUnshuffle(2)]
+    return draw(st.sampled_from(found))
+
+
+@st.composite
+def branching(draw):
+    """A network of branches, sums, concatenations, pools and the rest, of images or signals."""
+    signal = draw(st.booleans())
+    x = torch.zeros(
+        2, draw(st.integers(1, 3)), *([7] if signal else draw(st.sampled_from([(4, 6), (5, 4)])))
+    )
+    first = x.shape[1:]
+    operations, values, positive, hidden = [], [x], [False], set()
+
+    def put(operation, other=0, is_positive=False):
+        layer = operation if isinstance(operation, nn.Module) else None
+        before, beside = values[-1], values[other]
+        after = {"sum": lambda: before, "cat": lambda: torch.cat([beside, before], 1)}
+        values.append(layer(before) if layer is not None else after[operation]())
+        operations.append((operation, other))
+        positive.append(is_positive)
+
+    for step in range(draw(st.integers(2, 6))):
+        shape = values[-1].shape
+        known = [j for j in range(1, len(values) - 1) if j not in hidden]
+        alike = [j for j in known if values[j].shape == shape]
+        beside = [j for j in known if values[j].shape[2:] == shape[2:] and shape[1] <= 4]
+        choice = draw(st.sampled_from(["conv", "conv", "map", "map", "sum", "cat"]))
+        if choice == "sum" and alike:
+            j = draw(st.sampled_from(alike))
+            put("sum", j, positive[-1] and positive[j])
+        elif choice == "cat" and beside:
+            j = draw(st.sampled_from(beside))
+            put("cat", j, positive[-1] and positive[j])
+        elif choice == "map" and step > 0:
+            put(linear_maps(draw, shape, signal), is_positive=positive[-1])
+        elif choice == "conv" or step == 0:
+            put(convolutions(draw, shape, signal))
+            # not of spikes: two sums of them may be alike, and either the maximum
+            wide = min(values[-1].shape[2:]) >= 3
+            if wide and not any(positive) and draw(st.booleans()):
+                hidden.add(len(values) - 1)
+                put((nn.MaxPool1d if signal else nn.MaxPool2d)(2, draw(st.integers(1, 2))))
+                hidden.add(len(values) - 1)
+                put(nn.ReLU(), is_positive=True)
+        if not positive[-1] and draw(st.booleans()):
+            put(nn.ReLU(), is_positive=True)
+    if not positive[-1]:
+        put(nn.ReLU(), is_positive=True)
+    features = values[-1][0].numel()
+    return Branching(operations, linear(features, 3, draw(st.booleans()))), first
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_random_graphs(data):
+    """Branches, sums, concatenations, and every operator between them; biases and U_0."""
+    net, shape = data.draw(branching())
+    timesteps, seed = data.draw(st.integers(2, 6)), data.draw(st.integers(0, 2**20))
+    train = random_train((timesteps, data.draw(st.integers(1, 2)), *shape), seed)
+    noise = torch.rand(train.shape, generator=torch.Generator().manual_seed(seed)).double()
+    gradient = compare(
+        prepare(net, seed),
+        train + noise / 64,  # no two sums alike, of which a maximum may be either
+        seed=seed,
+        direct=data.draw(st.booleans()),
+        chunk=data.draw(st.none() | st.integers(1, timesteps)),
+        windows=data.draw(windows_of(timesteps)),
+        leak=data.draw(st.sampled_from([1.0, 0.9])),
+        kind=data.draw(st.sampled_from(sorted(stdb.SURROGATES))),
+        learn=data.draw(st.sampled_from(LEARN)),
+        initial=data.draw(st.sampled_from([0.0, 0.5])),
     )
     assume(float(gradient.abs().max()) > 0)
 

@@ -68,15 +68,8 @@ LAYERS = [  # (network, what the message names, the remedy)
     (layers(extra=nn.LayerNorm(4)), "layer extra is a LayerNorm", "fold it into the weights"),
     (layers(relu=nn.LeakyReLU()), "layer relu is a LeakyReLU", "nn.ReLU"),
     (layers(relu=nn.Sigmoid()), "layer relu is a Sigmoid", "nn.ReLU"),
-    (layers(extra=nn.Dropout2d()), "layer extra is a Dropout2d", "nn.Dropout"),
-    (layers(extra=nn.LSTM(4, 4)), "layer extra is a LSTM", "allowed: Conv2d, Linear"),
-    (layers(extra=nn.ConvTranspose2d(2, 2, 3)), "layer extra is a ConvTranspose2d", "allowed: "),
-    (layers(first=conv(padding_mode="reflect")), "layer first pads with 'reflect'", "'zeros'"),
-    (
-        layers(first=nn.Conv2d(1, 2, 3, padding="same", bias=False)),
-        "layer first has padding='same'",
-        "number of pixels",
-    ),
+    (layers(extra=nn.AlphaDropout()), "layer extra is a AlphaDropout", "allowed: Conv2d"),
+    (layers(extra=nn.LSTM(4, 4)), "layer extra is a LSTM", "allowed: Conv2d, Conv1d, Linear"),
     (layers(flat=nn.Flatten(2)), "layer flat flattens only some", r"nn.Flatten\(\)"),
     (layers(relu=None), "the network has no nn.ReLU", "nn.ReLU"),
     (

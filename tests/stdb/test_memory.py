@@ -136,3 +136,18 @@ def test_after_the_backward_pass_nothing_is_left():
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_upsampled_values_count():
+    """They are four times as many, and there for a chunk."""
+
+    def needed(*middle):
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU(), *middle,
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 3),
+            torch.nn.ReLU(), torch.nn.Linear(3, 2),
+        )  # fmt: skip
+        return stdb.training_memory(stdb.convert(net, stdb.DirectEncoder()), (1, 32, 32), 8, 16)
+
+    grown = needed(torch.nn.Upsample(scale_factor=2)) - needed()
+    assert grown > 8 * 16 * 2 * 4 * (8 * 32 * 32) * 3

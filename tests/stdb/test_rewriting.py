@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 import stdb
 
 IMAGES = torch.rand(3, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+SIGNALS = IMAGES[..., 0].repeat(1, 1, 2)[..., :21]
 
 
 @torch.no_grad()
@@ -55,6 +56,34 @@ class Custom(nn.Module):
         self.norm, self.norm2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
         self.relu, self.pool, self.drop = nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.3)
         self.relu6, self.grouped = nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=4, padding=1)
+        self.lines, self.up = nn.Linear(12, 12), nn.ConvTranspose2d(8, 6, 3, 2, 1, bias=False)
+        self.up2 = nn.ConvTranspose2d(8, 8, (2, 3), (2, 1), (0, 1), (1, 0), groups=4)
+        self.up2.dilation = (2, 2)
+        self.even = nn.Conv2d(8, 8, (4, 3), padding="same", dilation=(1, 2))
+        self.reflecting = nn.Conv2d(8, 8, 3, padding=(1, 2), padding_mode="reflect")
+        self.circular = nn.Conv2d(8, 8, 3, padding="same", padding_mode="circular", bias=False)
+        self.nearest, self.bilinear = nn.Upsample(scale_factor=2), nn.UpsamplingBilinear2d((17, 7))
+        self.norm6, self.channels = nn.BatchNorm2d(6), nn.Dropout2d(0.4)
+        self.replicated, self.zeros = nn.ReplicationPad2d((1, 0, 2, 1)), nn.ZeroPad2d((0, -1, 3, 0))
+        self.shuffled, self.unshuffled = nn.PixelShuffle(2), nn.PixelUnshuffle(3)
+        self.middle, self.output = middle, nn.LazyLinear(5)
+
+    def forward(self, x):
+        return self.output(torch.flatten(self.middle(self, self.first(x)), 1))
+
+
+class CustomSignals(nn.Module):
+    """The same of signals."""
+
+    def __init__(self, middle):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(8, 8, 4, 2, dilation=2)
+        self.same = nn.Conv1d(8, 6, 4, padding="same", groups=2, bias=False)
+        self.up = nn.ConvTranspose1d(8, 6, 3, 2, 1, 1, groups=2)
+        self.norm, self.norm6 = nn.BatchNorm1d(8), nn.BatchNorm1d(6)
+        self.relu, self.pool, self.average = nn.ReLU(), nn.MaxPool1d(3, 2, 1), nn.AvgPool1d(3, 2)
+        self.adaptive, self.drop = nn.AdaptiveAvgPool1d(4), nn.Dropout1d(0.3)
         self.middle, self.output = middle, nn.LazyLinear(5)
 
     def forward(self, x):
@@ -80,12 +109,20 @@ def followed_by_export_alone(m, x):
     pair = Pair(F.relu_(m.norm(x)), m.pool(m.relu(m.norm2(m.second(m.relu6(x))))))
     a, b = F.adaptive_avg_pool2d(pair.one, 6).chunk(2, 1)
     y = torch.cat([b[:, :, ::2, 1::2], a[:, 1:, :3, 3:], pair.other[:, 2:5, ::2, ::2]], 1)
-    return F.pad(y.clamp(min=0) * 2 - 1, (0, 1)).transpose(2, 3).transpose(2, 3)
+    y = F.pad(y.clamp(min=0) * 2 - 1, (0, 1)).transpose(2, 3).transpose(2, 3)
+    y = F.interpolate(F.interpolate(y, scale_factor=2.0), size=(5, 7), mode="bilinear")
+    return F.pixel_shuffle(y[:, :4], 2)
 
 
 FORMS = {
     "functional convolution": lambda m, x: F.relu(
         F.conv2d(F.relu(x), m.second.weight, m.second.bias, 1, 1)
+    ),
+    "convolution of a module and of a function": lambda m, x: F.relu(
+        F.conv2d(F.relu(m.second(x)), m.second.weight, padding=1)
+    ),
+    "functional convolution with same padding": lambda m, x: F.relu(
+        F.conv2d(F.relu(x), m.grouped.weight, m.grouped.bias, padding="same", groups=4)
     ),
     "functional norm": lambda m, x: F.relu(
         F.batch_norm(
@@ -155,34 +192,91 @@ FORMS = {
     "channel shuffle": lambda m, x: shuffle(m.relu(x), 2),
     "grouped": lambda m, x: m.relu(m.grouped(shuffle(m.relu(x), 4))),
     "constants": lambda m, x: m.relu(1 - (m.relu(x) * 2 + 0.25) / 4),
+    "transposed": lambda m, x: m.relu(m.norm6(m.up(m.relu(x)))),
+    "transposed in groups": lambda m, x: m.relu(m.norm(m.up2(m.relu(x)))),
+    "transposed concat": lambda m, x: m.up(
+        torch.cat([m.relu(x)[:, :5], m.relu(m.second(x))], 1)[:, 2:10]
+    ),
+    "same padding": lambda m, x: m.relu(m.norm(m.even(m.relu(x)))),
+    "reflected": lambda m, x: m.relu(m.norm(m.reflecting(m.relu(x)))),
+    "circular twice": lambda m, x: m.relu(m.circular(m.relu(m.circular(m.relu(x))))),
+    "padding layers": lambda m, x: m.zeros(m.replicated(m.relu(x))),
+    "reflection": lambda m, x: F.pad(m.relu(x), (1, 2, 0, 1), "reflect"),
+    "nearest": lambda m, x: m.relu(m.second(m.nearest(m.relu(x)))),
+    "bilinear": lambda m, x: m.relu(m.second(m.bilinear(m.relu(x)))),
+    "interpolated": lambda m, x: F.interpolate(m.relu(x), x.shape[2] + 5, mode="bilinear"),
+    "interpolated like": lambda m, x: (lambda y: y + F.interpolate(m.pool(y), size=y.shape[2:]))(
+        m.relu(x)
+    ),
+    "smaller": lambda m, x: F.interpolate(m.relu(x), scale_factor=0.4, mode="nearest-exact"),
+    "area": lambda m, x: F.interpolate(m.relu(x), size=(5, 7), mode="area"),
+    "pixel shuffle": lambda m, x: m.shuffled(m.relu(x)),
+    "pixel shuffle of a concat": lambda m, x: F.pixel_shuffle(
+        torch.cat([m.relu(x), m.relu(m.second(x))], 1)[:, 2:14], 2
+    ),
+    "pixel unshuffle": lambda m, x: m.unshuffled(torch.cat([m.relu(x), m.relu(m.second(x))], 1)),
+    "unshuffled": lambda m, x: F.pixel_unshuffle(m.relu(x), 2),
+    "channel dropout": lambda m, x: F.dropout2d(m.channels(m.relu(x)), 0.2, m.training),
+    "zeros for channels": lambda m, x: m.relu(m.norm(F.pad(m.relu(x[:, 2:6]), (0, 0, 0, 0, 1, 3)))),
+    "slice of a flat concat": lambda m, x: torch.cat(
+        [m.relu(x).flatten(1), m.relu(m.second(x)).flatten(1)], 1
+    )[:, 1000:1500],
 }
+OF_SIGNALS = {
+    "convolutions": lambda m, x: m.relu(m.norm(m.second(m.relu(m.norm(x))))),
+    "same padding": lambda m, x: m.relu(m.norm6(m.same(m.relu(x)))),
+    "transposed": lambda m, x: m.relu(m.norm6(m.up(m.relu(x)))),
+    "max pooling": lambda m, x: m.pool(m.relu(x)),
+    "functional max pooling": lambda m, x: F.max_pool1d(m.relu(x), 2, ceil_mode=True),
+    "average": lambda m, x: m.average(m.relu(x)),
+    "functional average": lambda m, x: F.avg_pool1d(m.relu(x), 4, 3, 2, count_include_pad=False),
+    "adaptive": lambda m, x: m.adaptive(m.relu(x)),
+    "functional adaptive": lambda m, x: F.adaptive_avg_pool1d(m.relu(x), 5),
+    "mean": lambda m, x: m.relu(x).mean(-1),
+    "mean, kept": lambda m, x: m.relu(x).mean(2, keepdim=True),
+    "channel dropout": lambda m, x: m.drop(m.relu(x)),
+    "concat": lambda m, x: m.up(torch.cat([m.relu(x)[:, 3:], F.relu(m.norm(x))[:, :3]], 1)),
+    "norm": lambda m, x: m.relu(m.norm(m.relu(x) + x)),
+    "linear": lambda m, x: F.interpolate(m.relu(x), scale_factor=2, mode="linear"),
+    "padding": lambda m, x: F.pad(m.relu(x), (2, 3), "replicate"),
+    "crop": lambda m, x: m.relu(x)[:, ::2, 3:],
+    "layer called twice": lambda m, x: m.relu(m.second(m.relu(m.second(m.relu(5 * x))))),
+}
+CASES = [
+    *((Custom, form, IMAGES) for form in FORMS.items()),
+    *((CustomSignals, form, SIGNALS) for form in OF_SIGNALS.items()),
+]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.replace(" ", "-"))
-def test_what_an_operation_becomes_computes_the_same(form, tmp_path):
+@pytest.mark.parametrize(
+    ("custom", "form", "images"),
+    CASES,
+    ids=[f"{'signals-' * (c is CustomSignals)}{f[0].replace(' ', '-')}" for c, f, _ in CASES],
+)
+def test_what_an_operation_becomes_computes_the_same(custom, form, images, tmp_path):
     """As an ANN to rounding; as an SNN in the limit; and again from its file."""
-    net = Custom(FORMS[form])
-    net(IMAGES.float())
+    net = custom(form[1])
+    net(images.float())
     trained(net)
     with torch.no_grad():
-        expected = net(IMAGES)
-    snn = stdb.convert(net, stdb.DirectEncoder(), example=IMAGES)
-    assert off(as_ann(snn, IMAGES), expected) < 1e-12
+        expected = net(images)
+    snn = stdb.convert(net, stdb.DirectEncoder(), example=images)
+    assert off(as_ann(snn, images), expected) < 1e-12
     for neuron in snn.neurons.values():
         neuron.initial_membrane = 0.5
-    stdb.balance_thresholds(snn, IMAGES, 32)
+    stdb.balance_thresholds(snn, images, 32)
     errors = []
     for steps in (16, 400):
         with torch.no_grad():
-            errors.append(off(snn(IMAGES, steps) / steps, expected))
+            errors.append(off(snn(images, steps) / steps, expected))
     assert errors[1] < 0.03
     assert errors[1] < errors[0] / 3 or errors[1] < 2e-3
     with torch.no_grad():
-        assert torch.equal(net(IMAGES), expected)
+        assert torch.equal(net(images), expected)
     stdb.save(snn, tmp_path / "snn", timesteps=16, classes=list("abcde"))
     again, _ = stdb.load(tmp_path / "snn")
     with torch.no_grad():
-        assert torch.equal(again(IMAGES, 5), snn(IMAGES, 5))
+        assert torch.equal(again(images, 5), snn(images, 5))
 
 
 def test_scaled_thresholds_scale_the_weights_above():
@@ -229,7 +323,26 @@ REFUSED = {
     "softmax inside": (lambda m, x: F.softmax(m.relu(x), 1), "is a softmax inside; leave it out"),
     "product": (lambda m, x: m.relu(x) * m.relu(m.second(x)), "multiplies values with each other"),
     "leaky": (lambda m, x: F.leaky_relu(x), "calls leaky_relu, which has no spiking form"),
-    "reflection": (lambda m, x: F.pad(m.relu(x), (1, 1, 1, 1), "reflect"), "pads with other"),
+    "padding with ones": (
+        lambda m, x: F.pad(m.relu(x), (1, 1, 1, 1), value=1.0),
+        r"pads with 1.0; allowed: zeros, or copies \(reflect",
+    ),
+    "cubic": (
+        lambda m, x: F.interpolate(m.relu(x), scale_factor=2, mode="bicubic"),
+        "interpolates with mode='bicubic'; allowed: nearest, .*bilinear",
+    ),
+    "antialias": (
+        lambda m, x: F.interpolate(m.relu(x), size=4, mode="bilinear", antialias=True),
+        "has antialias=True; allowed: without it",
+    ),
+    "product of rows": (
+        lambda m, x: m.lines(m.relu(x)),
+        r"layer lines is a Linear that is given \(B, 8, 12, 12\); allowed: a flat value",
+    ),
+    "size of the output": (
+        lambda m, x: m.up(m.relu(x), (24, 24)),
+        "layer up is called with more than a value; allowed: output_padding in the place",
+    ),
     "transposition": (
         lambda m, x: m.relu(m.second(m.relu(x).transpose(2, 3))),
         "transpose .*makes",
@@ -306,3 +419,16 @@ def test_a_head_with_a_bias_brings_no_units():
     kept = snn.net[3].weight.clone()
     snn.scale_thresholds(0.5)
     assert torch.equal(snn.net[3].weight, kept)
+
+
+def test_a_convolution_with_a_bias_may_be_the_output():
+    """Its bias counts once for every step, also where dense products have it inside."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).double()
+    nn.init.constant_(net[2].bias, 2.0)
+    snn = stdb.convert(net, stdb.DirectEncoder(), example=IMAGES)
+    stdb.balance_thresholds(snn, IMAGES, 32)
+    with torch.no_grad():
+        assert off(snn(IMAGES, 400) / 400, net(IMAGES)) < 0.03

@@ -148,6 +148,56 @@ def test_fan_out(case):
         assert torch.equal(found[name], count), name
 
 
+MAPS = {  # between a layer of neurons with 4 channels and a convolution
+    "max pooling": (nn.MaxPool2d(3, 2, 1, dilation=1), nn.Conv2d, (5, 6)),
+    "dilated max pooling": (nn.MaxPool2d(2, 1, dilation=2), nn.Conv2d, (5, 6)),
+    "adaptive average": (nn.AdaptiveAvgPool2d((3, 4)), nn.Conv2d, (5, 6)),
+    "nearest": (nn.Upsample(scale_factor=2), nn.Conv2d, (3, 4)),
+    "bilinear": (nn.Upsample(size=(7, 5), mode="bilinear"), nn.Conv2d, (3, 4)),
+    "bilinear to corners": (nn.UpsamplingBilinear2d((5, 7)), nn.Conv2d, (3, 4)),
+    "pixel shuffle": (nn.PixelShuffle(2), nn.Conv2d, (3, 4)),
+    "pixel unshuffle": (nn.PixelUnshuffle(2), nn.Conv2d, (4, 6)),
+    "reflection": (nn.ReflectionPad2d((1, 2, 0, 1)), nn.Conv2d, (3, 4)),
+    "zeros": (nn.ZeroPad2d((1, -1, 0, 1)), nn.Conv2d, (3, 4)),
+    "average of a signal": (nn.AvgPool1d(3, 2, 1, True, False), nn.Conv1d, (8,)),
+    "max of a signal": (nn.MaxPool1d(3, 2), nn.Conv1d, (8,)),
+    "linear": (nn.Upsample(scale_factor=1.5, mode="linear"), nn.Conv1d, (6,)),
+    "channel dropout": (nn.Dropout1d(0.3), nn.Conv1d, (6,)),
+    "transposed": (None, nn.ConvTranspose2d, (3, 4)),
+    "transposed signal": (None, nn.ConvTranspose1d, (5,)),
+    "signal": (None, nn.Conv1d, (7,)),
+}
+
+
+@pytest.mark.parametrize("case", MAPS)
+def test_fan_out_by_one_spike_at_a_time(case):
+    """Each neuron spikes alone: the values that it reaches, and the synapses that those drive."""
+    middle, kind, pixels = MAPS[case]
+    torch.manual_seed(0)
+    one = nn.Conv1d if len(pixels) == 1 else nn.Conv2d
+    first, middle = one(2, 4, 1), (middle or nn.Identity()).eval()
+    channels = middle(torch.zeros(1, 4, *pixels)).shape[1]
+    groups = 2 if channels % 2 == 0 else 1
+    last = kind(channels, 2 * groups, 3, 2, 1, groups=groups).double()
+    layers = [first, middle, nn.ReLU(), last] if "max" in case else [first, nn.ReLU(), middle, last]
+    snn = convert(nn.Sequential(*layers).double())
+    spikes = torch.eye(4 * torch.Size(pixels).numel()).view(-1, 4, *pixels).double()
+    reached = middle(spikes) > 1e-9  # whatever pools: maxima of zeros and ones, too
+    single = torch.eye(reached[0].numel()).view(-1, *reached.shape[1:]).double()
+    synapses = (last(single) != last(0 * single[:1])).flatten(1).sum(1).double()
+    expected = (reached.flatten(1).double() @ synapses).view(4, *pixels)
+    if "max" in case:  # the currents that it pools are those of the layer below
+        found = stdb.fan_out(snn, (2, *pixels))["0"]
+        synapses = synapses.view(reached.shape[1:])
+        assert torch.equal(found, synapses)
+        driven = snn.graph.nodes[2].operator.fan_out(
+            middle, torch.ones(reached.shape[1:]).double(), 0, torch.Size((4, *pixels))
+        )
+        assert torch.equal(driven, reached.flatten(1).sum(1).double().view(4, *pixels))
+        return
+    assert torch.equal(stdb.fan_out(snn, (2, *pixels))["0"], expected)
+
+
 def test_fan_out_by_hand():
     """A corner of a 3×3 convolution reaches 4 places, an edge 6, the middle 9: × 5 channels."""
     found = stdb.fan_out(convert(nn.Sequential(conv(1, 1), nn.ReLU(), conv(1, 5))), (1, 3, 3))

@@ -204,7 +204,9 @@ class Twice(nn.Module):
         (nn.Sequential(conv(size=(3, 1), padding=0), nn.ReLU(), conv()), "layer 0 is Conv2d"),
         (nn.Sequential(conv(), nn.ReLU(), nn.AvgPool2d(2, padding=1), conv()), "layer 2 is AvgP"),
         (nn.Sequential(conv(), nn.ReLU(), nn.AvgPool2d(3, 3, 0, True), conv()), "layer 2 is AvgP"),
-        (nn.Sequential(conv(), nn.ReLU(), nn.Linear(8, 3, bias=False)), "layer 2 is given"),
+        (nn.Sequential(conv(), nn.ReLU(), nn.ConvTranspose2d(2, 2, 3)), "layer 2 is a transposed"),
+        (nn.Sequential(conv(), nn.ReLU(), nn.Upsample(16), conv()), "layer 2 is a upsampling"),
+        (nn.Sequential(conv(), nn.ReLU(), nn.PixelUnshuffle(2), nn.Conv2d(8, 2, 1)), "pixel unsh"),
         (Twice(), "output adds a value to itself"),
     ],
 )
