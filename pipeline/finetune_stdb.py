@@ -9,10 +9,12 @@ Out: models/snn.safetensors, metrics/finetune_stdb.json, plots/finetune_stdb.csv
 plots/finetuned_*.csv: spikes and diagnosis by layer, accuracy by step, confusion, leaving early.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import stdb
 from pipeline.data import Samples, load_split, subset
@@ -40,6 +42,8 @@ def main(stage: Stage) -> None:
     state = run_job(stage, train_loop)
     test = Evaluation(**state["test"])
     snn.net.load_state_dict(state["best_network"])
+    for name, neuron in snn.neurons.items():
+        neuron.unit = state["units"][name]
     with writing(SNN) as temporary:
         stdb.save(
             snn,
@@ -130,11 +134,22 @@ def train_loop(worker: Worker) -> None:
     snn, state = fine_tune(worker, threshold_scale(params, worker.root), few, validation)
     tuned = evaluate_snn(worker, snn, test, params.timesteps, BATCH)
     longer = evaluate_snn(worker, snn, test, longest(params.timesteps), BATCH)
-    ann = build_ann(worker.params.network, train)  # with the weights that were learned
+    rows = diagnose(learned_ann(worker, snn, train), snn, validation, params.timesteps)
+    units = {name: neuron.unit for name, neuron in snn.neurons.items()}
+    found = {"test": vars(tuned), "curve": longer.accuracy, "diagnosis": rows, "units": units}
+    worker.checkpoint(state | found)
+
+
+def learned_ann(worker: Worker, snn: stdb.SpikingNetwork, train: Samples) -> nn.Module:
+    """The ANN with the weights that were learned, which hold no units."""
+    if snn.has_units:  # and no batch norm, so that the ANN that was trained has no place for them
+        twin = copy.deepcopy(snn)
+        twin.set_thresholds(dict.fromkeys(twin.thresholds, 1.0))
+        return twin
+    ann = build_ann(worker.params.network, train)
     learned = snn.net.state_dict()
     ann.load_state_dict({name: learned[name] for name in ann.state_dict()})
-    rows = diagnose(ann, snn, validation, params.timesteps)
-    worker.checkpoint(state | {"test": vars(tuned), "curve": longer.accuracy, "diagnosis": rows})
+    return ann
 
 
 if __name__ == "__main__":

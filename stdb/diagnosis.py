@@ -125,7 +125,8 @@ def diagnose(
     """Compare every spiking layer with the ReLU that it stands for.
 
     Args:
-        ann: the network that ``snn`` was converted from, on the same device.
+        ann: the network that ``snn`` was converted from, on the same device, or a converted one
+            whose spikes stand for 1.
         snn: at the thresholds that are in question.
         images: (N, C, H, W), pixels in [−1, 1].
         timesteps: T.
@@ -146,9 +147,7 @@ def diagnose(
         spike_counts = spikes.counts() if isinstance(spikes, Spikes) else dense(spikes).sum(0)
         counts[name] = counts[name] + spike_counts if name in counts else spike_counts
 
-    twin = convert(
-        ann, snn.encoder, example=images[:1]
-    )  # the same graph, whose weights hold no units
+    twin = ann if isinstance(ann, SpikingNetwork) else convert(ann, snn.encoder, example=images[:1])
     if twin.graph.labels != graph.labels:
         raise ValueError(
             f"the spiking network has the layers {', '.join(graph.labels.values())}, the ANN those "

@@ -136,5 +136,6 @@ def fan_out(snn: SpikingNetwork, image_shape: tuple[int, int, int]) -> dict[str,
 
 def ann_energy(ann: nn.Module, image_shape: tuple[int, int, int]) -> float:
     """Picojoules per image of an ANN: a multiply-accumulate at every synapse."""
-    synapses = fan_out(convert(ann, DirectEncoder()), image_shape)
+    example = torch.zeros(1, *image_shape)
+    synapses = fan_out(convert(ann, DirectEncoder(), example=example), image_shape)
     return MULTIPLY_ACCUMULATE_PJ * sum(float(s.sum()) for s in synapses.values())

@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import stdb
 from pipeline.data import Samples
 from pipeline.errors import StageError
-from pipeline.files import ANN, THRESHOLDS
+from pipeline.files import ANN, BALANCED, THRESHOLDS
 from pipeline.handed_on import read_thresholds
 from pipeline.jobs.worker import Worker
+from pipeline.learning.balanced import load_balanced
 from pipeline.learning.checks import build_own, check_room
 from pipeline.learning.weights import load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams
@@ -20,7 +21,9 @@ from pipeline.params import NetworkParams, StdbParams
 __all__ = [
     "build_ann",
     "build_snn",
+    "described",
     "load_converted",
+    "load_handed_on",
     "load_thresholds",
     "load_weights",
     "recipe",
@@ -29,11 +32,17 @@ __all__ = [
 ]
 
 
+def described(params: NetworkParams) -> dict[str, Any]:
+    """How a network is built, for a file; what 0.1.0 did not know is there where it is chosen."""
+    optional = {n: f.default for n, f in NetworkParams.model_fields.items() if not f.is_required()}
+    return {n: v for n, v in params.model_dump().items() if n not in optional or v != optional[n]}
+
+
 def recipe(params: NetworkParams, data: Samples) -> dict[str, Any]:
     """Arguments of ``stdb.build_network`` for a data set's images and classes."""
     channels, _, size = data.shape
     fitting = {"in_channels": channels, "image_size": size, "num_classes": len(data.classes)}
-    return params.model_dump() | fitting
+    return described(params) | fitting
 
 
 def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
@@ -43,7 +52,7 @@ def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
         StageError: it does not fit the memory, or the images; your own: anything that it raises.
     """
     arguments = recipe(params, data)
-    if ":" in params.architecture:
+    if ":" in params.architecture:  # torchvision's, or a function
         return build_own(arguments, data.shape)
     try:
         check_room(arguments)
@@ -63,8 +72,17 @@ def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) 
     worker.use_threads(operations * batch_size / worker.world)
 
 
-def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetwork:
-    """The ANN converted as ``stdb`` says: encoder, surrogate, leak."""
+def build_snn(
+    ann: nn.Module, params: StdbParams, seed: int, shape: tuple[int, int, int] | None = None
+) -> stdb.SpikingNetwork:
+    """The ANN converted as ``stdb`` says: encoder, surrogate, leak.
+
+    Args:
+        ann: stays as it is.
+        params: params.yaml's, of the spiking network.
+        seed: of its spikes and dropout masks.
+        shape: (C, H, W) of an image, which what adapts to a size is made for; None: a usual one.
+    """
     surrogate = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
     snn = stdb.convert(
         ann,
@@ -77,12 +95,11 @@ def build_snn(ann: nn.Module, params: StdbParams, seed: int) -> stdb.SpikingNetw
         chunk=params.chunk,
         dropout_seed=seed,
         precision=torch.bfloat16 if params.precision == "bf16" else None,
+        example=None if shape is None else torch.zeros(1, *shape),
     )
-    if snn.has_units:
-        raise StageError(
-            "network: it has biases or batch norm, which stdb.convert takes and the pipeline's "
-            "stages do not yet; allowed here: layers with bias=False and no batch norm"
-        )
+    for name, module in list(snn.net.named_modules()):  # what is folded has no gradient any more
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            snn.net.set_submodule(name, nn.Identity())
     return snn
 
 
@@ -118,6 +135,17 @@ def load_converted(
     """
     ann = build_ann(network, data)
     load_weights(ann, root / ANN)
-    snn = build_snn(ann, params, params.seed)
-    load_thresholds(snn, root / THRESHOLDS)
+    snn = build_snn(ann, params, params.seed, data.shape)
+    load_handed_on(snn, root)
     return ann, snn
+
+
+def load_handed_on(snn: stdb.SpikingNetwork, root: Path) -> None:
+    """Bring a converted network to where balance_thresholds left it.
+
+    Raises:
+        StageError: its files are another network's; names file and key.
+    """
+    load_thresholds(snn, root / THRESHOLDS)
+    if snn.has_units:
+        load_balanced(snn, root / BALANCED)
