@@ -31,11 +31,10 @@ from pipeline.learning.fit import Task, fit
 from pipeline.learning.networks import (
     build_ann,
     described,
-    load_weights,
+    load_given,
     save_weights,
     use_threads,
 )
-from pipeline.params import Params
 from pipeline.stage import Stage, stage_command
 
 
@@ -48,7 +47,7 @@ def main(stage: Stage) -> None:
     # refuses now what could not be converted after the training
     stdb.convert(ann, stdb.PoissonEncoder(), example=torch.zeros(1, *train.shape))
     if params.train_ann.weights is not None:
-        load_given(ann, params, Path(params.train_ann.weights))
+        load_given(ann, params.network, Path(params.train_ann.weights))
     parameters = sum(p.numel() for p in ann.parameters())
     stage.say(f"{params.network.architecture} with {parameters:,} weights, {len(train)} images")
     state = run_job(stage, train_loop)
@@ -77,7 +76,7 @@ def train_loop(worker: Worker) -> None:
     ann.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU by a sixth
     other = None  # number of classes, of a file for others
     if params.weights is not None:
-        other = load_given(ann, worker.params, worker.path(Path(params.weights)))
+        other = load_given(ann, worker.params.network, worker.path(Path(params.weights)))
     if other is not None:
         worker.say(
             f"{params.weights} is for {other} classes, the images have {len(train.classes)}: "
@@ -92,12 +91,6 @@ def train_loop(worker: Worker) -> None:
         ann.load_state_dict(state["best_network"])
     state["test"] = evaluate_ann(worker, ann, test, params.batch_size)
     worker.checkpoint(state)
-
-
-def load_given(ann: nn.Module, params: Params, path: Path) -> int | None:
-    """Weights of a file; torchvision's may be for another number of classes, which is returned."""
-    of_torchvision = params.network.architecture.startswith(published.PREFIX)
-    return load_weights(ann, path, published.head(ann) if of_torchvision else None)
 
 
 def train_ann(worker: Worker, ann: nn.Module, train: Samples, validation: Samples) -> State:

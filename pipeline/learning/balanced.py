@@ -16,20 +16,16 @@ import stdb
 from pipeline.errors import StageError
 from pipeline.learning.weights import load_weights, save_weights
 
-OF_THRESHOLDS = ".balanced_threshold"  # tensors that models/thresholds.json has, NaN where none was
+ELSEWHERE = ("balanced_threshold", "leak")  # of neurons: models/thresholds.json and stdb.leak say
 
 
 def balanced_state(snn: stdb.SpikingNetwork) -> dict[str, Any]:
     """What :func:`save_balanced` writes, as a job's state."""
     if not snn.has_units:
         return {"tensors": {}, "units": {}, "initial_membranes": {}}
-    tensors = {
-        name: tensor
-        for name, tensor in snn.net.state_dict().items()
-        if not name.endswith(OF_THRESHOLDS)
-    }
+    known = _known_elsewhere(snn)
     return {
-        "tensors": tensors,
+        "tensors": {n: t for n, t in snn.net.state_dict().items() if n not in known},
         "units": {name: neuron.unit for name, neuron in snn.neurons.items()},
         "initial_membranes": {n: neuron.initial_membrane for n, neuron in snn.neurons.items()},
     }
@@ -58,7 +54,12 @@ def load_balanced(snn: stdb.SpikingNetwork, path: Path) -> None:
             f"{path} is of another network: its layers are {', '.join(units) or 'none'}; allowed: "
             f"{', '.join(snn.neurons)}; run balance_thresholds for this network"
         )
-    kept = {n: t.clone() for n, t in snn.net.state_dict().items() if n.endswith(OF_THRESHOLDS)}
-    load_weights(snn.net, path, kept=kept)
+    load_weights(snn.net, path, kept=_known_elsewhere(snn))
     for name, neuron in snn.neurons.items():
         neuron.unit, neuron.initial_membrane = float(units[name]), float(starts[name])
+
+
+def _known_elsewhere(snn: stdb.SpikingNetwork) -> set[str]:
+    """Names of the tensors that the file does not have."""
+    paths = [snn.graph.nodes[i].path for i in snn.graph.neurons]
+    return {f"{path}.{name}" for path in paths for name in ELSEWHERE}

@@ -13,6 +13,7 @@ from pipeline.errors import StageError
 from pipeline.files import ANN, BALANCED, THRESHOLDS
 from pipeline.handed_on import read_thresholds
 from pipeline.jobs.worker import Worker
+from pipeline.learning import published
 from pipeline.learning.balanced import load_balanced
 from pipeline.learning.checks import build_own, check_room
 from pipeline.learning.weights import load_weights, save_weights
@@ -23,6 +24,7 @@ __all__ = [
     "build_snn",
     "described",
     "load_converted",
+    "load_given",
     "load_handed_on",
     "load_thresholds",
     "load_weights",
@@ -59,6 +61,20 @@ def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
         return stdb.build_network(**arguments)
     except ValueError as error:
         raise StageError(f"network: {error}") from error
+
+
+def load_given(ann: nn.Module, params: NetworkParams, path: Path) -> int | None:
+    """Weights of a file of anyone's.
+
+    Returns:
+        The number of classes of the file, where it is another and the layer that gives them is left
+        as it was drawn, as of ``torchvision:`` networks; else None.
+
+    Raises:
+        StageError: they are another network's.
+    """
+    of_torchvision = params.architecture.startswith(published.PREFIX)
+    return load_weights(ann, path, published.head(ann) if of_torchvision else None)
 
 
 def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) -> None:

@@ -8,7 +8,7 @@ are the network's.
 import json
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def load_weights(
     network: nn.Module,
     path: Path,
     head: str | None = None,
-    kept: Mapping[str, Tensor] | None = None,
+    kept: Collection[str] = (),
 ) -> int | None:
     """Load a state dict into a network of the same layers.
 
@@ -62,7 +62,7 @@ def load_weights(
             container and with the prefixes of wrappers, too.
         head: name of the layer that gives the classes, which keeps its own weights where the
             file's is for another number of them; None: no layer may differ.
-        kept: tensors of the network that the file does not have.
+        kept: names of tensors of the network that the file does not have.
 
     Returns:
         The number of classes of the file's head, where the network kept its own; else None.
@@ -72,7 +72,7 @@ def load_weights(
             them has), or holds what are no weights (says which tensor).
     """
     whole = network.state_dict()
-    own = {name: tensor for name, tensor in whole.items() if name not in (kept or ())}
+    own = {name: tensor for name, tensor in whole.items() if name not in kept}
     content = _read(path)
     states = list(_states(content))
     if not states:
