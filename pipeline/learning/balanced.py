@@ -55,8 +55,11 @@ def load_balanced(snn: stdb.SpikingNetwork, path: Path) -> None:
             f"{', '.join(snn.neurons)}; run balance_thresholds for this network"
         )
     load_weights(snn.net, path, kept=_known_elsewhere(snn))
-    for name, neuron in snn.neurons.items():
-        neuron.unit, neuron.initial_membrane = float(units[name]), float(starts[name])
+    try:
+        for name, neuron in snn.neurons.items():
+            neuron.unit, neuron.initial_membrane = float(units[name]), float(starts[name])
+    except (TypeError, ValueError) as error:
+        raise StageError(f"{path} is not what balance_thresholds writes: {error}") from error
 
 
 def _known_elsewhere(snn: stdb.SpikingNetwork) -> set[str]:
