@@ -121,6 +121,10 @@ def params_files() -> Iterator[tuple[str, str | bytes]]:
                 changed = copy.deepcopy(PARAMS)
                 changed[section][key] = value
                 yield f"{section}.{key} is {name}", dumped(changed)
+    for name in ("", "resnet19", "../resnet18", "fcn_resnet50", "k" * 5000):
+        changed = copy.deepcopy(PARAMS)
+        changed["network"]["architecture"] = f"torchvision:{name}"
+        yield f"network.architecture is torchvision:{name[:20]}", dumped(changed)
     for section in PARAMS:
         for name, value in {"null": None, "a list": [], "a word": "word"}.items():
             yield f"{section} is {name}", dumped(PARAMS | {section: value})
