@@ -246,10 +246,8 @@ def test_a_network_with_norms_biases_and_max_pooling_runs_through_all_stages(tmp
     loaded, about = stdb.load(repository.root / "models/snn.safetensors")
     assert [n.unit for n in loaded.neurons.values()] == pytest.approx([*loaded.thresholds.values()])
     assert about["network"]["architecture"] == "my_networks:small"
-    read = lambda name: json.loads((repository.root / f"metrics/{name}.json").read_text())  # noqa: E731
-    assert (
-        read("evaluate_converted")["reduced"]["spikes_per_neuron"].keys() == loaded.neurons.keys()
-    )
+    measured = json.loads((repository.root / "metrics/evaluate_converted.json").read_text())
+    assert measured["reduced"]["spikes_per_neuron"].keys() == loaded.neurons.keys()
     assert (repository.root / "report/index.html").exists()
     Image.new("L", (8, 8), 90).save(repository.root / "image.png")
     said = repository.run("python", "-m", "pipeline.predict", "image.png").stdout
