@@ -4,7 +4,8 @@
 
 A worker gets whole batches, so that products round alike and thresholds are the same, whatever the
 number of workers: a threshold that differs in its last digit would change spikes above it.
-Out: models/thresholds.json, layer by layer the largest weighted input, unscaled.
+Out: models/thresholds.json, layer by layer the largest weighted input, unscaled, and
+models/balanced.safetensors: of a network with biases or batch norm all of it, of others nothing.
 """
 
 import torch
@@ -12,16 +13,17 @@ import torch
 import stdb
 from pipeline.data import load_split
 from pipeline.errors import StageError
-from pipeline.files import ANN, DATA, PLOTS, THRESHOLDS, write_csv, write_json
+from pipeline.files import ANN, BALANCED, DATA, PLOTS, THRESHOLDS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
+from pipeline.learning.balanced import balanced_state, save_balanced
 from pipeline.learning.checks import check_input
 from pipeline.learning.networks import build_ann, build_snn, load_weights, use_threads
 from pipeline.stage import Stage, stage_command
 
 
 def main(stage: Stage) -> None:
-    """Run the job, write the thresholds."""
+    """Run the job, write the thresholds, or the whole network."""
     params = stage.params
     train = load_split(DATA / "train.safetensors")
     check_input(params.stdb, train)
@@ -35,6 +37,7 @@ def main(stage: Stage) -> None:
         for name, value in state["thresholds"].items()
     ]
     write_json(THRESHOLDS, {"architecture": params.network.architecture, "layers": layers})
+    save_balanced(state["balanced"], BALANCED)
     write_csv(PLOTS / "thresholds.csv", layers)
     stage.log({f"thresholds/{row['layer']}": row["threshold"] for row in layers})
     forget_job(stage)
@@ -48,6 +51,7 @@ def balance_loop(worker: Worker) -> None:
     load_weights(ann, worker.path(ANN))
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
     snn = build_snn(ann, worker.params.stdb, params.seed, train.shape).to(worker.device)
+    in_blocks = params.residual_blocks or snn.has_units  # V = 1 there is the paper's, §4.2
     generator = torch.Generator().manual_seed(params.seed)
     chosen = torch.randperm(len(train), generator=generator)[: params.images]
     batches = chosen.split(params.batch_size)[worker.rank :: worker.world]
@@ -59,15 +63,16 @@ def balance_loop(worker: Worker) -> None:
             params.timesteps,
             batch_size=params.batch_size,
             percentile=params.percentile,
-            residual_blocks=params.residual_blocks,
+            residual_blocks=in_blocks,
             sample_ids=share.ids,
             reduce=worker.all_reduce,
             progress=lambda layer, threshold: worker.say(f"{layer:24} V = {threshold:.4f}"),
         )
     except ValueError as error:  # of a layer that is dead or has diverged
         raise StageError(str(error)) from error
-    kept = [] if params.residual_blocks else sorted(stdb.residual_layers(snn))
-    worker.checkpoint({"thresholds": thresholds, "kept": kept})
+    kept = [] if in_blocks else sorted(stdb.residual_layers(snn))
+    found = {"thresholds": thresholds, "kept": kept, "balanced": balanced_state(snn)}
+    worker.checkpoint(found)
 
 
 if __name__ == "__main__":

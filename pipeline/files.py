@@ -17,6 +17,7 @@ from pipeline.errors import StageError
 DATA = Path("data/prepared")  # of the repository, as all of these
 ANN = Path("models/ann.safetensors")
 THRESHOLDS = Path("models/thresholds.json")
+BALANCED = Path("models/balanced.safetensors")
 CONVERSION = Path("models/conversion.json")
 SNN = Path("models/snn.safetensors")
 METRICS = Path("metrics")

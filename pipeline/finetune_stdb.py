@@ -9,10 +9,12 @@ Out: models/snn.safetensors, metrics/finetune_stdb.json, plots/finetune_stdb.csv
 plots/finetuned_*.csv: spikes and diagnosis by layer, accuracy by step, confusion, leaving early.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import stdb
 from pipeline.data import Samples, load_split, subset
@@ -22,8 +24,8 @@ from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import Evaluation, collapse, diagnose, evaluate_snn, longest
 from pipeline.learning.finetuning import BATCH, fine_tune
-from pipeline.learning.networks import build_ann, load_converted, recipe
-from pipeline.params import DataParams, Params, StdbParams
+from pipeline.learning.networks import build_ann, load_converted, write_network
+from pipeline.params import DataParams, StdbParams
 from pipeline.stage import Stage, stage_command
 from pipeline.tracking.messages import About
 
@@ -40,6 +42,8 @@ def main(stage: Stage) -> None:
     state = run_job(stage, train_loop)
     test = Evaluation(**state["test"])
     snn.net.load_state_dict(state["best_network"])
+    for name, neuron in snn.neurons.items():
+        neuron.unit = state["units"][name]
     with writing(SNN) as temporary:
         write_network(snn, params, train, temporary)
     write_json(
@@ -97,22 +101,6 @@ def main(stage: Stage) -> None:
     forget_job(stage)
 
 
-def write_network(snn: stdb.SpikingNetwork, params: Params, train: Samples, path: Path) -> None:
-    """The network's file, with all that image files have to become for it."""
-    prepared = train.preparation
-    resize = {} if prepared.resize is None else {"resize": prepared.resize}
-    stdb.save(
-        snn,
-        path,
-        network=recipe(params.network, train),
-        timesteps=params.stdb.timesteps,
-        classes=train.classes,
-        normalisation=prepared.normalisation,
-        stdb=params.stdb.model_dump(),
-        **resize,
-    )
-
-
 def model_name(data: DataParams) -> str:
     """Of the registered model: networks of one data set compete for its champion."""
     name = Path(data.path).name.partition(".")[0] if data.source == "folder" and data.path else ""
@@ -139,11 +127,22 @@ def train_loop(worker: Worker) -> None:
     snn, state = fine_tune(worker, threshold_scale(params, worker.root), few, validation)
     tuned = evaluate_snn(worker, snn, test, params.timesteps, BATCH)
     longer = evaluate_snn(worker, snn, test, longest(params.timesteps), BATCH)
-    ann = build_ann(worker.params.network, train)  # with the weights that were learned
+    rows = diagnose(learned_ann(worker, snn, train), snn, validation, params.timesteps)
+    units = {name: neuron.unit for name, neuron in snn.neurons.items()}
+    found = {"test": vars(tuned), "curve": longer.accuracy, "diagnosis": rows, "units": units}
+    worker.checkpoint(state | found)
+
+
+def learned_ann(worker: Worker, snn: stdb.SpikingNetwork, train: Samples) -> nn.Module:
+    """The ANN with the weights that were learned, which hold no units."""
+    if snn.has_units:  # and no batch norm, so that the ANN that was trained has no place for them
+        twin = copy.deepcopy(snn)
+        twin.set_thresholds(dict.fromkeys(twin.thresholds, 1.0))
+        return twin
+    ann = build_ann(worker.params.network, train)
     learned = snn.net.state_dict()
     ann.load_state_dict({name: learned[name] for name in ann.state_dict()})
-    rows = diagnose(ann, snn, validation, params.timesteps)
-    worker.checkpoint(state | {"test": vars(tuned), "curve": longer.accuracy, "diagnosis": rows})
+    return ann
 
 
 if __name__ == "__main__":

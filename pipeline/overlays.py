@@ -33,8 +33,9 @@ def apply(overlay: Path, target: Path = PARAMS_FILE) -> str:
     if not isinstance(read_yaml(target), dict):
         raise ParamsError(f"{target} is no file of parameters; git has one")
     before = read_text(target)
-    params = yaml.load(before)
-    merge(params, read_yaml(overlay), str(overlay))
+    params, changes = yaml.load(before), read_yaml(overlay)
+    add_defaults(params, changes)
+    merge(params, changes, str(overlay))
     with writing(target) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
             yaml.dump(params, file)
@@ -44,6 +45,22 @@ def apply(overlay: Path, target: Path = PARAMS_FILE) -> str:
         before.splitlines(True), after.splitlines(True), str(target), str(target), n=0
     )
     return "".join(lines)
+
+
+def add_defaults(into: Any, changes: Any) -> None:
+    """Write keys that ``changes`` has, and a file of an earlier version lacks, with their default.
+
+    Args:
+        into: params.yaml's mapping of mappings, changed in place.
+        changes: what will be written there.
+    """
+    for section, wanted in changes.items() if isinstance(changes, dict) else ():
+        field = Params.model_fields.get(section) if isinstance(section, str) else None
+        if field is None or not isinstance(wanted, dict) or not isinstance(into.get(section), dict):
+            continue
+        for key, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            if key in wanted and key not in into[section] and not inner.is_required():
+                into[section][key] = inner.default
 
 
 def merge(into: Any, changes: Any, overlay: str, place: str = "") -> None:

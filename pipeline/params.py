@@ -10,7 +10,8 @@ from pydantic_core import PydanticCustomError
 from pipeline.data.images import LARGEST, Preparation, Size
 from pipeline.data.sources import NEEDS_PATH, SOURCES, path_is_missing
 from pipeline.errors import ParamsError
-from pipeline.typed import Section, load, one_of
+from pipeline.learning.published import PREFIX, unknown
+from pipeline.typed import Section, load, one_of, shown
 from stdb import (
     ARCHITECTURES,
     ENCODERS,
@@ -127,8 +128,9 @@ class NetworkParams(Section):
     """The network; see ``stdb.build``."""
 
     architecture: str
-    """A name of ``stdb.ARCHITECTURES``, or ``module:function`` of your own, called with
-    (in_channels, image_size, num_classes)."""
+    """A name of ``stdb.ARCHITECTURES``, ``torchvision:NAME`` for one of its classification
+    networks, or ``module:function`` of your own, called with (in_channels, image_size,
+    num_classes)."""
     width: Annotated[float, Field(gt=0, le=100)]
     """Factor of the channels of every convolution, above 0, up to 100; the paper's is 1."""
     hidden: Annotated[int, Field(ge=1, le=2**20)]
@@ -137,15 +139,22 @@ class NetworkParams(Section):
     """Dropout probability after convolutions, in [0, 1)."""
     classifier_dropout: Rate
     """Dropout probability after hidden linear layers, in [0, 1)."""
+    normalisation: Literal["none", "batch"] = "none"
+    """What follows every convolution of a name of ``stdb.ARCHITECTURES``: nothing, the paper's way,
+    or a batch norm, which the conversion folds into the weights."""
+    pooling: Literal["average", "max"] = "average"
+    """The pooling of a name of ``stdb.ARCHITECTURES``; the paper's is the average."""
 
     @model_validator(mode="after")
     def _known(self) -> "NetworkParams":
-        if self.architecture not in ARCHITECTURES and not re.fullmatch(
-            r"[\w.]+:\w+", self.architecture
-        ):
+        name = self.architecture
+        if name.startswith(PREFIX):
+            if said := unknown(name):
+                raise ValueError(f"architecture is {shown(name)}; allowed: {said}")
+        elif name not in ARCHITECTURES and not re.fullmatch(r"[\w.]+:\w+", name):
             raise ValueError(
-                f"architecture is {self.architecture!r}; allowed: {', '.join(ARCHITECTURES)}, "
-                "or your_module:function"
+                f"architecture is {shown(name)}; allowed: {', '.join(ARCHITECTURES)}, "
+                f"{PREFIX}NAME, or your_module:function"
             )
         return self
 
@@ -175,11 +184,15 @@ class TrainAnnParams(Schedule):
     """ANN training: SGD (paper §4)."""
 
     weights: str | None
-    """A weights file that stands in for the training."""
+    """A weights file that stands in for the training. Of a ``torchvision:`` network with another
+    number of classes it is where the training begins, with an output layer of its own."""
     precision: Precision
     """Precision of convolutions and matrix products; TF32 is a GPU's."""
     momentum: Rate
     """Momentum of SGD, in [0, 1)."""
+    norm_images: Annotated[int, Field(ge=2, le=65536)] = 32
+    """Number of images, about, that a batch norm takes its statistics of: a batch is divided into
+    groups of so many, which go whole to a worker. Nothing to networks without batch norm."""
 
 
 class BalanceThresholdsParams(Section):
@@ -194,7 +207,7 @@ class BalanceThresholdsParams(Section):
     percentile: Annotated[float, Field(gt=0, le=100)]
     """V is this percentile of a layer's weighted inputs; 100, the paper's way, is the maximum."""
     residual_blocks: bool
-    """Balance the layers in basic blocks too."""
+    """Balance the layers in basic blocks too. A network with biases or batch norm always does."""
     seed: Seed
     """Seed that draws the images and their spikes."""
 

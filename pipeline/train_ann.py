@@ -2,9 +2,12 @@
 
     python -m pipeline.train_ann
 
-No bias, no batch normalisation, average pooling, dropout; SGD with momentum. The best epoch is
-chosen on the validation split; the test split is read once, at the end. With
-``train_ann.weights`` a file of yours stands in for the training and is only evaluated.
+No bias, no batch normalisation, average pooling, dropout; SGD with momentum. Networks with batch
+norm, as ``network.normalisation`` or a network of your own have it, learn its statistics from fixed
+groups of images, so that the number of workers changes no result. The best epoch is chosen on the
+validation split; the test split is read once, at the end. With ``train_ann.weights`` a file of
+yours stands in for the training and is only evaluated; one of a ``torchvision:`` network for other
+classes is where the training begins, with a new output layer.
 Out: models/ann.safetensors, metrics/train_ann.json, plots/train_ann.csv.
 """
 
@@ -20,11 +23,18 @@ from pipeline.data import Samples, load_split
 from pipeline.files import ANN, DATA, METRICS, PLOTS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Row, State, Worker
-from pipeline.learning.checks import check_input
+from pipeline.learning import published
+from pipeline.learning.checks import check_input, check_norms
 from pipeline.learning.dropout import SampleDropout
 from pipeline.learning.evaluation import evaluate_ann
 from pipeline.learning.fit import Task, fit
-from pipeline.learning.networks import build_ann, load_weights, save_weights, use_threads
+from pipeline.learning.networks import (
+    build_ann,
+    described,
+    load_given,
+    save_weights,
+    use_threads,
+)
 from pipeline.stage import Stage, stage_command
 
 
@@ -34,15 +44,16 @@ def main(stage: Stage) -> None:
     train = load_split(DATA / "train.safetensors")
     check_input(params.stdb, train)
     ann = build_ann(params.network, train)
+    check_norms(ann)
     # refuses now what could not be converted after the training
     stdb.convert(ann, stdb.PoissonEncoder(), example=torch.zeros(1, *train.shape))
     if params.train_ann.weights is not None:
-        load_weights(ann, Path(params.train_ann.weights))
+        load_given(ann, params.network, Path(params.train_ann.weights))
     parameters = sum(p.numel() for p in ann.parameters())
     stage.say(f"{params.network.architecture} with {parameters:,} weights, {len(train)} images")
     state = run_job(stage, train_loop)
     best = state["history"][state["best_epoch"] - 1] if state["history"] else {}
-    save_weights(state["best_network"], ANN, network=params.network.model_dump())
+    save_weights(state["best_network"], ANN, network=described(params.network))
     metrics = {
         "accuracy": {"validation": state["best"], "test": state["test"]},
         "epoch": state["best_epoch"],
@@ -64,8 +75,15 @@ def train_loop(worker: Worker) -> None:
     ann = build_ann(worker.params.network, train).to(worker.device)
     use_threads(worker, ann, train, params.batch_size)
     ann.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU by a sixth
+    other = None  # number of classes, of a file for others
     if params.weights is not None:
-        load_weights(ann, worker.path(Path(params.weights)))
+        other = load_given(ann, worker.params.network, worker.path(Path(params.weights)))
+    if other is not None:
+        worker.say(
+            f"{params.weights} is for {other} classes, the images have {len(train.classes)}: "
+            f"layer {published.head(ann)} is new, and the training begins from the others' weights"
+        )
+    if params.weights is not None and other is None:
         accuracy = evaluate_ann(worker, ann, validation, params.batch_size)
         state: State = {"best": accuracy, "best_epoch": 0, "history": []}
         state["best_network"] = ann.state_dict()
@@ -102,7 +120,8 @@ def train_ann(worker: Worker, ann: nn.Module, train: Samples, validation: Sample
         weight_decay=params.weight_decay,
         fused=True,
     )
-    return fit(worker, Task(ann, model, passes, optimizer, validate), train, params)
+    task = Task(ann, model, passes, optimizer, validate, norm_images=params.norm_images)
+    return fit(worker, task, train, params)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ def diagnose(
     """Compare every spiking layer with the ReLU that it stands for.
 
     Args:
-        ann: the network that ``snn`` was converted from, on the same device.
+        ann: the network that ``snn`` was converted from, on the same device, or a converted one
+            whose spikes stand for 1.
         snn: at the thresholds that are in question.
         images: (N, C, H, W), or batches of them, as a DataLoader gives.
         timesteps: T.
@@ -151,8 +152,10 @@ def diagnose(
         spike_counts = spikes.counts() if isinstance(spikes, Spikes) else dense(spikes).sum(0)
         counts[name] = counts[name] + spike_counts if name in counts else spike_counts
 
-    # the same graph, whose weights hold no units
-    twin = convert(ann, snn.encoder, example=images[:1]).eval()
+    if isinstance(ann, SpikingNetwork):
+        twin = ann
+    else:  # the same graph, whose weights hold no units
+        twin = convert(ann, snn.encoder, example=images[:1]).eval()
     if twin.graph.labels != graph.labels:
         raise ValueError(
             f"the spiking network has the layers {', '.join(graph.labels.values())}, the ANN those "

@@ -190,7 +190,7 @@ def _layers(snn: SpikingNetwork, image_shape: Sequence[int]) -> list[_Layer]:
 
 def ann_energy(ann: nn.Module, image_shape: Sequence[int]) -> float:
     """Picojoules per image of an ANN: a multiply-accumulate at every synapse."""
-    snn = convert(ann, DirectEncoder())
+    snn = convert(ann, DirectEncoder(), example=torch.zeros(1, *image_shape))
     synapses = sum(float(reached.sum()) for reached in fan_out(snn, image_shape).values())
     synapses += sum(layer.multiplies for layer in _layers(snn, image_shape))
     return MULTIPLY_ACCUMULATE_PJ * synapses

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import stdb
 from pipeline.data import Samples
 from pipeline.errors import StageError
+from pipeline.learning import published
 from pipeline.params import StdbParams
 
 TRAINING = 4 * 5  # bytes a weight: itself, its gradient, three of Adam with amsgrad; float32
@@ -64,10 +65,11 @@ def check_input(params: StdbParams, data: Samples) -> None:
 
 
 def build_own(arguments: dict[str, Any], shape: tuple[int, int, int]) -> nn.Module:
-    """The network of a function of one's own, which is called once, on two images.
+    """The network of a function of one's own, or of torchvision, called once, on two images.
 
     Args:
-        arguments: of ``stdb.build_network``, with ``module:function`` as architecture.
+        arguments: of ``stdb.build_network``, with ``module:function`` as architecture, or
+            ``torchvision:NAME``.
         shape: (C, H, W) of an image.
 
     Raises:
@@ -76,7 +78,10 @@ def build_own(arguments: dict[str, Any], shape: tuple[int, int, int]) -> nn.Modu
     """
     name, classes = arguments["architecture"], arguments["num_classes"]
     try:
-        network = stdb.build_network(**arguments)
+        if name.startswith(published.PREFIX):
+            network = published.build(name, classes)
+        else:
+            network = stdb.build_network(**arguments)
     except (Exception, SystemExit) as error:
         raise StageError(f"network.architecture is {name}, which {_raised(error)}") from error
     if not isinstance(network, nn.Module):
@@ -84,6 +89,7 @@ def build_own(arguments: dict[str, Any], shape: tuple[int, int, int]) -> nn.Modu
             f"network.architecture is {name}, which returns a {type(network).__name__}; allowed: "
             "an nn.Module"
         )
+    _check_channels(name, network, shape[0])
     logits = _call(name, network, shape)
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         gives = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -97,6 +103,31 @@ def build_own(arguments: dict[str, Any], shape: tuple[int, int, int]) -> nn.Modu
             "not all of them finite; allowed: finite floating point numbers"
         )
     return network
+
+
+def _check_channels(name: str, network: nn.Module, channels: int) -> None:
+    """Refuse torchvision's networks for grey images, in plainer words than torch's."""
+    convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+    taken = next((m.in_channels for m in convolutions), channels)
+    if name.startswith(published.PREFIX) and taken != channels:
+        raise StageError(
+            f"network.architecture is {name}, which takes images of {taken} channels; the data "
+            f"set's have {channels}; allowed: colour images, or another network"
+        )
+
+
+def check_norms(network: nn.Module) -> None:
+    """Refuse batch norms that share their statistics among processes in a way of their own.
+
+    Raises:
+        StageError: names the layer, and what is allowed.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise StageError(
+                f"layer {name} is a SyncBatchNorm; allowed: nn.BatchNorm2d, whose statistics are "
+                "the same for any number of workers here (train_ann.norm_images)"
+            )
 
 
 def _call(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import stdb
 from pipeline.data import Samples
 from pipeline.errors import StageError
-from pipeline.files import ANN, THRESHOLDS
+from pipeline.files import ANN
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning.evaluation import (
     Evaluation,
@@ -22,7 +22,7 @@ from pipeline.learning.fit import BackwardPasses, Task, fit, order
 from pipeline.learning.networks import (
     build_ann,
     build_snn,
-    load_thresholds,
+    load_handed_on,
     load_weights,
     use_threads,
 )
@@ -97,16 +97,16 @@ def starting_network(
     ann = build_ann(worker.params.network, train)
     if not params.from_scratch:
         load_weights(ann, worker.path(ANN))
-    if params.dropout is not None:
-        for module in ann.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = params.dropout
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
     snn = build_snn(ann, params, params.seed, train.shape).to(worker.device)
+    if params.dropout is not None:
+        for module in snn.net.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = params.dropout
     if params.from_scratch:
         balance_random(snn, train, params)
     else:
-        load_thresholds(snn, worker.path(THRESHOLDS))
+        load_handed_on(snn, worker.root)
     snn.scale_thresholds(scale)
     factor = params.logit_scale
     if factor == "auto":  # random weights are not sure of anything

@@ -5,11 +5,12 @@ so the batch size is the parameter and the number of workers is not. After every
 validation split is evaluated; the state is kept after an epoch, every few seconds where epochs
 are short, and every ``cluster.checkpoint_steps`` within a long one. An interrupted job goes on from
 there as if nothing had been: whatever is random is a function of seed, epoch and sample, so neither
-a restart nor the number of workers changes it.
+a restart nor the number of workers changes it. A network with batch norms gets its batches in
+groups, see :mod:`pipeline.learning.norms`.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.data import Samples, Split, augment
 from pipeline.errors import DivergenceError
 from pipeline.jobs.worker import Row, State, Worker
+from pipeline.learning.norms import GroupStatistics, group_sizes, has_norms
 from pipeline.params import Schedule
 
 # images (B, C, H, W), ids, epoch → a function that gives logits for each backward pass; several
@@ -43,6 +45,7 @@ class Task:
         clip: largest norm of the gradient; None: any.
         micro_batch: images that a worker presents at once; None for its whole share.
         constrain: called after every step of the optimiser.
+        norm_images: images in a group, where the network has batch norms.
     """
 
     network: nn.Module
@@ -53,6 +56,7 @@ class Task:
     clip: float | None = None
     micro_batch: int | None = None
     constrain: Callable[[], None] | None = None
+    norm_images: int = 32
 
 
 def learning_rate(params: Schedule, epoch: int) -> float:
@@ -98,6 +102,10 @@ class _Fit:
     def __init__(self, worker: Worker, task: Task, train: Samples, params: Schedule) -> None:
         self.worker, self.task, self.train, self.params = worker, task, train, params
         self.device = next(task.network.parameters()).device
+        self.norms: GroupStatistics | None = None
+        if has_norms(task.network):
+            sizes = group_sizes(min(params.batch_size, len(train)), task.norm_images)
+            self.norms = GroupStatistics(task.network, worker, sizes)
         self.state: State = worker.resume() or {"epoch": 0, "best": -1.0, "history": []}
         if "network" in self.state:
             self._go_on()
@@ -117,6 +125,13 @@ class _Fit:
 
     def run(self) -> State:
         """The epochs that are left."""
+        try:
+            return self._run()
+        finally:
+            if self.norms is not None:
+                self.norms.remove()
+
+    def _run(self) -> State:
         for epoch in range(self.first + 1, self.params.epochs + 1):
             metrics = self._epoch(epoch)
             self._keep_best(epoch, metrics)
@@ -144,10 +159,15 @@ class _Fit:
             sums = torch.zeros_like(sums)
         norm = 0.0
         weight = worker.world / len(batches[0])
-        mine = [batch[worker.rank :: worker.world] for batch in batches[done:]]
+        if self.norms is None:
+            mine = [batch[worker.rank :: worker.world] for batch in batches[done:]]
+        else:
+            mine = [self.norms.share(batch) for batch in batches[done:]]
+        idle = self.norms is not None and self.norms.idle
         for step, share in enumerate(self.train.stream(mine, self.device), start=done + 1):
-            loss, correct, norm = self._step(share, epoch, step, weight)
-            sums += torch.stack([loss.double() * len(share), correct.double()])
+            loss, correct, norm = self._step(share, epoch, step, weight * (not idle))
+            if not idle:
+                sums += torch.stack([loss.double() * len(share), correct.double()])
             if worker.checkpoint_due(step) and step < len(batches):
                 so_far = worker.all_reduce(sums.clone())
                 self._checkpoint(self.state | self._weights() | {"step": step, "sums": so_far})
@@ -175,7 +195,8 @@ class _Fit:
             images = augment(share.images, share.ids, self.params.seed, epoch)
             share = replace(share, images=images)
         task.optimizer.zero_grad(set_to_none=True)
-        loss, correct = backward(task, share.pixels(), share, epoch, weight)
+        sizes = None if self.norms is None else self.norms.mine
+        loss, correct = backward(task, share.pixels(), share, epoch, weight, sizes)
         largest = task.clip or float("inf")
         norm = float(nn.utils.clip_grad_norm_(task.network.parameters(), largest))
         if not (torch.isfinite(loss) and norm < float("inf")):
@@ -185,6 +206,8 @@ class _Fit:
                 "fewer timesteps may help"
             )
         task.optimizer.step()
+        if self.norms is not None:
+            self.norms.apply()
         if task.constrain is not None:
             task.constrain()
         return loss, correct, norm
@@ -226,14 +249,27 @@ class _Fit:
 
 
 def backward(
-    task: Task, images: Tensor, share: Split, epoch: int, weight: float
+    task: Task,
+    images: Tensor,
+    share: Split,
+    epoch: int,
+    weight: float,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward; the gradient is ``weight`` times the sum of the images' losses.
+
+    Args:
+        task: what is trained.
+        images: (B, C, H, W), pixels in [−1, 1].
+        share: the images' labels and ids.
+        epoch: of the training.
+        weight: of the gradient.
+        sizes: images of the parts that are presented one by one; None: as the task says.
 
     Returns:
         The last pass's mean loss over this worker's share, and the number of correct predictions.
     """
-    size = task.micro_batch or len(images)
+    size = list(sizes) if sizes is not None else task.micro_batch or len(images)
     parts = list(
         zip(images.split(size), share.labels.split(size), share.ids.split(size), strict=True)
     )

@@ -10,23 +10,34 @@ from torch.utils.flop_counter import FlopCounterMode
 import stdb
 from pipeline.data import Samples
 from pipeline.errors import StageError
-from pipeline.files import ANN, THRESHOLDS
+from pipeline.files import ANN, BALANCED, THRESHOLDS
 from pipeline.handed_on import read_thresholds
 from pipeline.jobs.worker import Worker
+from pipeline.learning import published
+from pipeline.learning.balanced import load_balanced
 from pipeline.learning.checks import build_own, check_input, check_room
 from pipeline.learning.weights import load_weights, save_weights
-from pipeline.params import NetworkParams, StdbParams
+from pipeline.params import NetworkParams, Params, StdbParams
 
 __all__ = [
     "build_ann",
     "build_snn",
+    "described",
     "load_converted",
+    "load_given",
+    "load_handed_on",
     "load_thresholds",
     "load_weights",
     "recipe",
     "save_weights",
     "use_threads",
 ]
+
+
+def described(params: NetworkParams) -> dict[str, Any]:
+    """How a network is built, for a file; what 0.1.0 did not know is there where it is chosen."""
+    optional = {n: f.default for n, f in NetworkParams.model_fields.items() if not f.is_required()}
+    return {n: v for n, v in params.model_dump().items() if n not in optional or v != optional[n]}
 
 
 def recipe(params: NetworkParams, data: Samples) -> dict[str, Any]:
@@ -37,7 +48,7 @@ def recipe(params: NetworkParams, data: Samples) -> dict[str, Any]:
         "image_size": size[0] if size[0] == size[1] else tuple(size),
         "num_classes": len(data.classes),
     }
-    return params.model_dump() | fitting
+    return described(params) | fitting
 
 
 def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
@@ -47,13 +58,27 @@ def build_ann(params: NetworkParams, data: Samples) -> nn.Module:
         StageError: it does not fit the memory, or the images; your own: anything that it raises.
     """
     arguments = recipe(params, data)
-    if ":" in params.architecture:
+    if ":" in params.architecture:  # torchvision's, or a function
         return build_own(arguments, data.shape)
     try:
         check_room(arguments)
         return stdb.build_network(**arguments)
     except ValueError as error:
         raise StageError(f"network: {error}") from error
+
+
+def load_given(ann: nn.Module, params: NetworkParams, path: Path) -> int | None:
+    """Weights of a file of anyone's.
+
+    Returns:
+        The number of classes of the file, where it is another and the layer that gives them is left
+        as it was drawn, as of ``torchvision:`` networks; else None.
+
+    Raises:
+        StageError: they are another network's.
+    """
+    of_torchvision = params.architecture.startswith(published.PREFIX)
+    return load_weights(ann, path, published.head(ann) if of_torchvision else None)
 
 
 def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) -> None:
@@ -92,11 +117,9 @@ def build_snn(
         precision=torch.bfloat16 if params.precision == "bf16" else None,
         example=None if shape is None else torch.zeros(1, *shape),
     )
-    if snn.has_units:
-        raise StageError(
-            "network: it has biases or batch norm, which stdb.convert takes and the pipeline's "
-            "stages do not yet; allowed here: layers with bias=False and no batch norm"
-        )
+    for name, module in list(snn.net.named_modules()):  # what is folded has no gradient any more
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            snn.net.set_submodule(name, nn.Identity())
     return snn
 
 
@@ -135,5 +158,32 @@ def load_converted(
     ann = build_ann(network, data)
     load_weights(ann, root / ANN)
     snn = build_snn(ann, params, params.seed, data.shape)
-    load_thresholds(snn, root / THRESHOLDS)
+    load_handed_on(snn, root)
     return ann, snn
+
+
+def load_handed_on(snn: stdb.SpikingNetwork, root: Path) -> None:
+    """Bring a converted network to where balance_thresholds left it.
+
+    Raises:
+        StageError: its files are another network's; names file and key.
+    """
+    load_thresholds(snn, root / THRESHOLDS)
+    if snn.has_units:
+        load_balanced(snn, root / BALANCED)
+
+
+def write_network(snn: stdb.SpikingNetwork, params: Params, train: Samples, path: Path) -> None:
+    """The network's file, with all that image files have to become for it."""
+    prepared = train.preparation
+    resize = {} if prepared.resize is None else {"resize": prepared.resize}
+    stdb.save(
+        snn,
+        path,
+        network=recipe(params.network, train),
+        timesteps=params.stdb.timesteps,
+        classes=train.classes,
+        normalisation=prepared.normalisation,
+        stdb=params.stdb.model_dump(),
+        **resize,
+    )

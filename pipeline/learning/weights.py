@@ -8,7 +8,7 @@ are the network's.
 import json
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import StageError
 from pipeline.files import writing
+from pipeline.learning import published
 from pipeline.typed import shown
 
 CONTAINERS = (
@@ -27,6 +28,7 @@ CONTAINERS = (
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 BESIDE = ("n_averaged",)  # what torch's averaged models keep beside the weights
+COUNTS = ".num_batches_tracked"  # of batch norms, which older files lack
 REALS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMED = 4  # names or problems in a message, of each side
 
@@ -46,19 +48,31 @@ def save_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: object) 
         )
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(
+    network: nn.Module,
+    path: Path,
+    head: str | None = None,
+    kept: Collection[str] = (),
+) -> int | None:
     """Load a state dict into a network of the same layers.
 
     Args:
         network: takes the weights.
         path: .safetensors, or a file of ``torch.save`` (read with ``weights_only=True``); in a
             container and with the prefixes of wrappers, too.
+        head: name of the layer that gives the classes, which keeps its own weights where the
+            file's is for another number of them; None: no layer may differ.
+        kept: names of tensors of the network that the file does not have.
+
+    Returns:
+        The number of classes of the file's head, where the network kept its own; else None.
 
     Raises:
         StageError: the file cannot be read, belongs to another network (says which names each of
             them has), or holds what are no weights (says which tensor).
     """
-    own = network.state_dict()
+    whole = network.state_dict()
+    own = {name: tensor for name, tensor in whole.items() if name not in kept}
     content = _read(path)
     states = list(_states(content))
     if not states:
@@ -70,9 +84,13 @@ def load_weights(network: nn.Module, path: Path) -> None:
             f"the weights file {path} holds {what}; allowed: a state dict, name → tensor, or one "
             f"under a key such as {', '.join(CONTAINERS[:4])}"
         )
-    stripped = [_without_prefixes(state, own) for state in states]
+    stripped = [_with_own_names(state, own) for state in states]
     fits = [state for state in stripped if state.keys() == own.keys()]
     state = fits[0] if fits else max(stripped, key=lambda s: len(s.keys() & own.keys()))
+    classes = None
+    if head is not None and _has_other_classes(state, own, head):
+        classes = len(state[f"{head}.weight"])
+        state = state | {n: t for n, t in own.items() if n.startswith(f"{head}.")}
     if problems := _differences(state, own):
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise StageError(
@@ -83,7 +101,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
     for name, tensor in state.items():
         if problem := _problem(tensor, own[name]):
             raise StageError(f"the weights in {path} cannot be used: {name} {problem}")
-    network.load_state_dict(state)
+    network.load_state_dict(whole | state)
+    return classes
 
 
 def _read(path: Path) -> Any:
@@ -122,6 +141,25 @@ def _states(content: Any, depth: int = 3) -> Iterator[State]:
     elif depth:
         for name in CONTAINERS:
             yield from _states(content.get(name), depth - 1)
+
+
+def _with_own_names(state: State, own: Mapping[str, Tensor]) -> State:
+    """The state with the network's names, in wrappers' prefixes or in older files' spelling."""
+    state = _without_prefixes(state, own)
+    if state.keys() == own.keys():
+        return state
+    again = {published.renamed(name): tensor for name, tensor in state.items()}
+    again = {n: t for n, t in again.items() if n in own or not n.startswith(published.AUXILIARY)}
+    counts = {n: t for n, t in own.items() if n.endswith(COUNTS) and n not in again}
+    return again | counts if again.keys() | counts.keys() == own.keys() else state
+
+
+def _has_other_classes(state: State, own: Mapping[str, Tensor], head: str) -> bool:
+    """Whether a file's head differs from the network's in its number of classes alone."""
+    theirs, ours = state.get(f"{head}.weight"), own[f"{head}.weight"]
+    if theirs is None or theirs.dim() != ours.dim():
+        return False
+    return len(theirs) != len(ours) and theirs.shape[1:] == ours.shape[1:]
 
 
 def _without_prefixes(state: State, own: Mapping[str, Tensor]) -> State:

@@ -162,11 +162,7 @@ def params_files() -> Iterator[tuple[str, str | bytes]]:
                 changed = copy.deepcopy(PARAMS)
                 changed[section][key] = value
                 yield f"{section}.{key} is {name}", dumped(changed)
-    for key, wrongs in NO_IMAGES.items():
-        for name, value in wrongs.items():
-            yield f"data.{key}: {name}", dumped(PARAMS | {"data": PARAMS["data"] | {key: value}})
-    smaller = {"image_size": [8, 12], "resize": 11}
-    yield "data.resize below a side", dumped(PARAMS | {"data": PARAMS["data"] | smaller})
+    yield from _images_and_networks()
     for section in PARAMS:
         for name, value in {"null": None, "a list": [], "a word": "word"}.items():
             yield f"{section} is {name}", dumped(PARAMS | {section: value})
@@ -175,6 +171,18 @@ def params_files() -> Iterator[tuple[str, str | bytes]]:
     yield "an unknown section", text + "\nsection: {}\n"
     yield "a key with a line break", text + '\n"a\\nb": 1\n'
     yield "a key of 5,000 letters", text + f"\n? {'k' * 5000}\n: 1\n"
+
+
+def _images_and_networks() -> Iterator[tuple[str, str]]:
+    for key, wrongs in NO_IMAGES.items():
+        for name, value in wrongs.items():
+            yield f"data.{key}: {name}", dumped(PARAMS | {"data": PARAMS["data"] | {key: value}})
+    smaller = {"image_size": [8, 12], "resize": 11}
+    yield "data.resize below a side", dumped(PARAMS | {"data": PARAMS["data"] | smaller})
+    for name in ("", "resnet19", "../resnet18", "fcn_resnet50", "k" * 5000):
+        changed = copy.deepcopy(PARAMS)
+        changed["network"]["architecture"] = f"torchvision:{name}"
+        yield f"network.architecture is torchvision:{name[:20]}", dumped(changed)
 
 
 # -- sweeps, overlays, dvc.yaml --------------------------------------------------------------------

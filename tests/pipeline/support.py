@@ -253,6 +253,7 @@ PARAMS = load_params(ROOT / "params.yaml")
 NETWORK = NetworkParams(
     architecture="vgg5", width=0.1, hidden=16, dropout=0.3, classifier_dropout=0.5
 )
+NORMED = NETWORK.model_copy(update={"normalisation": "batch", "pooling": "max"})
 STDB = PARAMS.stdb.model_copy(
     update={
         **{"timesteps": 3, "epochs": 1, "batch_size": 24, "learning_rate": 1e-3, "milestones": []},

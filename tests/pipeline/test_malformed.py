@@ -23,6 +23,7 @@ import stdb
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.files import digest
 from pipeline.handed_on import read_conversion, read_data_summary, read_runs
+from pipeline.learning import published
 from pipeline.learning.networks import build_ann, load_thresholds, load_weights
 from pipeline.overlays import apply
 from pipeline.params import load_params
@@ -71,6 +72,7 @@ def project(tmp_path_factory) -> Path:
         (folder / name).write_text(json.dumps(good))
     shutil.copy(ROOT / "params.yaml", folder / "params.yaml")
     torch.save(small().state_dict(), folder / "weights.pt")
+    published.unknown("torchvision:resnet18")  # importing it takes seconds, once
     return folder
 
 

@@ -36,6 +36,10 @@ def test_the_defaults_are_valid_and_complete():
         ("source: digits", "source: folder", "data.path is null"),
         ("validation_fraction: 0.2", "validation_fraction: 1.0", "data.validation_fraction is 1.0"),
         ("resnet12 ", "vgg6 ", "network.architecture is 'vgg6'; allowed: vgg5, vgg9"),
+        ("resnet12 ", "torchvision:resnet19 ", "allowed: torchvision:resnet18"),
+        ("normalisation: none", "normalisation: layer", "network.normalisation is 'layer'"),
+        ("pooling: average", "pooling: min", "network.pooling is 'min'; allowed: 'average' or"),
+        ("norm_images: 32", "norm_images: 1", "train_ann.norm_images is 1; allowed: greater than"),
         ("width: 0.25", "width: 0", "network.width is 0; allowed: greater than 0"),
         ("hidden: 128", "hidden: true", "network.hidden is True; allowed: integer"),
         ("epochs: 50", "epochs: 6.5", "train_ann.epochs is 6.5; allowed: integer"),
@@ -65,6 +69,18 @@ def test_what_is_not_allowed_is_refused(tmp_path, before, after, message):
     with pytest.raises(ParamsError) as caught:
         load(tmp_path, before, after)
     assert message in str(caught.value)
+
+
+NEW = ("  normalisation: ", "  pooling: ", "  norm_images: ")  # keys that 0.1.0 did not have
+
+
+def test_a_file_of_0_1_0_is_read_as_it_was_meant(tmp_path):
+    """Without the keys that came later, which then have the paper's values."""
+    path = tmp_path / "params.yaml"
+    lines = [line for line in TEXT.splitlines(True) if not line.startswith(NEW)]
+    assert len(TEXT.splitlines()) - len(lines) == len(NEW)
+    path.write_text("".join(lines))
+    assert load_params(path) == load_params(ROOT / "params.yaml")
 
 
 def test_all_mistakes_are_said_at_once(tmp_path):

@@ -10,8 +10,10 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
+import stdb
 from tests.pipeline.support import STAGES, Started, copy_of, make_repository
 
 
@@ -209,6 +211,46 @@ def test_make_repro_has_one_ray_for_all_stages_and_leaves_nothing(finished, tmp_
     started.wait_until_gone(20)
     assert started.says().count("Ray Train job on 2 CPU worker(s)") == 2
     assert set(Path(tempfile.gettempdir()).glob("ray-*")) <= folders
+
+
+OWN_NETWORK = """
+from torch import nn
+def small(in_channels, image_size, num_classes):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2),
+        nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * (image_size // 4) ** 2, num_classes),
+    )
+"""
+
+
+@pytest.mark.slow
+def test_a_network_with_norms_biases_and_max_pooling_runs_through_all_stages(tmp_path):
+    """One epoch of each; every out is made, the network is handed on whole, and classifies."""
+    repository = make_repository(tmp_path / "own")
+    (repository.root / "my_networks.py").write_text(OWN_NETWORK)
+    repository.set(network={"architecture": "my_networks:small"}, train_ann={"epochs": 1})
+    repository.repro()
+    ann, balanced, snn = (
+        load_file(repository.root / f"models/{name}.safetensors")
+        for name in ("ann", "balanced", "snn")
+    )
+    assert int(ann["1.num_batches_tracked"]) > 0
+    assert {"0.bias", "5.bias", "10.bias"} <= set(balanced)  # the second is the batch norm's
+    for name in ("0.weight", "5.weight", "10.bias"):
+        assert not snn[name].equal(balanced[name]), name
+    loaded, about = stdb.load(repository.root / "models/snn.safetensors")
+    assert [n.unit for n in loaded.neurons.values()] == pytest.approx([*loaded.thresholds.values()])
+    assert about["network"]["architecture"] == "my_networks:small"
+    measured = json.loads((repository.root / "metrics/evaluate_converted.json").read_text())
+    assert measured["reduced"]["spikes_per_neuron"].keys() == loaded.neurons.keys()
+    assert (repository.root / "report/index.html").exists()
+    Image.new("L", (8, 8), 90).save(repository.root / "image.png")
+    said = repository.run("python", "-m", "pipeline.predict", "image.png").stdout
+    assert said.startswith("image.png: ")
+    said = repository.run("python", "-m", "pipeline.convert", "-o", "converted").stdout
+    assert "converted: 2 spiking layers" in said
+    assert stdb.load(repository.root / "converted")[0].thresholds.keys() == loaded.neurons.keys()
 
 
 def thresholds(repository):

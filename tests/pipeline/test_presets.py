@@ -71,6 +71,28 @@ def test_one_preset_after_another_leaves_nothing_of_the_first(here):
     assert (here / "params.yaml").read_text() == second
 
 
+def test_a_preset_applies_to_a_file_of_0_1_0(here):
+    """Which lacks keys that presets have; they are added."""
+    path = here / "params.yaml"
+    new = ("  normalisation: ", "  pooling: ", "  norm_images: ")
+    lines = [line for line in path.read_text().splitlines(True) if not line.startswith(new)]
+    path.write_text("".join(lines))
+    assert main(["vgg5-cifar10"]) == 0
+    assert load_params().network.normalisation == "none"
+    assert "pooling: average" in path.read_text()
+    (here / "mine.yaml").write_text("network: {poolings: max}")
+    assert main(["mine.yaml"]) == 1
+
+
+def test_a_preset_takes_back_what_the_paper_does_without(here):
+    """Batch norm and max-pooling of an earlier experiment."""
+    (here / "mine.yaml").write_text("network: {normalisation: batch, pooling: max}")
+    assert main(["mine.yaml"]) == 0
+    assert main(["vgg5-cifar10"]) == 0
+    network = load_params().network
+    assert (network.normalisation, network.pooling) == ("none", "average")
+
+
 def test_presets_are_listed_and_an_unknown_one_is_refused(here, capsys):
     """With their first line; params.yaml stays as it is."""
     assert main([]) == 0

@@ -155,6 +155,8 @@ def test_a_stage_knows_what_dvc_yaml_says(project):
         "network.hidden": 128,
         "network.dropout": 0.2,
         "network.classifier_dropout": 0.5,
+        "network.normalisation": "none",
+        "network.pooling": "average",
         "stdb.alpha": 0.3,
     }
     assert stage.inputs == {"inputs/a.txt": digest(Path("inputs/a.txt"))}

@@ -11,6 +11,7 @@ from pipeline.data import Split
 from pipeline.learning.fit import Task, backward
 from tests.pipeline.support import (
     NETWORK,
+    NORMED,
     PARAMS,
     STDB,
     KeptWorker,
@@ -36,7 +37,7 @@ def found(tmp_path_factory):
     files = make_files(folder)
     for world in WORLDS:
         torch.multiprocessing.spawn(work, (world, files, folder), world)
-    return {
+    return {"train": files[1]["train"]} | {
         world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
         for world in WORLDS
     }
@@ -70,6 +71,10 @@ def work(rank: int, world: int, files, folder) -> None:
         results[f"drawn {seed}"] = drawn
         ann = ANN.model_copy(update={"seed": seed})
         job(f"ann {seed}", train_ann.train_loop, train_ann=ann)
+    normed = ANN.model_copy(update={"norm_images": 4})
+    job("norms", train_ann.train_loop, network=NORMED, train_ann=normed)
+    still = normed.model_copy(update={"learning_rate": 1e-30})  # weights stay, to the last bit
+    job("still norms", train_ann.train_loop, network=NORMED, train_ann=still)
     results["gradients"] = gradients(rank, world, files)
     torch.save(results, folder / f"{world}-{rank}.pt")
     dist.destroy_process_group()
@@ -187,6 +192,37 @@ def test_gradients_of_the_first_step_are_those_of_one_worker(found, world):
             assert one[name].norm() > 0, name
             error = (gradient - one[name]).abs().max() / one[name].abs().max()
             assert error < 1e-5, name
+
+
+def statistics(report) -> dict:
+    """The running statistics that a training ended with."""
+    return {n: v for n, v in report["network"].items() if "running" in n or "tracked" in n}
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_running_statistics_are_those_of_one_worker(found, world):
+    """Bit for bit where the weights are: twelve images a step, in three groups that go whole."""
+    one = statistics(found[1][0]["still norms"])
+    assert len(one) == 3 * 3
+    groups = 3 * (len(found["train"]) // 12) * found[1][0]["still norms"]["best_epoch"]
+    assert int(one["conv1_norm.num_batches_tracked"]) == groups
+    for report in found[world]:
+        for name, value in statistics(report["still norms"]).items():
+            assert torch.equal(value, one[name]), name
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_networks_with_norms_learn_as_with_one_worker(found, world):
+    """Losses and statistics to the rounding of sums; all workers end with the same, bit for bit."""
+    one, several = found[1][0]["norms"], [report["norms"] for report in found[world]]
+    losses = [row["loss/train"] for row in one["history"]]
+    for report in several:
+        for name, value in several[0]["network"].items():
+            assert torch.equal(report["network"][name], value), name
+    assert [row["loss/train"] for row in several[0]["history"]] == pytest.approx(losses, rel=1e-3)
+    assert one["network"]["conv1_norm.weight"].std() > 0
+    for name, value in statistics(one).items():
+        torch.testing.assert_close(several[0]["network"][name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import stdb
 
@@ -79,8 +80,8 @@ def run_order(network):
 
 
 def test_names():
-    """The paper's ten networks, two of the authors' code, a clear answer to any other name."""
-    assert sorted(stdb.ARCHITECTURES) == sorted(NAMES)
+    """The paper's ten, two of the authors' code, one more; a clear answer to any other name."""
+    assert sorted(stdb.ARCHITECTURES) == sorted([*NAMES, "resnet9"])
     with pytest.raises(ValueError, match=r"unknown architecture 'vgg7'.*vgg5.*resnet34"):
         stdb.build("vgg7")
 
@@ -171,6 +172,90 @@ def test_converts_and_runs(name):
     logits.sum().backward()
 
 
+def test_resnet9():
+    """At half width 1.65 million weights and 95 million multiply-accumulates at 32×32."""
+    network = on_meta("resnet9", width=0.5, normalisation="batch")
+    convolutions = [tuple(c.weight.shape[:2]) for c in of_type(network, nn.Conv2d)]
+    assert convolutions == [
+        (32, 3), (64, 32), (64, 64), (64, 64), (128, 64), (256, 128), (256, 256), (256, 256)
+    ]  # fmt: skip
+    assert [c.out_channels for c in of_type(on_meta("resnet9"), nn.Conv2d)][:2] == [64, 128]
+    kinds = [type(m).__name__[0] for m in network]
+    assert "".join(kinds) == "CBRD" + "CBRA" + "R" + "CBRA" * 2 + "RAFL"
+    norms = 2 * (32 + 3 * 64 + 128 + 3 * 256)
+    assert weights(network) == 1_643_872 + norms
+    assert round(weights(network) / 1e6, 2) == 1.65
+    snn = stdb.convert(stdb.build("resnet9", width=0.5), stdb.PoissonEncoder())
+    with FlopCounterMode(display=False) as counter:
+        on_meta("resnet9", width=0.5)(torch.zeros(1, 3, 32, 32, device="meta"))
+    assert round(counter.get_total_flops() / 2e6) == 95
+    assert list(snn.thresholds) == [
+        "conv1", "conv2", "block1.conv1", "block1.conv2", "conv3", "conv4",
+        "block2.conv1", "block2.conv2",
+    ]  # fmt: skip
+
+
+OPTIONS = [
+    ("vgg9", "batch", "average"), ("vgg9", "none", "max"), ("resnet12", "batch", "max"),
+    ("resnet9", "batch", "average"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "normalisation", "pooling"), OPTIONS)
+def test_norms_and_poolings_of_ones_choice(name, normalisation, pooling):
+    """A batch norm behind every convolution, shortcuts' too; weights are drawn as without it."""
+    networks = []
+    for options in ({}, {"normalisation": normalisation, "pooling": pooling}):
+        torch.manual_seed(3)
+        networks.append(stdb.build(name, 1, 32, 7, width=0.05, hidden=6, **options))
+    plain, network = networks
+    convolutions = of_type(network, nn.Conv2d)
+    norms = of_type(network, nn.BatchNorm2d)
+    assert len(norms) == (len(convolutions) if normalisation == "batch" else 0)
+    assert len(of_type(network, nn.MaxPool2d)) == (
+        len(of_type(plain, nn.AvgPool2d)) if pooling == "max" else 0
+    )
+    drawn = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for one, other in zip(drawn, plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+    behind = {type(b) for a, b in pairwise(network) if isinstance(a, nn.Conv2d)}
+    assert behind == ({nn.BatchNorm2d} if norms else {nn.ReLU})
+
+
+@pytest.mark.parametrize(("name", "normalisation", "pooling"), OPTIONS)
+def test_networks_with_norms_and_other_poolings_convert(name, normalisation, pooling):
+    """One spiking layer for each ReLU, and the rates of many steps give the ANN's decision."""
+    torch.manual_seed(0)
+    options = {"normalisation": normalisation, "pooling": pooling}
+    ann = stdb.build(name, 1, 32, 4, width=0.05, hidden=6, **options)
+    snn = stdb.convert(ann, stdb.DirectEncoder())
+    assert len(snn.thresholds) == len(of_type(ann, nn.ReLU))
+    assert snn(torch.rand(2, 1, 32, 32), 2).isfinite().all()
+
+
+def test_a_block_is_normalised_where_it_says_so():
+    """By hand, with statistics of its own."""
+    torch.manual_seed(0)
+    block = stdb.ResidualBlock(2, 3, 2, 0.0, normalised=True).eval()
+    for norm in of_type(block, nn.BatchNorm2d):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+    x = torch.randn(1, 2, 6, 6)
+    inner = block.norm1(block.conv1(x)).relu()
+    expected = block.norm2(block.conv2(inner)) + block.shortcut[1](block.shortcut[0](x))
+    assert torch.equal(block(x), expected.relu())
+    assert set(stdb.ResidualBlock(2, 2).state_dict()) == {"conv1.weight", "conv2.weight"}
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"), [("normalisation", "none, batch"), ("pooling", "average, max")]
+)
+def test_unknown_options(key, allowed):
+    """The message names what there is."""
+    with pytest.raises(ValueError, match=f"{key} is 'group'; allowed: {allowed}"):
+        stdb.build("vgg5", **{key: "group"})
+
+
 def test_width_multiplies_channels():
     """Half the width is half the channels in every convolution; never less than one channel."""
     network = on_meta("vgg5", width=0.5, hidden=100)
@@ -242,3 +327,12 @@ def test_initial_weights():
     wide = nn.Sequential(nn.Linear(20000, 16, bias=False))
     stdb.architectures.initialise(wide)
     assert float(wide[0].weight.detach().std()) == pytest.approx(0.01, rel=0.03)
+
+
+@pytest.mark.parametrize("name", stdb.ARCHITECTURES)
+@pytest.mark.parametrize("size", [(32, 48), (130, 64), (128, 160)])
+def test_images_that_are_not_square(name, size):
+    """Height and width; the same layers as of squares, and one logit a class."""
+    network = on_meta(name, image_size=size)
+    assert network(torch.zeros(2, 3, *size, device="meta")).shape == (2, 10)
+    assert list(network.state_dict()) == list(on_meta(name, image_size=min(size)).state_dict())
