@@ -476,7 +476,7 @@ class ConstantBranches(nn.Module):
 
 
 class NeuronsInARow(nn.Module):
-    """Nothing but a flatten between input, neurons and neurons; sums of two layers' spikes."""
+    """Nothing but a flatten between the input and two layers; a sum of their spikes."""
 
     def __init__(self):
         """Set up the layers."""
@@ -487,7 +487,7 @@ class NeuronsInARow(nn.Module):
     def forward(self, x):
         """Images to logits."""
         a = self.relu1(torch.flatten(x, 1))
-        b = self.relu2(torch.flatten(a, 1))
+        b = self.relu2(torch.flatten(x, 1))
         return self.out(self.relu3(self.first(a + b)))
 
 
