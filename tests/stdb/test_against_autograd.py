@@ -475,23 +475,23 @@ class ConstantBranches(nn.Module):
         return self.out(torch.flatten(self.relu2(summed), 1))
 
 
-class NeuronsOnPixels(nn.Module):
-    """Nothing but a flatten between input and neurons; sums of two layers' spikes."""
+class NeuronsInARow(nn.Module):
+    """Nothing but a flatten between the input and two layers; a sum of their spikes."""
 
     def __init__(self):
         """Set up the layers."""
         super().__init__()
         self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
-        self.first, self.second, self.out = linear(8, 8), linear(8, 8), linear(8, 3)
+        self.first, self.out = linear(8, 8), linear(8, 3)
 
     def forward(self, x):
         """Images to logits."""
         a = self.relu1(torch.flatten(x, 1))
-        b = self.relu2(self.second(a))
+        b = self.relu2(torch.flatten(x, 1))
         return self.out(self.relu3(self.first(a + b)))
 
 
-CUSTOM = [Branches, SkipToOutput, SharedWeights, ConstantBranches, NeuronsOnPixels]
+CUSTOM = [Branches, SkipToOutput, SharedWeights, ConstantBranches, NeuronsInARow]
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["spikes", "direct"])
@@ -512,7 +512,7 @@ def test_input_is_left_alone():
     """Neurons right behind the input do not write into it, forward or backward."""
     train = random_train((5, 2, 2, 2, 2), 0)
     kept = train.clone()
-    snn = stdb.convert(prepare(NeuronsOnPixels(), 0), stdb.SpikeTrain(train), stdb.Linear())
+    snn = stdb.convert(prepare(NeuronsInARow(), 0), stdb.SpikeTrain(train), stdb.Linear())
     snn(torch.zeros(train.shape[1:], dtype=torch.float64), 5).sum().backward()
     assert torch.equal(train, kept)
 
