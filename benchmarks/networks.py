@@ -53,14 +53,25 @@ def row(name: str) -> str:
 FIXED = ("vit_", "swin", "maxvit")  # take one size
 
 
+REASONS = {  # in a message → in the table
+    r" makes \(": "dimensions in another order",
+    r"\bis a Linear that": "Linear on what is not flat",
+    r"\bis an? ([\w.]+)": "",
+    r"\bcalls (\w+)": "",
+    r"is a parameter used": "parameters outside a layer",
+    r"\) ([\w ]+)[;,]": "",
+    r"cannot be traced": "cannot be traced",
+}
+
+
 def reasons(message: str) -> str:
     """What stands in the way, the most frequent first."""
     found: Counter[str] = Counter()
     for line in message.splitlines():
-        kind = re.search(r"\bis an? ([\w.]+)|\bcalls (\w+)|\) (.+?)[;,]|cannot be traced", line)
-        if kind:
-            named = next((text for text in kind.groups() if text), kind.group())
-            found[named.rpartition(".")[2] if " " not in named else named] += 1
+        for pattern, words in REASONS.items():
+            if match := re.search(pattern, line):
+                found[words or match[1].rpartition(".")[2]] += 1
+                break
     return ", ".join(f"{kind} ({count})" for kind, count in found.most_common(4))
 
 

@@ -18,7 +18,8 @@ from pipeline.command import command, parser
 from pipeline.data import load_split
 from pipeline.errors import StageError
 from pipeline.files import ANN, DATA, writing
-from pipeline.learning.networks import build_ann, build_snn, load_given, write_network
+from pipeline.learning.network_file import write_network
+from pipeline.learning.networks import build_ann, build_snn, load_given
 from pipeline.params import load_params
 
 Row = tuple[str, str, str]  # the layer, what was found there, and what it became

@@ -24,7 +24,8 @@ from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import Evaluation, collapse, diagnose, evaluate_snn, longest
 from pipeline.learning.finetuning import BATCH, fine_tune
-from pipeline.learning.networks import build_ann, load_converted, write_network
+from pipeline.learning.network_file import write_network
+from pipeline.learning.networks import build_ann, load_converted
 from pipeline.params import DataParams, StdbParams
 from pipeline.stage import Stage, stage_command
 from pipeline.tracking.messages import About

@@ -113,6 +113,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: pixels out of range, a threshold that is not a positive number.
         """
+        self.check()
         check_images(images, self.encoder, self._dimensions())
         if limits_of(self.encoder) != self.limits:
             raise ValueError(

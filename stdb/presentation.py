@@ -141,7 +141,6 @@ class Presentation:
         self.ages_known = True  # steps without gradient don't note spike times
         self.shapes: dict[int, torch.Size] = {}  # (B, …) of every node's value
         self.labels = {0: INPUT, **graph.labels}
-        network.check()
         self.threshold, self.leak = self._read_neurons()
         if self._learned_too_far():
             network.constrain()

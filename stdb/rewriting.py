@@ -173,12 +173,16 @@ def _end_with_weights(rewriting: Rewriting, result: fx.Node) -> None:
 
 def _ends_with_weights(nodes: list[Node], last: int) -> bool:
     """Whether some layer with weights follows the last neurons, which the logits need for units."""
-    node = nodes[last]
-    if node.operator.learns or not node.inputs:
-        return True
-    if node.operator.fires:
-        return False
-    return all(_ends_with_weights(nodes, j) for j in node.inputs)
+    waiting, seen = [last], set()
+    while waiting:
+        i = waiting.pop()
+        if i in seen or nodes[i].operator.learns or not nodes[i].inputs:
+            continue
+        if nodes[i].operator.fires:
+            return False
+        seen.add(i)
+        waiting += nodes[i].inputs
+    return True
 
 
 def _check_shapes(rewriting: Rewriting, call: fx.Node) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -42,6 +42,7 @@ class Rewriting:
         index: traced operation → its node, or the one that it passes on.
         problems: what has no spiking form, a line each.
         waiting: a shape between two others, such as within a channel shuffle → what it is of.
+        places: the same → from where in that its values are.
         limited: whether the input is encoded as x/u, in units of an encoder's limits.
         padded: id of a convolution → widths and mode of the padding that stands in front of it.
         left_out: a softmax at the end.
@@ -56,6 +57,7 @@ class Rewriting:
     index: dict[fx.Node, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     waiting: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    places: dict[fx.Node, Any] = field(default_factory=dict)
     limited: bool = False
     padded: dict[int, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     uses: Counter[int] = field(default_factory=Counter)

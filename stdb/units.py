@@ -38,11 +38,11 @@ def _carried(graph: Graph, net: nn.Module, i: int, begins: Callable[[int], Tenso
     node = graph.nodes[i]
     if node.operator.fires or node.operator.learns or not node.inputs:
         return begins(i)
-    below = [_carried(graph, net, j, begins) for j in node.inputs]
-    first = below[0]
     module = None if node.path is None else net.get_submodule(node.path)
+    first = _carried(graph, net, node.inputs[0], begins)  # the branches of a sum are alike
     if isinstance(node.operator, Concat):
         sizes = module.channels  # type: ignore[union-attr]
+        below = [first, *(_carried(graph, net, j, begins) for j in node.inputs[1:])]
         parts = zip(below, sizes, strict=True)  # type: ignore[arg-type]
         return torch.cat([o.repeat_interleave(n // len(o)) for o, n in parts])
     if len(first) == 1:

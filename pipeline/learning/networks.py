@@ -17,7 +17,7 @@ from pipeline.learning import published
 from pipeline.learning.balanced import load_balanced
 from pipeline.learning.checks import build_own, check_input, check_room
 from pipeline.learning.weights import load_weights, save_weights
-from pipeline.params import NetworkParams, Params, StdbParams
+from pipeline.params import NetworkParams, StdbParams
 
 __all__ = [
     "build_ann",
@@ -171,19 +171,3 @@ def load_handed_on(snn: stdb.SpikingNetwork, root: Path) -> None:
     load_thresholds(snn, root / THRESHOLDS)
     if snn.has_units:
         load_balanced(snn, root / BALANCED)
-
-
-def write_network(snn: stdb.SpikingNetwork, params: Params, train: Samples, path: Path) -> None:
-    """The network's file, with all that image files have to become for it."""
-    prepared = train.preparation
-    resize = {} if prepared.resize is None else {"resize": prepared.resize}
-    stdb.save(
-        snn,
-        path,
-        network=recipe(params.network, train),
-        timesteps=params.stdb.timesteps,
-        classes=train.classes,
-        normalisation=prepared.normalisation,
-        stdb=params.stdb.model_dump(),
-        **resize,
-    )

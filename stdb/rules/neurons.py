@@ -66,11 +66,17 @@ def _neurons(
 
 def _is_positive(rewriting: Rewriting, i: int) -> bool:
     """Whether a value is never negative: spikes, and their averages, side by side or summed."""
-    node = rewriting.nodes[i]
-    if node.operator.fires:
-        return True
-    keeps = not node.operator.learns and bool(node.inputs)
-    return keeps and all(_is_positive(rewriting, j) for j in node.inputs)
+    waiting, seen = [i], set()
+    while waiting:
+        j = waiting.pop()
+        node = rewriting.nodes[j]
+        if j in seen or node.operator.fires:
+            continue
+        if node.operator.learns or not node.inputs:
+            return False
+        seen.add(j)
+        waiting += node.inputs
+    return True
 
 
 def max_pool(rewriting: Rewriting, call: fx.Node) -> Node | int:

@@ -38,19 +38,19 @@ def rearrange(rewriting: Rewriting, call: fx.Node) -> Node | int:
             order = places.flatten(2)[0, :, 0] // pixels
             if bool((places == whole[:, order]).all()):
                 return rewriting.put(call, Channels(order.tolist()), (rewriting.index[base],))
-    rewriting.waiting[call] = base
+    rewriting.waiting[call], rewriting.places[call] = base, places
     return rewriting.index[base]
 
 
 def _run(rewriting: Rewriting, call: fx.Node, base: fx.Node) -> Any:
     """What an operation, and those before it back to ``base``, does to the places of one image."""
-    if call is base:
-        shape = base.meta["value"].shape[1:]
-        return torch.arange(shape.numel()).view(1, *shape)
 
     def here(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
-            return _run(rewriting, argument, base)
+            if argument in rewriting.waiting:
+                return rewriting.places[argument]
+            shape = base.meta["value"].shape[1:]
+            return torch.arange(shape.numel()).view(1, *shape)
         if isinstance(argument, int) and not isinstance(argument, bool) and argument % BATCH == 0:
             return argument // BATCH
         return argument
