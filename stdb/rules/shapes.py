@@ -23,7 +23,8 @@ def rearrange(rewriting: Rewriting, call: fx.Node) -> Node | int:
     """
     source, value = call.all_input_nodes[0], call.meta["value"]
     base = rewriting.waiting.get(source, source)
-    if not isinstance(base.meta["value"], Tensor):  # of what was refused, as attention's pair
+    given = base.meta["value"]
+    if not isinstance(given, Tensor) or given.shape[:1] != (BATCH,):  # of what was refused
         return rewriting.index[base]
     places = _run(rewriting, call, base)
     if isinstance(value, Tensor) and isinstance(places, Tensor):
@@ -31,7 +32,8 @@ def rearrange(rewriting: Rewriting, call: fx.Node) -> Node | int:
         whole = torch.arange(before.numel()).view(1, *before)
         if places.shape == whole.shape and bool((places == whole).all()):
             return rewriting.index[base]
-        if places.dim() == 2 and bool((places == whole.flatten(1)).all()):
+        flat = whole.flatten(1)
+        if places.shape == flat.shape and bool((places == flat).all()):
             return Node(call.name, Flatten(), (rewriting.index[base],))
         if places.shape[2:] == whole.shape[2:] and len(value) == BATCH:
             pixels = before[1:].numel()

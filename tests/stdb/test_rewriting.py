@@ -399,10 +399,17 @@ def test_torchvisions_networks_convert(name):
         assert off(as_ann(snn, images), net(images)) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "regnet_y_400mf"])
+OTHERS = {
+    name: lambda name=name: getattr(torchvision.models, name)(weights=None)
+    for name in ("efficientnet_b0", "mobilenet_v3_small", "regnet_y_400mf", "swin_v2_t")
+}
+OTHERS["vit of 24 blocks"] = lambda: torchvision.models.VisionTransformer(64, 16, 24, 2, 32, 64)
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_others_are_refused_with_all_places(name):
-    """SiLU, hard-swish, gates."""
-    net = getattr(torchvision.models, name)(weights=None)
+    """SiLU, hard-swish, gates, attention; however deep."""
+    net = OTHERS[name]()
     with pytest.raises(stdb.ConversionError, match=r"^\d+ places have no spiking form:"):
         stdb.convert(net, stdb.DirectEncoder(), example=torch.zeros(1, 3, 64, 64))
 
