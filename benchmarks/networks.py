@@ -1,7 +1,7 @@
 """Which of torchvision's classification networks have a spiking form: a table of docs/networks.md.
 
 Each is built with random weights and statistics, converted, and checked layer by layer against
-itself. ``python -m benchmarks.networks`` takes about half an hour and 16 GB; names choose some.
+itself. ``python -m benchmarks.networks`` takes about ten minutes; names choose some.
 """
 
 import argparse
