@@ -17,7 +17,6 @@ from pipeline.files import ANN, BALANCED, DATA, PLOTS, THRESHOLDS, write_csv, wr
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.balanced import balanced_state, save_balanced
-from pipeline.learning.checks import check_input
 from pipeline.learning.networks import build_ann, build_snn, load_weights, use_threads
 from pipeline.stage import Stage, stage_command
 
@@ -26,7 +25,6 @@ def main(stage: Stage) -> None:
     """Run the job, write the thresholds, or the whole network."""
     params = stage.params
     train = load_split(DATA / "train.safetensors")
-    check_input(params.stdb, train)
     ann = build_ann(params.network, train)
     load_weights(ann, ANN)
     images = min(params.balance_thresholds.images, len(train))
@@ -50,7 +48,7 @@ def balance_loop(worker: Worker) -> None:
     ann = build_ann(worker.params.network, train)
     load_weights(ann, worker.path(ANN))
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
-    snn = build_snn(ann, worker.params.stdb, params.seed, train.shape).to(worker.device)
+    snn = build_snn(ann, worker.params.stdb, params.seed, train).to(worker.device)
     in_blocks = params.residual_blocks or snn.has_units  # V = 1 there is the paper's, §4.2
     generator = torch.Generator().manual_seed(params.seed)
     chosen = torch.randperm(len(train), generator=generator)[: params.images]

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
             f"{options.weights} is for {classes} classes, the images have {len(train.classes)}; "
             "train_ann.weights trains a new output layer from it"
         )
-    snn = build_snn(ann, params.stdb, params.stdb.seed, train.shape).eval()
+    snn = build_snn(ann, params.stdb, params.stdb.seed, train).eval()
     print(table([("layer", "found", "became"), *snn.rewrites]))
     if options.output is not None:
         with writing(options.output) as temporary:

@@ -24,7 +24,7 @@ from pipeline.files import ANN, DATA, METRICS, PLOTS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning import published
-from pipeline.learning.checks import check_input, check_norms
+from pipeline.learning.checks import check_norms
 from pipeline.learning.dropout import SampleDropout
 from pipeline.learning.evaluation import evaluate_ann
 from pipeline.learning.fit import Task, fit
@@ -42,7 +42,6 @@ def main(stage: Stage) -> None:
     """Check that the network can be converted, run the job, write weights and metrics."""
     params = stage.params
     train = load_split(DATA / "train.safetensors")
-    check_input(params.stdb, train)
     ann = build_ann(params.network, train)
     check_norms(ann)
     # refuses now what could not be converted after the training

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import stdb
-from pipeline.data import Samples
 from pipeline.errors import StageError
 from pipeline.learning import published
-from pipeline.params import StdbParams
 
 TRAINING = 4 * 5  # bytes a weight: itself, its gradient, three of Adam with amsgrad; float32
 OURS = (  # and Python's: folders of code that is not a person's own
@@ -46,21 +44,6 @@ def check_room(arguments: dict[str, Any]) -> None:
             f"network.hidden {arguments['hidden']} and data.image_size "
             f"{arguments['image_size']} needs {needed / 2**30:,.3g} GiB for weights and "
             f"optimiser; there are {there / 2**30:,.3g} GiB free; allowed: smaller ones"
-        )
-
-
-def check_input(params: StdbParams, data: Samples) -> None:
-    """Find out before anything learns that the encoder cannot fire at the pixels.
-
-    Raises:
-        StageError: it draws spikes, and pixels go beyond ±1.
-    """
-    largest = max(data.preparation.normalisation.largest)
-    if stdb.ENCODERS[params.encoder] is stdb.PoissonEncoder and largest > 1:
-        raise StageError(
-            f"stdb.encoder is {params.encoder}, which fires at pixels of −1 to 1, and with "
-            f"data.normalise they go up to ±{largest:.3g}; allowed: data.normalise: null, or "
-            "stdb.encoder: direct"
         )
 
 

@@ -98,7 +98,7 @@ def starting_network(
     if not params.from_scratch:
         load_weights(ann, worker.path(ANN))
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
-    snn = build_snn(ann, params, params.seed, train.shape).to(worker.device)
+    snn = build_snn(ann, params, params.seed, train).to(worker.device)
     if params.dropout is not None:
         for module in snn.net.modules():
             if isinstance(module, nn.Dropout):

@@ -1,5 +1,6 @@
 """Networks as params.yaml and earlier stages' files say: built, loaded, saved, made spiking."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.handed_on import read_thresholds
 from pipeline.jobs.worker import Worker
 from pipeline.learning import published
 from pipeline.learning.balanced import load_balanced
-from pipeline.learning.checks import build_own, check_input, check_room
+from pipeline.learning.checks import build_own, check_room
 from pipeline.learning.weights import load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams
 
@@ -93,20 +94,27 @@ def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) 
 
 
 def build_snn(
-    ann: nn.Module, params: StdbParams, seed: int, shape: tuple[int, int, int] | None = None
+    ann: nn.Module, params: StdbParams, seed: int, data: Samples | None = None
 ) -> stdb.SpikingNetwork:
     """The ANN converted as ``stdb`` says: encoder, surrogate, leak.
+
+    Poisson spikes of pixels beyond ±1 stand for the largest that their normalisation allows.
 
     Args:
         ann: stays as it is.
         params: params.yaml's, of the spiking network.
         seed: of its spikes and dropout masks.
-        shape: (C, H, W) of an image, which what adapts to a size is made for; None: a usual one.
+        data: whose images it is for; None: of a usual size, and within ±1.
     """
+    encoder = stdb.encoder_of(params.encoder, seed)
+    if data is not None and isinstance(encoder, stdb.PoissonEncoder):
+        limits = data.preparation.normalisation.largest
+        if max(limits) > 1:
+            encoder = replace(encoder, limits=limits)
     surrogate = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
     snn = stdb.convert(
         ann,
-        stdb.encoder_of(params.encoder, seed),
+        encoder,
         surrogate,
         params.leak,
         temporal_gradient=params.temporal_gradient,
@@ -115,7 +123,7 @@ def build_snn(
         chunk=params.chunk,
         dropout_seed=seed,
         precision=torch.bfloat16 if params.precision == "bf16" else None,
-        example=None if shape is None else torch.zeros(1, *shape),
+        example=None if data is None else torch.zeros(1, *data.shape),
     )
     for name, module in list(snn.net.named_modules()):  # what is folded has no gradient any more
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -154,10 +162,9 @@ def load_converted(
         StageError: weights or thresholds are another network's, or the encoder cannot fire at the
             images.
     """
-    check_input(params, data)
     ann = build_ann(network, data)
     load_weights(ann, root / ANN)
-    snn = build_snn(ann, params, params.seed, data.shape)
+    snn = build_snn(ann, params, params.seed, data)
     load_handed_on(snn, root)
     return ann, snn
 

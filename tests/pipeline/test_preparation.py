@@ -12,10 +12,8 @@ import stdb
 from pipeline.data import DataError, Files, Preparation, Split, augment, load_split, save_split
 from pipeline.data.images import array_to_size, preparation_of, read_image, to_size
 from pipeline.data.sources import read_source
-from pipeline.errors import StageError
 from pipeline.finetune_stdb import write_network
-from pipeline.learning.checks import check_input
-from pipeline.learning.networks import build_ann, recipe
+from pipeline.learning.networks import build_ann, build_snn, recipe
 from pipeline.params import DataParams
 from pipeline.predict import Seen, read, seen_by
 from pipeline.prepare_data import split
@@ -264,14 +262,22 @@ def test_images_of_other_channels_are_refused_before_they_are_read(tmp_path):
         assert said in str(caught.value)
 
 
-def test_poisson_spikes_beyond_one_are_refused():
-    """They would be a probability above 1; a current may be anything."""
-    part = batch(normalisation=stdb.NORMALISATIONS["imagenet"])
-    with pytest.raises(StageError, match=r"encoder is poisson.*±2\.64; allowed: data\.normalise"):
-        check_input(STDB, part)
-    check_input(STDB.model_copy(update={"encoder": "direct"}), part)
-    check_input(STDB, batch())
-    check_input(STDB, batch(normalisation=stdb.Normalisation([0.5] * 3, [0.5] * 3)))
+def test_poisson_spikes_beyond_one_have_the_normalisations_limits():
+    """A spike stands for the largest pixel of its channel; a current may be anything."""
+    ann = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(60, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3)
+    )
+    imagenet = stdb.NORMALISATIONS["imagenet"]
+    part = batch(normalisation=imagenet)
+    snn = build_snn(ann, STDB, 7, part)
+    assert snn.encoder == stdb.PoissonEncoder(7, limits=imagenet.largest)
+    assert part.pixels().abs().max() > 1
+    with torch.no_grad():
+        assert snn(part.pixels(), 3).isfinite().all()
+    direct = build_snn(ann, STDB.model_copy(update={"encoder": "direct"}), 7, part)
+    assert direct.encoder == stdb.DirectEncoder()
+    for within in (batch(), batch(normalisation=stdb.Normalisation([0.5] * 3, [0.5] * 3))):
+        assert build_snn(ann, STDB, 7, within).encoder == stdb.PoissonEncoder(7)
 
 
 @pytest.mark.parametrize(
