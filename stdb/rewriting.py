@@ -33,7 +33,6 @@ REMEDIES: dict[type[nn.Module], str] = {
     nn.modules.batchnorm._BatchNorm: _NORM,
     nn.LayerNorm: _NORM,
     nn.GroupNorm: _NORM,
-    nn.AdaptiveAvgPool2d: "use nn.AvgPool2d with the kernel size that your image size gives",
     nn.AdaptiveMaxPool2d: _POOL,
     **dict.fromkeys(
         (
@@ -66,7 +65,6 @@ REMEDIES: dict[type[nn.Module], str] = {
     nn.LogSoftmax: _OUTPUT,
     nn.Dropout3d: "use nn.Dropout2d, which drops channels of an image",
 }
-_FLATTEN = "allowed: all but the batch flat, as torch.flatten(x, 1)"
 CALL_REMEDIES: dict[Any, str] = {}
 
 

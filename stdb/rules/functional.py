@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..graph import Node
-from ..operators.diagonal import Diagonal
 from ..operators.table import kind_of, operator_for
 from ..traced import ConversionError, Rewriting, where
 from ..tracing import place
@@ -57,13 +56,9 @@ def normalise(rewriting: Rewriting, call: fx.Node) -> Node | int:
     assert mean is not None
     assert var is not None
     eps = settings.get("eps", 1e-5)
-    scale, shift = fold_norm(rewriting, call, mean, var, weight, bias, eps)
-    if scale is None:
+    diagonal = fold_norm(rewriting, call, mean, var, weight, bias, eps)
+    if diagonal is None:
         return rewriting.source(call)
-    diagonal = Diagonal(len(scale)).to(mean.device, mean.dtype)
-    with torch.no_grad():
-        diagonal.weight.copy_(scale)
-        diagonal.bias.copy_(shift)  # type: ignore[union-attr,arg-type]
     return rewriting.put(call, diagonal, (rewriting.source(call),))
 
 

@@ -25,16 +25,11 @@ def batch_norm(rewriting: Rewriting, call: fx.Node) -> Node | int:
         raise ConversionError(
             f"layer {name} keeps no running statistics; train it with track_running_stats=True"
         )
-    like = norm.running_mean
-    scale, shift = fold_norm(
-        rewriting, call, like, norm.running_var, norm.weight, norm.bias, norm.eps
+    diagonal = fold_norm(
+        rewriting, call, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
     )
-    if scale is None:
+    if diagonal is None:
         return rewriting.source(call)
-    diagonal = Diagonal(len(scale)).to(like.device, like.dtype)
-    with torch.no_grad():
-        diagonal.weight.copy_(scale)
-        diagonal.bias.copy_(shift)  # type: ignore[union-attr,arg-type]
     rewriting.net.set_submodule(name, diagonal)
     operator = operator_for(Diagonal)
     assert operator is not None
@@ -50,13 +45,13 @@ def fold_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Fold a norm into the layer below it, if nobody else reads that; (None, None) then.
+) -> Diagonal | None:
+    """Fold a norm into the layer below it, if nobody else reads that; None then.
 
     From the running statistics: g = γ/√(σ² + ε), W' = g·W, b' = β + g·(b − μ).
 
     Returns:
-        g and β − g·μ of each channel, float64, of a norm that stays.
+        The scale g and shift β − g·μ of each channel, of a norm that stays.
     """
     scale = (var.double() + eps).rsqrt()
     if weight is not None:
@@ -70,10 +65,13 @@ def fold_norm(
     alone = [c for c, i in rewriting.index.items() if i == place_of] == [below]
     alone = alone and rewriting.readers(below) == [call] and rewriting.own(below)
     if not node.operator.learns or not alone:
-        return scale, shift
+        diagonal = Diagonal(len(scale)).to(mean.device, mean.dtype)
+        diagonal.weight.copy_(scale)
+        diagonal.bias.copy_(shift)  # type: ignore[union-attr]
+        return diagonal
     assert node.path is not None
     fold(rewriting.net.get_submodule(node.path), scale, shift)
-    return None, None
+    return None
 
 
 def dropout(rewriting: Rewriting, call: fx.Node) -> Node | int:
