@@ -20,6 +20,8 @@ ATEN = torch.ops.aten
 SAME: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((ATEN.conv2d.default, ATEN.conv2d.padding), F.conv2d),
     **dict.fromkeys((ATEN.conv1d.default, ATEN.conv1d.padding), F.conv1d),
+    ATEN.conv_transpose2d.input: F.conv_transpose2d,
+    ATEN.conv_transpose1d.default: F.conv_transpose1d,
     ATEN.linear.default: F.linear,
     ATEN.batch_norm.default: torch.batch_norm,
     ATEN.relu.default: F.relu,

@@ -353,6 +353,13 @@ CALLS: dict[Any, Rule] = {
     F.interpolate: resizing.interpolate,
     python.getitem: shapes.pick,
     **dict.fromkeys((F.conv2d, torch.conv2d, F.conv1d, torch.conv1d), functional.convolve),
+    **dict.fromkeys(
+        (
+            *(F.conv_transpose2d, torch.conv_transpose2d),
+            *(F.conv_transpose1d, torch.conv_transpose1d),
+        ),
+        functional.convolve_transposed,
+    ),
     F.linear: functional.connect,
     **dict.fromkeys((F.batch_norm, torch.batch_norm), functional.normalise),
     F.pad: shapes.pad,
@@ -365,6 +372,7 @@ TAKE_PARAMETERS = (
     arithmetic.add,
     arithmetic.subtract,
     functional.convolve,
+    functional.convolve_transposed,
     functional.connect,
     functional.normalise,
 )

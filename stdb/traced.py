@@ -148,6 +148,13 @@ class Rewriting:
             raise ConversionError(self.problems[0])
 
 
+def settings_of(call: fx.Node, *names: str) -> dict[str, Any]:
+    """What a call is given besides its value, by name: ``names``, in the function's order."""
+    settings = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
+    settings.pop("input", None)
+    return settings
+
+
 def where(call: fx.Node) -> str:
     """The operation's name, and whose forward method has it."""
     stack = call.meta.get("nn_module_stack") or {}

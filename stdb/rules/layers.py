@@ -12,7 +12,7 @@ from ..operators.diagonal import Diagonal
 from ..operators.joining import Concatenation
 from ..operators.shaping import Dropout, Flatten
 from ..operators.table import operator_for
-from ..traced import ConversionError, Rewriting, shape_of, where
+from ..traced import ConversionError, Rewriting, settings_of, shape_of, where
 from ..tracing import place
 from ..weights import fold
 
@@ -76,7 +76,7 @@ def fold_norm(
 
 def dropout(rewriting: Rewriting, call: fx.Node) -> Node | int:
     """F.dropout, with the rate that it has in training; F.dropout1d and F.dropout2d."""
-    rate: Any = call.kwargs.get("p", call.args[1] if len(call.args) > 1 else 0.5)
+    rate = settings_of(call, "p").get("p", 0.5)
     kinds: dict[Any, Any] = {F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d}
     kind = kinds.get(call.target, nn.Dropout)
     _check_dropout(call, kind, where(call))
@@ -103,8 +103,7 @@ def _check_dropout(call: fx.Node, kind: type[nn.Module], what: str) -> None:
 def average_pool(rewriting: Rewriting, call: fx.Node) -> Node | int:
     """F.avg_pool2d, F.avg_pool1d."""
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-    settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
-    settings.pop("input", None)
+    settings = settings_of(call, *names)
     settings["stride"] = settings.get("stride") or None
     kind = nn.AvgPool1d if call.meta["value"].dim() == 3 else nn.AvgPool2d
     return rewriting.put(call, kind(**settings), (rewriting.source(call),))
@@ -128,7 +127,7 @@ def mean(rewriting: Rewriting, call: fx.Node) -> Node | int:
 
 def adaptive_average(rewriting: Rewriting, call: fx.Node) -> Node | int:
     """F.adaptive_avg_pool2d, F.adaptive_avg_pool1d."""
-    size: Any = call.kwargs.get("output_size", call.args[1] if len(call.args) > 1 else None)
+    size = settings_of(call, "output_size")["output_size"]
     if call.meta["value"].dim() == 3:
         return rewriting.put(call, nn.AdaptiveAvgPool1d(pair(size)[0]), (rewriting.source(call),))
     return rewriting.put(call, nn.AdaptiveAvgPool2d(pair(size)), (rewriting.source(call),))

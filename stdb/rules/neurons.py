@@ -12,7 +12,7 @@ from ..graph import Node
 from ..operators.joining import Concat
 from ..operators.shaping import Dropout
 from ..operators.table import kind_of, operator_for
-from ..traced import ConversionError, Rewriting, where
+from ..traced import ConversionError, Rewriting, settings_of, where
 from ..tracing import place
 from .arithmetic import unit_one
 
@@ -35,7 +35,7 @@ def clamp(rewriting: Rewriting, call: fx.Node) -> Node | int:
     names = ("min", "max")
     if call.target in (F.hardtanh, F.hardtanh_):
         names = ("min_val", "max_val")
-    settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
+    settings = settings_of(call, *names)
     low, high = (settings.get(name) for name in names)
     if call.target in (F.relu6,):
         low, high = 0, 6
@@ -126,9 +126,8 @@ def _pooling(rewriting: Rewriting, call: fx.Node) -> nn.MaxPool1d | nn.MaxPool2d
     if call.op == "call_module":
         module: Any = rewriting.net.get_submodule(place(call))
         return kind(**{name: getattr(module, name) for name in names})
-    settings: Any = dict(zip(names, call.args[1:], strict=False)) | dict(call.kwargs)
-    for name in ("input", "return_indices"):
-        settings.pop(name, None)
+    settings = settings_of(call, *names)
+    settings.pop("return_indices", None)
     settings["stride"] = settings.get("stride") or None
     return kind(**settings)
 

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from ..graph import Graph, Node
 from ..operators.table import kind_of, operator_for
-from ..traced import ConversionError, Rewriting, where
+from ..traced import ConversionError, Rewriting, settings_of, where
 from ..tracing import place
 from ..units import origins
 from .arithmetic import unit_one
@@ -28,17 +28,8 @@ def upsample(rewriting: Rewriting, call: fx.Node) -> Node:
 
 def interpolate(rewriting: Rewriting, call: fx.Node) -> Node:
     """F.interpolate."""
-    names = (
-        "input",
-        "size",
-        "scale_factor",
-        "mode",
-        "align_corners",
-        "recompute_scale_factor",
-        "antialias",
-    )
-    settings: Any = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-    settings.pop("input")
+    resizing = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+    settings = settings_of(call, *resizing, "antialias")
     if settings.pop("antialias", False):
         raise ConversionError(f"{where(call)} has antialias=True; allowed: without it")
     _check_mode(call, str(settings.get("mode", "nearest")))

@@ -10,7 +10,7 @@ from ..graph import Graph, Node
 from ..operators.cutting import Channels, Pad, Padding, Slice
 from ..operators.shaping import Flatten
 from ..operators.table import kind_of
-from ..traced import ConversionError, Rewriting, shape_of, where
+from ..traced import ConversionError, Rewriting, settings_of, shape_of, where
 from ..tracing import BATCH, place
 from ..units import origins
 from .arithmetic import unit_one
@@ -101,8 +101,7 @@ def _channels_known(rewriting: Rewriting, call: fx.Node) -> int:
 
 def pad(rewriting: Rewriting, call: fx.Node) -> Node | int:
     """F.pad with zeros, or with copies: reflect, replicate, circular."""
-    names = ("input", "pad", "mode", "value")
-    settings: Any = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    settings = settings_of(call, "pad", "mode", "value")
     if settings.get("value"):
         raise ConversionError(
             f"{where(call)} pads with {settings['value']}; allowed: zeros, or copies (reflect, "

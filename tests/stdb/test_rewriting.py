@@ -124,6 +124,21 @@ FORMS = {
     "functional convolution with same padding": lambda m, x: F.relu(
         F.conv2d(F.relu(x), m.grouped.weight, m.grouped.bias, padding="same", groups=4)
     ),
+    "functional transposed convolution": lambda m, x: F.relu(
+        F.conv_transpose2d(F.relu(x), m.up2.weight, m.up2.bias, (2, 1), (0, 1), (1, 0), 4, (2, 2))
+    ),
+    "functional transposed convolution by keyword": lambda m, x: m.norm6(
+        torch.conv_transpose2d(
+            weight=m.up.weight, input=F.relu(x), dilation=2, padding=1, output_padding=1, stride=3
+        )
+    ).relu(),
+    "exported transposed convolution": lambda m, x: (
+        isinstance(x, torch.Tensor) or Pair(x, x).missing,
+        F.conv_transpose2d(m.relu(x), m.up2.weight, None, 2, 0, 1, 4),
+    )[1],
+    "another layer's bias": lambda m, x: F.relu(
+        F.conv2d(F.relu(x), m.second.weight, m.first.bias, padding=1)
+    ),
     "functional norm": lambda m, x: F.relu(
         F.batch_norm(
             F.conv2d(F.relu(x), m.second.weight, stride=2),
@@ -226,6 +241,9 @@ OF_SIGNALS = {
     "convolutions": lambda m, x: m.relu(m.norm(m.second(m.relu(m.norm(x))))),
     "same padding": lambda m, x: m.relu(m.norm6(m.same(m.relu(x)))),
     "transposed": lambda m, x: m.relu(m.norm6(m.up(m.relu(x)))),
+    "functional transposed": lambda m, x: F.conv_transpose1d(
+        m.relu(x), m.up.weight, m.up.bias, 2, groups=2, dilation=3
+    ),
     "max pooling": lambda m, x: m.pool(m.relu(x)),
     "functional max pooling": lambda m, x: F.max_pool1d(m.relu(x), 2, ceil_mode=True),
     "average": lambda m, x: m.average(m.relu(x)),
@@ -322,7 +340,7 @@ REFUSED = {
     "clamp": (lambda m, x: x.clamp(-1, 1), "has the lower bound -1; allowed: 0"),
     "softmax inside": (lambda m, x: F.softmax(m.relu(x), 1), "is a softmax inside; leave it out"),
     "product": (lambda m, x: m.relu(x) * m.relu(m.second(x)), "multiplies values with each other"),
-    "leaky": (lambda m, x: F.leaky_relu(x), "calls leaky_relu, which has no spiking form"),
+    "leaky": (lambda m, x: F.leaky_relu(x), "calls leaky_relu, .*use nn.ReLU and train again"),
     "padding with ones": (
         lambda m, x: F.pad(m.relu(x), (1, 1, 1, 1), value=1.0),
         r"pads with 1.0; allowed: zeros, or copies \(reflect",
