@@ -1,7 +1,7 @@
 """What becomes of each operation of a traced ANN: an operator of the graph, nothing, or a refusal.
 
 Modules are looked up in the table of operators, calls in ``CALLS``; what neither has is refused
-with the layer's name and the remedy of ``REMEDIES`` or ``CALL_REMEDIES``.
+with the layer's name and the remedy of :mod:`stdb.rules.remedies`.
 """
 
 import contextlib
@@ -20,52 +20,11 @@ from .operators.boundary import Input
 from .operators.diagonal import Diagonal
 from .operators.table import kind_of, kinds, operator_for
 from .rules import arithmetic, functional, layers, neurons, products, resizing, shapes
+from .rules.remedies import CALL_REMEDIES, REMEDIES
 from .traced import ConversionError, Rewrite, Rewriting, shape_of, where
 from .tracing import TracingError, place, trace
 
 Rule = Callable[[Rewriting, fx.Node], Node | int]
-
-_NORM = "train without it (stdb.build gives networks that do), or fold it into the weights"
-_POOL = "use nn.AvgPool2d and train again"
-_NEURON = "use nn.ReLU: the firing rate of an IF neuron approximates that one"
-_OUTPUT = "leave it out: the membrane potential of the output layer is the logit"
-REMEDIES: dict[type[nn.Module], str] = {
-    nn.modules.batchnorm._BatchNorm: _NORM,
-    nn.LayerNorm: _NORM,
-    nn.GroupNorm: _NORM,
-    nn.AdaptiveMaxPool2d: _POOL,
-    **dict.fromkeys(
-        (
-            nn.LeakyReLU,
-            nn.PReLU,
-            nn.RReLU,
-            nn.ELU,
-            nn.CELU,
-            nn.SELU,
-            nn.GELU,
-            nn.SiLU,
-            nn.Mish,
-            nn.Hardswish,
-            nn.Hardsigmoid,
-            nn.Hardtanh,
-            nn.ReLU6,
-            nn.Softplus,
-            nn.Softsign,
-            nn.Softshrink,
-            nn.Hardshrink,
-            nn.Tanhshrink,
-            nn.Threshold,
-            nn.LogSigmoid,
-            nn.Sigmoid,
-            nn.Tanh,
-        ),
-        _NEURON,
-    ),
-    nn.Softmax: _OUTPUT,
-    nn.LogSoftmax: _OUTPUT,
-    nn.Dropout3d: "use nn.Dropout2d, which drops channels of an image",
-}
-CALL_REMEDIES: dict[Any, str] = {}
 
 
 def rewrite(net: nn.Module, example: Tensor | None = None, *, limited: bool = False) -> Rewriting:

@@ -64,18 +64,18 @@ class Custom(nn.Module):
 # -- what is refused -----------------------------------------------------------------------------
 
 LAYERS = [  # (network, what the message names, the remedy)
-    (layers(extra=nn.GroupNorm(1, 2)), "layer extra is a GroupNorm", "fold it into the weights"),
-    (layers(extra=nn.LayerNorm(4)), "layer extra is a LayerNorm", "fold it into the weights"),
+    (layers(extra=nn.GroupNorm(1, 2)), "layer extra is a GroupNorm", "nn.BatchNorm2d"),
+    (layers(extra=nn.LayerNorm(4)), "layer extra is a LayerNorm", "nn.BatchNorm2d"),
     (layers(relu=nn.LeakyReLU()), "layer relu is a LeakyReLU", "nn.ReLU"),
     (layers(relu=nn.Sigmoid()), "layer relu is a Sigmoid", "nn.ReLU"),
-    (layers(extra=nn.AlphaDropout()), "layer extra is a AlphaDropout", "allowed: Conv2d"),
+    (layers(extra=nn.AlphaDropout()), "layer extra is a AlphaDropout", "use nn.Dropout"),
     (layers(extra=nn.LSTM(4, 4)), "layer extra is a LSTM", "allowed: Conv2d, Conv1d, Linear"),
     (layers(flat=nn.Flatten(2)), "layer flat flattens only some", r"nn.Flatten\(\)"),
     (layers(relu=None), "the network has no nn.ReLU", "nn.ReLU"),
     (
         nn.Sequential(OrderedDict(block=layers(extra=nn.GroupNorm(1, 2)))),
         r"layer block\.extra is a GroupNorm",
-        "fold it into the weights",
+        "nn.BatchNorm2d",
     ),
 ]  # fmt: skip
 FORWARDS = [  # (between first and output, what the message names, the remedy)
