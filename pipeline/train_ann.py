@@ -24,7 +24,7 @@ from pipeline.files import ANN, DATA, METRICS, PLOTS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning import published
-from pipeline.learning.checks import check_norms
+from pipeline.learning.checks import check_norms, check_randomness
 from pipeline.learning.dropout import SampleDropout
 from pipeline.learning.evaluation import evaluate_ann
 from pipeline.learning.fit import Task, fit
@@ -46,8 +46,9 @@ def main(stage: Stage) -> None:
     check_norms(ann)
     # refuses now what could not be converted after the training
     stdb.convert(ann, stdb.PoissonEncoder(), example=torch.zeros(1, *train.shape))
-    if params.train_ann.weights is not None:
-        load_given(ann, params.network, Path(params.train_ann.weights))
+    given = params.train_ann.weights
+    if given is None or load_given(ann, params.network, Path(given)) is not None:  # is trained
+        check_randomness(ann, train.shape)
     parameters = sum(p.numel() for p in ann.parameters())
     stage.say(f"{params.network.architecture} with {parameters:,} weights, {len(train)} images")
     state = run_job(stage, train_loop)
@@ -97,17 +98,16 @@ def train_ann(worker: Worker, ann: nn.Module, train: Samples, validation: Sample
     """SGD with momentum on the training split; the state of :func:`fit`."""
     params = worker.params.train_ann
     model = worker.data_parallel(ann)
-    dropout = SampleDropout(ann, params.seed)
 
-    def present(images: Tensor) -> Tensor:
+    def present(images: Tensor, keys: Tensor) -> Tensor:
         lowered = params.precision == "bf16"
-        with torch.autocast(worker.device.type, torch.bfloat16, enabled=lowered):
+        lower = torch.autocast(worker.device.type, torch.bfloat16, enabled=lowered)
+        with lower, SampleDropout(params.seed, keys):
             logits: Tensor = model(images.contiguous(memory_format=torch.channels_last))
             return logits.float()
 
     def passes(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
-        dropout.keys = stdb.sample_keys(ids, epoch)
-        yield partial(present, images)
+        yield partial(present, images, stdb.sample_keys(ids, epoch))
 
     def validate(_: int) -> Row:
         return {"accuracy/validation": evaluate_ann(worker, ann, validation, params.batch_size)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import stdb
 from pipeline.errors import StageError
 from pipeline.learning import published
+from pipeline.learning.dropout import SampleDropout
 
 TRAINING = 4 * 5  # bytes a weight: itself, its gradient, three of Adam with amsgrad; float32
 OURS = (  # and Python's: folders of code that is not a person's own
@@ -111,6 +112,42 @@ def check_norms(network: nn.Module) -> None:
                 f"layer {name} is a SyncBatchNorm; allowed: nn.BatchNorm2d, whose statistics are "
                 "the same for any number of workers here (train_ann.norm_images)"
             )
+
+
+def check_randomness(network: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Refuse a training whose random numbers are no function of seed, epoch and sample.
+
+    Args:
+        network: is called once as in training; stays as it is.
+        shape: (C, H, W) of an image.
+
+    Raises:
+        StageError: it draws others than the masks that
+            :class:`pipeline.learning.dropout.SampleDropout` knows, or cannot be called.
+    """
+    modes = {module: module.training for module in network.modules()}
+    statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    images = torch.zeros(2, *shape)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            before = torch.random.get_rng_state()
+            with SampleDropout(0, torch.arange(2)):
+                torch.func.functional_call(network.train(), statistics, images)
+            drawn = not torch.equal(torch.random.get_rng_state(), before)
+    except Exception as error:
+        raise StageError(
+            f"the network in training is given images of {tuple(shape)} (C, H, W) and "
+            f"{_raised(error)}"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if drawn:
+        raise StageError(
+            "the network in training draws random numbers that depend on batches, workers and "
+            "restarts; allowed: nn.Dropout, nn.Dropout1d, nn.Dropout2d, and F.dropout, "
+            "F.dropout1d, F.dropout2d"
+        )
 
 
 def _call(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Any:

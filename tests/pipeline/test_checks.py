@@ -4,9 +4,12 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import StageError
-from pipeline.learning.checks import build_own, check_room
+from pipeline.learning.checks import build_own, check_randomness, check_room
 
 NUMBERS = itertools.count()
 ARGUMENTS = {
@@ -89,3 +92,56 @@ def test_logits_for_other_classes_are_refused(module, monkeypatch):
     monkeypatch.setattr(type(network), "forward", lambda self, x: torch.zeros(2, 7))
     with pytest.raises(StageError, match=r"gives \(2, 7\) for two images; allowed: .*\(2, 10\)"):
         build_own(ARGUMENTS | {"architecture": f"{module}:build"}, (1, 8, 8))
+
+
+class Middle(nn.Module):
+    """A norm, a function of (module, x), a linear layer."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.norm, self.drop, self.last = nn.BatchNorm2d(3), nn.Dropout2d(), nn.Linear(12, 2)
+        self.middle = middle
+
+    def forward(self, x):
+        return self.last(self.middle(self, self.norm(x)).flatten(1))
+
+
+def noisy(m, x):
+    return x + torch.randn_like(x) * m.training
+
+
+def checkpointed(m, x):
+    return checkpoint(lambda y: F.dropout(y, 0.5, m.training), x, use_reentrant=False)
+
+
+def broken(m, x):
+    return x if not m.training else x.nothing
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (noisy, "draws random numbers .*allowed: nn.Dropout"),
+        (lambda m, x: torch.dropout(x, 0.5, m.training), "draws random numbers"),
+        (lambda m, x: F.alpha_dropout(x, 0.5, m.training), "draws random numbers"),
+        (checkpointed, "raises RuntimeError: a dropout within torch.utils.checkpoint"),
+        (broken, r"in training is given images of \(3, 2, 2\).* raises AttributeError"),
+    ],
+)
+def test_random_numbers_that_a_restart_changes_are_refused(middle, message):
+    """Before the training."""
+    with pytest.raises(StageError, match=message):
+        check_randomness(Middle(middle), (3, 2, 2))
+
+
+def test_the_check_of_randomness_leaves_all_as_it_is():
+    """Mode, statistics, gradients, hooks and torch's generator; dropouts of all spellings pass."""
+    network = Middle(lambda m, x: F.dropout(m.drop(x), 0.5, m.training)).eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.random.get_rng_state()
+    check_randomness(network, (3, 2, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(module.training for module in network.modules())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -90,11 +91,13 @@ def train(
     optimizer = torch.optim.Adam(network.parameters(), lr=params.learning_rate)
 
     def simple(pixels, ids, epoch):
-        dropout.keys = sample_keys(ids, epoch)
-        yield lambda: network(pixels)
+        def present():
+            with SampleDropout(params.seed, sample_keys(ids, epoch)):
+                return network(pixels)
 
-    if passes is None:
-        dropout, passes = SampleDropout(network, params.seed), simple
+        yield present
+
+    passes = passes or simple
     validate = validate or (lambda epoch: {"accuracy/validation": epoch / 100})
     task = Task(network, network, passes, optimizer, validate, clip, micro_batch)
     return fit(job, task, split or images(), params)
@@ -389,9 +392,8 @@ def test_dropout_of_an_ann_is_a_function_of_the_sample():
 
     def drop(pixels, ids, epoch=1, seed=0, training=True):
         network = nn.Sequential(nn.Dropout(0.3), nn.Dropout(0.3)).train(training)
-        dropout = SampleDropout(network, seed)
-        dropout.keys = sample_keys(ids, epoch)
-        return network[0](pixels), network[1](pixels)
+        with SampleDropout(seed, sample_keys(ids, epoch)):
+            return network[0](pixels), network[1](pixels)
 
     first, second = drop(pixels, ids)
     assert torch.equal(drop(pixels[2:4], ids[2:4])[0], first[2:4])
@@ -403,3 +405,59 @@ def test_dropout_of_an_ann_is_a_function_of_the_sample():
     assert torch.equal(drop(pixels, ids, training=False)[0], pixels)
     many = drop(torch.ones(200, 3, 16, 16), torch.arange(200))[0]
     assert (many > 0).double().mean().item() == pytest.approx(0.7, abs=0.005)
+
+
+class Functional(nn.Module):
+    """Dropouts that are called as functions; or, for comparison, layers of the same rates."""
+
+    def __init__(self, layers):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Conv2d(1, 6, 3), nn.Linear(216, 3)
+        self.channels, self.single, self.layers = nn.Dropout2d(0.4), nn.Dropout(0.3), layers
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        if self.layers:
+            return self.second(self.single(self.single(self.channels(x)).flatten(1)))
+        x = F.dropout(F.dropout2d(x, 0.4, self.training), 0.3, training=self.training)
+        return self.second(F.dropout(x.flatten(1), p=0.3, training=self.training, inplace=True))
+
+
+def test_dropouts_that_are_called_as_functions_are_those_of_layers(job):
+    """Bit for bit, numbered by order, and whatever torch's generator drew before."""
+    torch.manual_seed(3)
+    layers = train(job, Functional(True), schedule())
+    torch.manual_seed(4)
+    functions = train(job, Functional(False), schedule())
+    assert layers["history"] == functions["history"]
+    for name, value in layers["network"].items():
+        assert torch.equal(value, functions["network"][name]), name
+
+
+def test_functional_dropouts_of_a_resumed_run_and_of_half_batches_are_the_same(tmp_path):
+    """A mask is its sample's: resumed bit for bit; in parts to rounding."""
+    whole = Job(tmp_path)
+    train(whole, Functional(False), schedule())
+    for k in range(len(whole.reports) - 1):
+        resumed = Job(tmp_path)
+        resumed.start = whole.reports[k]
+        torch.manual_seed(9)
+        train(resumed, Functional(False), schedule())
+        for name, value in whole.reports[-1]["network"].items():
+            assert torch.equal(resumed.reports[-1]["network"][name], value), name
+    parts = Job(tmp_path)
+    train(parts, Functional(False), schedule(), micro_batch=2)
+    for row, other in zip(whole.reports[-1]["history"], parts.reports[-1]["history"], strict=True):
+        assert other["loss/train"] == pytest.approx(row["loss/train"], rel=1e-4)
+
+
+def test_a_whole_channel_is_dropped():
+    """With the probability that is given; in evaluation none."""
+    ones, keys = torch.ones(50, 8, 5, 5), sample_keys(torch.arange(50), 1)
+    with SampleDropout(0, keys) as dropout:
+        dropped = F.dropout2d(ones, 0.25)
+        assert F.dropout(ones, 0.5, training=False) is ones
+    assert dropout.calls == 2
+    assert dropped.amax((2, 3)).equal(dropped.amin((2, 3)))
+    assert (dropped > 0).double().mean().item() == pytest.approx(0.75, abs=0.05)
