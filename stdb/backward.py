@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .encoding import in_units
+from .encoding import in_units, parameters_of
 from .kernels import bits
 from .kernels.layout import from_matrix, to_layout, to_matrix
 from .operators import Gradient, Value, dense
@@ -70,7 +70,7 @@ class BackwardWalk:
         presentation: whose steps they are.
         grad_counts: gradients of the summed values of the entries. The output only accumulates, so
             its gradient is the same at every t.
-        parameters: whose gradients are wanted: weights, V, λ.
+        parameters: whose gradients are wanted: weights, V, λ, what an encoder learns.
         of_images: whether that of the images is, too.
 
     Attributes:
@@ -92,6 +92,8 @@ class BackwardWalk:
         self.gradients: dict[int, Any] = {
             id(p): None if p.dim() else torch.zeros_like(p) for p in parameters
         }
+        learned = parameters_of(presentation.network.encoder)
+        self.of_encoder = [p for p in learned if id(p) in self.gradients]
         self.pooled: dict[int, Carry] = {}  # max-pooling node → what the chunk after it gave
         self.carry: dict[int, Tensor] = {}  # neuron node → ∂L/∂U of the step after the chunk
 
@@ -134,7 +136,7 @@ class BackwardWalk:
     ) -> None:
         """Go on from the gradient of an operator's value to those of its weights and inputs."""
         node, site = self.graph.nodes[i], self.sites[i]
-        if not node.inputs and self.images is not None:
+        if not node.inputs and self._wanted(i):
             self._walk_encoder(dense(grad), chunk)
         if node.operator.learns:
             whole = dense(grad)
@@ -172,22 +174,37 @@ class BackwardWalk:
         _pass_on(grads, source, below)
 
     def _walk_encoder(self, grad: Tensor, chunk: Chunk) -> None:
-        """Go on from the gradient of the input to that of the images, straight or by autograd."""
-        presentation = self.presentation
-        encoder, pixels = presentation.network.encoder, presentation.images
-        if getattr(encoder, "straight_through", False):
+        """Go on from the gradient of the input, straight or by autograd, to those below it.
+
+        They are the images', and those of the encoder's own parameters.
+        """
+        presentation, encoder = self.presentation, self.presentation.network.encoder
+        pixels, wanted = presentation.images.detach(), list[Tensor](self.of_encoder)
+        if self.images is not None and getattr(encoder, "straight_through", False):
             self.images = self.images + in_units(grad.sum(0), encoder)
+        elif self.images is not None:
+            wanted.append(pixels.requires_grad_())
+        if not wanted:
             return
         with torch.enable_grad():
-            pixels = pixels.detach().requires_grad_()
             stop = chunk.start + chunk.steps
             given = encoder(pixels, chunk.start, stop, presentation.keys)[: len(grad)]
-        if given.requires_grad:  # one of a constant input has the gradient of all steps
-            self.images = self.images + torch.autograd.grad(given, pixels, grad)[0]
+        if not given.requires_grad:
+            return
+        # one of a constant input has the gradient of all steps
+        for tensor, below in zip(
+            wanted, torch.autograd.grad(given, wanted, grad, allow_unused=True), strict=True
+        ):
+            if tensor is pixels and below is not None:
+                self.images = self.images + below
+            elif below is not None:
+                before = self.gradients[id(tensor)]
+                self.gradients[id(tensor)] = below if before is None else before + below
 
     def _wanted(self, i: int) -> bool:
-        """Whether a gradient has to reach a node: everything lies above the images."""
-        return self.images is not None or self.graph.reaches_weights[i]
+        """Whether a gradient has to reach a node: all lies above the images and the encoder."""
+        below = self.images is not None or bool(self.of_encoder)
+        return below or self.graph.reaches_weights[i]
 
     def _recompute(self, i: int, chunk: Chunk, values: dict[int, Value]) -> Value:
         """The value of a node in a chunk, computed again from the spikes below it; kept."""

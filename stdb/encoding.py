@@ -5,7 +5,8 @@ start < t ≤ stop as a (stop − start, B, C, H, W) tensor, of signals (B, C, L
 alike. It has to be a pure function of its arguments: the backward pass calls it again instead of
 keeping what it gave. One that has a name in ``ENCODERS`` is a frozen dataclass, whose fields a file
 keeps. The gradient of images that require one goes through the encoder by autograd, or, where it
-says ``straight_through``, past it.
+says ``straight_through``, past it. One that is a module learns: its parameters are among the
+network's, and their gradient goes through it by autograd.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .randomness import derive, uniform
 
@@ -66,6 +67,11 @@ def limits_of(encoder: Encoder) -> tuple[float, ...] | None:
     """The limits u of each channel, or one for all; None where a spike stands for a pixel of 1."""
     limits: tuple[float, ...] | None = getattr(encoder, "limits", None)
     return limits
+
+
+def parameters_of(encoder: Encoder) -> list[nn.Parameter]:
+    """What an encoder that is a module learns; of others nothing."""
+    return list(encoder.parameters()) if isinstance(encoder, nn.Module) else []
 
 
 def in_units(images: Tensor, encoder: Encoder) -> Tensor:

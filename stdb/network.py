@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .backward import Steps
-from .encoding import Encoder, check_images, limits_of
+from .encoding import Encoder, check_images, limits_of, parameters_of
 from .graph import Graph
 from .neuron import SpikingNeuron
 from .operators import Value
@@ -264,9 +264,12 @@ class SpikingNetwork(nn.Module):
                     )
 
     def _learned(self, presentation: Presentation) -> list[Tensor]:
-        """What of the body has a gradient: weights, V and λ, each once, also where layers share."""
+        """What of the body has a gradient: weights, V and λ, each once, also where layers share.
+
+        What an encoder learns is first.
+        """
         presentation.take_weights()
-        found: dict[Tensor, None] = {}
+        found: dict[Tensor, None] = dict.fromkeys(parameters_of(self.encoder))
         for i in self.graph.body:
             site, operator = presentation.sites[i], self.graph.nodes[i].operator
             if operator.learns:

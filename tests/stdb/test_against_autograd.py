@@ -587,6 +587,59 @@ def test_age_sum_over_thousands_of_steps():
         assert float(snn.net[1].weight.grad) == pytest.approx(expected, rel=TOLERANCE)
 
 
+class LearnedEncoder(nn.Module):
+    """A convolution of the image that grows with t, by a number that is learned."""
+
+    def __init__(self, constant=False):
+        super().__init__()
+        torch.manual_seed(3)
+        self.mix, self.growth = (
+            nn.Conv2d(2, 2, 1).double(),
+            nn.Parameter(torch.tensor(0.1).double()),
+        )
+        self.unused, self.constant = nn.Parameter(torch.ones(3).double()), constant
+
+    def forward(self, images, start, stop, keys):
+        """(stop − start, B, C, H, W)."""
+        current = self.mix(images) * (1 + self.growth)
+        if self.constant:
+            return current.expand(stop - start, *current.shape)
+        t = torch.arange(start + 1, stop + 1, dtype=images.dtype)
+        return current * (1 + self.growth * t).view(-1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("of_images", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_an_encoder_learns(constant, of_images, frozen):
+    """Its gradient is autograd's, in any chunk, whatever else learns; with no use of one, zero."""
+    images = random_train((1, 3, 2, 4, 4), 5)[0] * 0.8
+    encoder, ann = LearnedEncoder(constant), small().eval()
+    literal = Literal(ann, dict.fromkeys(relus(ann), 0.3))
+    pixels = images.clone().requires_grad_()
+    (logits,) = literal.run(encoder(pixels, 0, 9, None))
+    logits.square().sum().backward()
+    expected = {name: p.grad for name, p in encoder.named_parameters()}
+    for chunk in (2, 9):
+        encoder.zero_grad()
+        snn = stdb.convert(ann, encoder, stdb.STDB(0.3, 0.01), chunk=chunk)
+        snn.set_thresholds(dict.fromkeys(snn.thresholds, 0.3))
+        snn.net.requires_grad_(not frozen)
+        given = images.clone().requires_grad_(of_images)
+        snn(given, 9).square().sum().backward()
+        assert {"encoder.mix.weight", "encoder.growth"} < dict(snn.named_parameters()).keys()
+        for name in ("mix.weight", "mix.bias", "growth"):
+            found = encoder.get_parameter(name).grad
+            assert expected[name].abs().max() > 0
+            torch.testing.assert_close(found, expected[name], rtol=TOLERANCE, atol=0)
+        assert encoder.unused.grad.abs().max() == 0
+        if of_images:
+            torch.testing.assert_close(given.grad, pixels.grad, rtol=TOLERANCE, atol=1e-12)
+        if not frozen:
+            weight = literal.net[0].weight.grad
+            torch.testing.assert_close(snn.net[0].weight.grad, weight, rtol=TOLERANCE, atol=1e-12)
+
+
 def test_no_gradient_before_the_first_spike():
     """A neuron that stays below threshold gets none, under STDB, however close it comes."""
     net = nn.Sequential(OrderedDict(f=nn.Flatten(), a=linear(1, 1), r=nn.ReLU(), o=linear(1, 1)))
