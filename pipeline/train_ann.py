@@ -31,6 +31,7 @@ from pipeline.learning.fit import Task, fit
 from pipeline.learning.networks import (
     build_ann,
     described,
+    example_of,
     load_given,
     save_weights,
     use_threads,
@@ -45,7 +46,7 @@ def main(stage: Stage) -> None:
     ann = build_ann(params.network, train)
     check_norms(ann)
     # refuses now what could not be converted after the training
-    stdb.convert(ann, stdb.PoissonEncoder(), example=torch.zeros(1, *train.shape))
+    stdb.convert(ann, stdb.PoissonEncoder(), example=example_of(train))
     given = params.train_ann.weights
     if given is None or load_given(ann, params.network, Path(given)) is not None:  # is trained
         check_randomness(ann, train.shape)

@@ -1,17 +1,20 @@
 """The check of a rewriting: does the graph compute what the user's network computes?
 
 Both run on an example in float64, the user's with its own code, hooks and all. What a rule got
-wrong, or tracing did not see, shows in the first layer that differs.
+wrong, or tracing did not see, shows in the first layer that differs. One copy in float64 is both,
+one after the other, and a value is kept no longer than it is needed.
 """
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .graph import Node
+from .operators.table import kind_of
 from .rewriting import rewrite
 from .traced import ConversionError, Rewriting
 from .tracing import place, unwrapped
@@ -35,78 +38,94 @@ def check_rewriting(ann: nn.Module, example: Tensor) -> None:
     """
     own = copy.deepcopy(ann, inner_copies(ann)).double().eval()
     images = example[:IMAGES].to(next(own.parameters()).device, torch.float64)
-    rewriting = rewrite(unwrapped(copy.deepcopy(own, inner_copies(own))), images)
+    own = unwrapped(own)
+    expected, result = _recorded(own, images)
+    rewriting = rewrite(own, images)
     for module in rewriting.net.modules():
         module._forward_hooks.clear()  # an operator has none
-    expected, result = _recorded(own, images)
-    values = activations(rewriting.nodes, rewriting.net, images)
-    for path, k, i in _places(rewriting):
-        if len(expected.get(path, [])) > k:
-            _compare(f"layer {path}", values[i], expected[path][k])
-    if rewriting.result is not None:
-        last = next(c for c in rewriting.calls if c.op == "output").args[0]
-        assert isinstance(last, fx.Node)
-        logits = values[rewriting.result]
-        _compare("the output", _ended(rewriting, last, logits), result)
+    places = _places(rewriting)
+    for i, value in activations(rewriting.nodes, rewriting.net, images):
+        given = expected.pop(places[i], None) if i in places else None
+        if given is not None:
+            _compare(f"layer {places[i][0]}", value, given)
+        if i == rewriting.result:
+            last = next(c for c in rewriting.calls if c.op == "output").args[0]
+            assert isinstance(last, fx.Node)
+            _compare("the output", _ended(rewriting, last, value), result)
 
 
 @torch.no_grad()
-def activations(nodes: Sequence[Node], net: nn.Module, images: Tensor) -> list[Tensor]:
-    """The value of every node, (B, …), with the ANN's activations in the place of neurons."""
-    values = [images]
-    for node in nodes[1:]:
-        module: Any = None if node.path is None else net.get_submodule(node.path)
+def activations(
+    nodes: Sequence[Node], net: nn.Module, images: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """Every node and its value, (B, …), with the ANN's activations in the place of neurons.
+
+    One after the other: a value that no node reads any more is let go.
+    """
+    last_use = {j: i for i, node in enumerate(nodes) for j in node.inputs}
+    values = {0: images}
+    for i, node in enumerate(nodes):
         below = [values[j] for j in node.inputs]
-        if node.operator.fires:
-            bound = getattr(module, "bound", getattr(module, "max_val", None))
-            values.append(below[0].clamp(min=0, max=bound))
-        else:
-            values.append(node.operator.plain(module, *below))
-    return values
+        if node.inputs:
+            values[i] = _activation(node, net, below)
+        yield i, values[i]
+        for j in {i, *node.inputs}:
+            if last_use.get(j, i) == i:
+                del values[j]
 
 
-def _recorded(net: nn.Module, images: Tensor) -> tuple[dict[str, list[Tensor]], Tensor]:
-    """Path → what a module gave, call by call; and what the network gave."""
-    seen: dict[str, list[Tensor]] = {}
+def _activation(node: Node, net: nn.Module, below: Sequence[Tensor]) -> Tensor:
+    module: Any = None if node.path is None else net.get_submodule(node.path)
+    if node.operator.fires:
+        bound = getattr(module, "bound", getattr(module, "max_val", None))
+        return below[0].clamp(min=0, max=bound)
+    return node.operator.plain(module, *below)
+
+
+def _recorded(net: nn.Module, images: Tensor) -> tuple[dict[tuple[str, int], Tensor], Tensor]:
+    """(path, which of its calls) → what a layer of torch gave; and what the network gave."""
+    seen: dict[tuple[str, int], Tensor] = {}
+    calls: Counter[str] = Counter()
 
     def record(path: str) -> Any:
         def hook(_: nn.Module, __: Any, value: Any) -> None:
             if isinstance(value, Tensor):
-                seen.setdefault(path, []).append(value.clone())
+                seen[path, calls[path]] = value.clone()
+            calls[path] += 1
 
         return hook
 
-    inside = unwrapped(net)
+    layers = {path: m for path, m in net.named_modules() if not isinstance(m, nn.Sequential)}
     handles = [
         module.register_forward_hook(record(path))
-        for path, module in inside.named_modules()
-        if path
+        for path, module in layers.items()
+        if kind_of(module).__module__.startswith("torch.nn.")
     ]
     try:
-        result: Tensor = inside(images)
+        result: Tensor = net(images)
     finally:
         for handle in handles:
             handle.remove()
     return seen, result
 
 
-def _places(rewriting: Rewriting) -> list[tuple[str, int, int]]:
-    """(path, which of its calls, node) of the modules whose value is a node's, in order.
+def _places(rewriting: Rewriting) -> dict[int, tuple[str, int]]:
+    """Node → (path, which of its calls), of the modules whose value is a node's.
 
     Of several operations that became one node the last has its value: a norm, not the layer that it
     was folded into.
     """
     last = {i: call for call, i in rewriting.index.items()}
-    counts: dict[str, int] = {}
-    found = []
+    counts: Counter[str] = Counter()
+    found = {}
     for call in rewriting.calls:
         if call.op != "call_module":
             continue
         path = place(call)
-        k = counts[path] = counts.get(path, -1) + 1
+        k, counts[path] = counts[path], counts[path] + 1
         i = rewriting.index.get(call)
         if i is not None and last[i] is call and call not in rewriting.left_out:
-            found.append((path, k, i))
+            found[i] = path, k
     return found
 
 

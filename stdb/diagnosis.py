@@ -168,7 +168,8 @@ def diagnose(
         for batch, ids in zip(images.split(batch_size), sample_ids.split(batch_size), strict=True):
             counts.clear()
             pixels = in_units(batch, twin.encoder)
-            values = activations(twin.graph.nodes, twin.net, pixels)
+            passed = activations(twin.graph.nodes, twin.net, pixels)
+            values = {i: value for i, value in passed if i in graph.labels}
             presentation = snn.present(batch, sample_ids=ids)
             presentation.advance(timesteps)
             for i, label in graph.labels.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stdb
@@ -24,6 +24,7 @@ __all__ = [
     "build_ann",
     "build_snn",
     "described",
+    "example_of",
     "load_converted",
     "load_given",
     "load_handed_on",
@@ -82,6 +83,14 @@ def load_given(ann: nn.Module, params: NetworkParams, path: Path) -> int | None:
     return load_weights(ann, path, published.head(ann) if of_torchvision else None)
 
 
+def example_of(data: Samples) -> Tensor:
+    """(B, C, H, W): the first images of a split, as networks see them, to check a conversion with.
+
+    Two, since the check computes in float64. Zeros would hide what a rewriting does to pixels.
+    """
+    return data.take(torch.arange(min(2, len(data)))).pixels()
+
+
 def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) -> None:
     """Compute with as many threads as a network's batch is worth."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -123,7 +132,7 @@ def build_snn(
         chunk=params.chunk,
         dropout_seed=seed,
         precision=torch.bfloat16 if params.precision == "bf16" else None,
-        example=None if data is None else torch.zeros(1, *data.shape),
+        example=None if data is None else example_of(data),
     )
     for name, module in list(snn.net.named_modules()):  # what is folded has no gradient any more
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

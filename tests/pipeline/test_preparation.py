@@ -13,7 +13,7 @@ from pipeline.data import DataError, Files, Preparation, Split, augment, load_sp
 from pipeline.data.images import array_to_size, preparation_of, read_image, to_size
 from pipeline.data.sources import read_source
 from pipeline.finetune_stdb import write_network
-from pipeline.learning.networks import build_ann, build_snn, recipe
+from pipeline.learning.networks import build_ann, build_snn, example_of, recipe
 from pipeline.params import DataParams
 from pipeline.predict import Seen, read, seen_by
 from pipeline.prepare_data import split
@@ -278,6 +278,17 @@ def test_poisson_spikes_beyond_one_have_the_normalisations_limits():
     assert direct.encoder == stdb.DirectEncoder()
     for within in (batch(), batch(normalisation=stdb.Normalisation([0.5] * 3, [0.5] * 3))):
         assert build_snn(ann, STDB, 7, within).encoder == stdb.PoissonEncoder(7)
+
+
+def test_a_conversion_is_checked_with_images_of_the_data():
+    """Zeros would hide what differs for pixels alone."""
+    layers = torch.nn.Linear(60, 9, bias=False), torch.nn.ReLU(), torch.nn.Linear(9, 3, bias=False)
+    ann, part = torch.nn.Sequential(torch.nn.Flatten(), *layers), batch()
+    assert torch.equal(example_of(part), part.pixels()[:2])
+    assert build_snn(ann, STDB, 7, part).neurons.keys() == {"1"}
+    ann[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(stdb.ConversionError, match=r"^layer 1 .*differs from the ANN's"):
+        build_snn(ann, STDB, 7, part)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """What a conversion says of itself: the table of rewrites, and the check against the ANN."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import stdb
+from stdb.operators.linear import FullyConnected
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -66,16 +69,58 @@ def test_what_differs_at_each_call_is_found():
 def test_the_check_leaves_the_network_as_it_is():
     """Its mode, type, hooks, statistics, and the generator of random numbers."""
     net = Net().train()
+    net.conv.register_forward_hook(hook := lambda module, inputs, output: None)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     state = torch.random.get_rng_state()
     snn = stdb.convert(net, stdb.DirectEncoder(), example=IMAGES)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert net.training
     assert snn.training
-    assert not any(module._forward_hooks for module in net.modules())
+    hooks = [list(module._forward_hooks.values()) for module in net.modules()]
+    assert hooks == [[], [hook], [], [], [], []]
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name])
         assert tensor.dtype == before[name].dtype
+
+
+class Watched(nn.Sequential):
+    """Notes what there is in float64 while it is called."""
+
+    def forward(self, x):
+        HELD.append(in_float64())
+        return super().forward(x)
+
+
+HELD = []
+
+
+def in_float64():
+    """Bytes of all tensors of that type that are alive."""
+    alive = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    found = [t for t in alive if t.dtype == torch.float64 and t.device.type == "cpu"]
+    return sum({t.data_ptr(): t.numel() * 8 for t in found}.values())
+
+
+def test_the_check_holds_one_copy_in_float64(monkeypatch):
+    """The user's network is one, and then the graph's: twice the memory of float32 weights."""
+    net = Watched(nn.Flatten(), nn.Linear(192, 999), nn.ReLU(), nn.Linear(999, 999), nn.ReLU())
+    net.append(nn.Linear(999, 5))
+    plain = FullyConnected.plain
+
+    def watched(operator, module, *inputs):
+        HELD.append(in_float64())
+        return plain(operator, module, *inputs)
+
+    monkeypatch.setattr(FullyConnected, "plain", watched)
+    gc.collect()
+    HELD.clear()
+    before = in_float64()
+    stdb.convert(net, stdb.DirectEncoder(), example=IMAGES)
+    whole = sum(p.numel() * 8 for p in net.parameters())
+    assert 0.9 * whole < max(HELD) - before < 1.2 * whole
+    net[3].register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(stdb.ConversionError, match=r"^layer 3 "):
+        stdb.convert(net, stdb.DirectEncoder(), example=IMAGES)
 
 
 def test_export_follows_where_torch_fx_does_not_and_names_stay():
