@@ -266,13 +266,21 @@ class _Calibration:
                 self.trains[neuron] = train
         self.running.clear()
         self.membranes.clear()
-        needed: set[int] = set()
-        frontier = [self.graph.nodes[i].inputs[0] for i in self.graph.neurons if i > neuron]
-        while frontier:
-            i = frontier.pop()
-            if i in self.trains:
-                needed.add(i)
-            else:  # made again from what is below it
-                frontier.extend(self.graph.nodes[i].inputs)
+        needed = self._needed(neuron)
         for i in [i for i in self.trains if i not in needed]:
             self.room.left += sum(packed.numel() for packed in self.trains.pop(i))
+
+    def _needed(self, neuron: int) -> set[int]:
+        """The nodes that the layers above are computed from, down to those whose spikes are kept.
+
+        Each is looked at once: a deep ResNet has more paths than can be walked.
+        """
+        seen: set[int] = set()
+        waiting = [self.graph.nodes[i].inputs[0] for i in self.graph.neurons if i > neuron]
+        while waiting:
+            i = waiting.pop()
+            if i not in seen:
+                seen.add(i)
+                if i not in self.trains:  # made again from what is below it
+                    waiting.extend(self.graph.nodes[i].inputs)
+        return seen

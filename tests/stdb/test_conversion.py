@@ -351,6 +351,29 @@ def test_balancing_in_little_memory(memory):
     )
 
 
+class Shortcuts(nn.Module):
+    """40 residual layers: as many paths through them as 2 to the power of 40."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(40))
+        self.relu, self.output = nn.ReLU(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.relu(x + layer(x))
+        return self.output(x)
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_a_deep_network_with_shortcuts_is_balanced(memory):
+    """No path is walked alone, which would take for ever."""
+    snn = stdb.convert(Shortcuts(), stdb.DirectEncoder())
+    found = stdb.balance_thresholds(snn, torch.rand(2, 4), 4, memory=memory)
+    assert len(found) == 40
+
+
 @pytest.mark.parametrize("percentile", [50, 90, 99.9])
 def test_percentile_of_the_weighted_inputs(percentile):
     """V of the first layer is the quantile of all its inputs, to 0.1 %; higher layers follow."""

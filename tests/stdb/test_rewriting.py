@@ -400,17 +400,13 @@ def test_a_norm_without_running_statistics_is_refused():
 
 
 SMALL = ["resnet18", "squeezenet1_1", "mobilenet_v2", "shufflenet_v2_x0_5", "mnasnet0_5", "alexnet"]
-LARGE = ["vgg11", "vgg16_bn", "resnet50", "resnext50_32x4d", "densenet121", "googlenet"]
 
 
-@pytest.mark.parametrize(
-    "name", [*SMALL, *(pytest.param(n, marks=pytest.mark.slow) for n in LARGE)]
-)
+@pytest.mark.parametrize("name", SMALL)
 def test_torchvisions_networks_convert(name):
-    """With their own code, random weights and statistics."""
-    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    """With their own code, random weights and statistics; the large ones are in test_units.py."""
     torch.manual_seed(0)
-    net = trained(getattr(torchvision.models, name)(weights=None, **options))
+    net = trained(getattr(torchvision.models, name)(weights=None))
     images = torch.rand(1, 3, 64, 64).double()
     snn = stdb.convert(net, stdb.DirectEncoder(), example=images)
     with torch.no_grad():
