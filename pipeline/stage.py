@@ -4,6 +4,7 @@ dvc.yaml is the one place that says what a stage reads and writes; its parameter
 are looked up there, so that what MLflow shows and what resumes a job is what DVC tracks.
 """
 
+import gc
 import hashlib
 import json
 import signal
@@ -147,6 +148,7 @@ def run_stage(name: str, main: Callable[[Stage], None], file: Path = Path("dvc.y
             stage.tracker.end("FAILED" if status else "FINISHED", status == INTERRUPTED)
             for lock in stage.locks:
                 lock.release()
+    gc.freeze()  # else Python looks through all objects of torch at its end, for half a second
     if status:
         sys.exit(status)
 
