@@ -12,6 +12,8 @@ N ?= 3
 # Of the private copy; a uv on PATH is taken as it is.
 UV_VERSION := 0.13.9
 export UV_PYTHON_DOWNLOADS := never
+# Container images set it; then every process compiles torch, Ray and MLflow anew, for 5 to 10 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 FOUND_UV := $(shell uv --version >/dev/null 2>&1 && command -v uv)
 UV := $(or $(FOUND_UV),.uv/bin/uv)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 
 from pipeline.data import DataError, Files, Samples, Split, save_split
 from pipeline.data.checks import (
@@ -144,6 +143,8 @@ def _draw(
     ids: np.ndarray, labels: np.ndarray, size: float | int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split ids into the rest and ``size`` of them, equal by class."""
+    from sklearn.model_selection import train_test_split
+
     rest, drawn = train_test_split(
         ids, test_size=size, stratify=labels[ids], random_state=seed, shuffle=True
     )

@@ -4,6 +4,8 @@ dvc.yaml is the one place that says what a stage reads and writes; its parameter
 are looked up there, so that what MLflow shows and what resumes a job is what DVC tracks.
 """
 
+import atexit
+import gc
 import hashlib
 import json
 import signal
@@ -123,6 +125,7 @@ def run_stage(name: str, main: Callable[[Stage], None], file: Path = Path("dvc.y
     ctrl-C, and the SIGTERM of a scheduler, end it in order: the run is closed, checkpoints stay.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    atexit.register(gc.freeze)  # else Python's end looks through all of torch, for half a second
     started: list[Stage] = []
 
     def work() -> None:

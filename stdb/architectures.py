@@ -179,12 +179,14 @@ def build_network(architecture: str, **arguments: Any) -> nn.Module:
 
 
 def initialise(network: nn.Module) -> None:
-    """Draw the weights as :func:`build` says."""
+    """Draw the weights as :func:`build` says; those without memory have no numbers."""
     for module in network.modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear) or module.weight.is_meta:
+            continue  # for a meta tensor torch would load its compiler, for seconds
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
             nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
-        elif isinstance(module, nn.Linear):
+        else:
             nn.init.normal_(module.weight, 0, max(0.01, math.sqrt(1 / module.in_features)))
 
 

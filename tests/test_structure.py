@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import stdb
-from tests.pipeline.support import ROOT
+from tests.pipeline.support import ROOT, STAGES
 
 ENGINE = sorted((ROOT / "stdb").rglob("*.py"))
 PIPELINE = sorted((ROOT / "pipeline").rglob("*.py"))
@@ -111,6 +111,34 @@ print(json.dumps([key for key in os.environ if os.environ[key] != before.get(key
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == ["THP_MEM_ALLOC_ENABLE"]
+
+
+def test_a_stage_starts_without_what_it_may_not_need():
+    """These take seconds to import, and are where they are used; so is torch's compiler."""
+    heavy = {"ray", "mlflow", "sklearn", "torchvision", "pandas", "torch._dynamo"}
+    program = f"""
+import sys
+for name in {STAGES!r}:
+    __import__(f"pipeline.{{name}}")
+import torch, stdb
+with torch.device("meta"):
+    stdb.build("resnet12")
+print(*({heavy!r} & sys.modules.keys()))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\n", "")
+
+
+def test_what_make_starts_keeps_its_bytecode():
+    """Also in a container image that tells Python otherwise; what else is set stays."""
+    show = 'show: ; @echo "$$PYTHONDONTWRITEBYTECODE-$$PYTHONHASHSEED"'
+    result = subprocess.run(
+        ["make", "--eval", show, "show"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "3"},
+    )  # fmt: skip
+    assert result.stdout == "-3\n", result.stderr
 
 
 def test_a_file_is_one_idea():

@@ -6,6 +6,8 @@ What earlier stages left on disk is sent before the run is opened, while that ta
 a few seconds, and later on whenever the stage sends nothing.
 """
 
+import atexit
+import gc
 import os
 import sys
 import threading
@@ -199,4 +201,5 @@ def main() -> None:
     answer = os.dup(sys.stdout.fileno())  # for us alone: MLflow prints where its runs are to see
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    atexit.register(gc.freeze)  # else Python's end looks through all of MLflow, and the stage waits
     sys.exit(0 if Delivery(folder, answer).run() else KEPT)

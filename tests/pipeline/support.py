@@ -50,6 +50,7 @@ TINY = {  # an overlay on params.yaml, with which the whole pipeline takes secon
     "stdb": {"timesteps": 3, "epochs": 1},
 }
 
+KERNELS = Path("stdb/kernels/__pycache__")  # numba's, also where Python's own are elsewhere
 MARK = "STARTED_BY_TEST"  # in the environment of all that a command starts
 ELSEWHERE = ("MLFLOW_TRACKING_URI", "DVC_ROOT", "RAY_ADDRESS")  # would lead out of the copy
 NO_SCREEN = {"DISPLAY": "", "WAYLAND_DISPLAY": "", "BROWSER": "true"}  # opens no browser
@@ -190,6 +191,9 @@ def make_repository(folder: Path, overlay: dict | None = TINY) -> Repository:
         if not name.startswith(generated) and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    for kernel in (ROOT / KERNELS).glob("*.nb[ci]"):  # compiled for these very files, in seconds
+        (folder / KERNELS).mkdir(exist_ok=True)
+        shutil.copy2(kernel, folder / KERNELS / kernel.name)
     repository = Repository(folder)
     if overlay:
         repository.set(**overlay)

@@ -336,3 +336,18 @@ def test_images_that_are_not_square(name, size):
     network = on_meta(name, image_size=size)
     assert network(torch.zeros(2, 3, *size, device="meta")).shape == (2, 10)
     assert list(network.state_dict()) == list(on_meta(name, image_size=min(size)).state_dict())
+
+
+def test_weights_without_memory_are_not_drawn(monkeypatch):
+    """For a meta tensor torch would load its compiler first; others' numbers stay as they were."""
+    torch.manual_seed(0)
+    before = stdb.build("vgg5", width=0.1, hidden=8).state_dict()
+    torch.manual_seed(0)
+    with monkeypatch.context() as patched, torch.device("meta"):
+        patched.setattr(nn.init, "normal_", lambda *_: pytest.fail("drew"))
+        empty = stdb.build("vgg5", width=0.1, hidden=8).state_dict()
+    after = stdb.build("vgg5", width=0.1, hidden=8).state_dict()
+    for name, tensor in empty.items():
+        assert tensor.is_meta
+        assert tensor.shape == before[name].shape
+        assert before[name].equal(after[name])
