@@ -233,7 +233,7 @@ class StdbParams(Schedule):
     leak: Annotated[float, Field(gt=0, le=1)]
     """Leak λ of every neuron, in (0, 1]; 1 is the IF neuron."""
     surrogate: Annotated[str, AfterValidator(one_of(SURROGATES))]
-    """Name of the surrogate gradient, of ``stdb.SURROGATES``: Eq. 11, 13 or 14."""
+    """Name of the surrogate gradient, of ``stdb.SURROGATES``: Eq. 11, 13 or 14, or a rectangle."""
     alpha: Positive
     """Factor α of the surrogate gradient, above 0."""
     beta: NonNegative

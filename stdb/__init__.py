@@ -35,7 +35,7 @@ from .presentation import Presentation
 from .randomness import derive, dropout_mask, sample_keys, uniform
 from .spikes import DENSITY_LIMITS
 from .statistics import SpikeStatistics, ann_energy, fan_out, record_spikes
-from .surrogate import STDB, SURROGATES, Exponential, Linear, Surrogate
+from .surrogate import STDB, SURROGATES, Exponential, Linear, Rectangle, Surrogate
 from .traced import Rewrite
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "Normalisation",
     "PoissonEncoder",
     "Presentation",
+    "Rectangle",
     "ResidualBlock",
     "Rewrite",
     "SpikeStatistics",

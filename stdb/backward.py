@@ -6,6 +6,7 @@ a presentation's chunks; :class:`Steps` is where autograd comes in.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels
 from .encoding import in_units, parameters_of
-from .kernels import bits
 from .kernels.layout import from_matrix, to_layout, to_matrix
-from .operators import Gradient, Value, dense
+from .operators import Gradient, Value, dense, parts
+from .operators.convolution import Convolution
+from .operators.linear import FullyConnected
 from .operators.maximum import Carry, MaxPool
+from .operators.shaping import Sum
 from .presentation import Chunk, Presentation
 from .spikes import Spikes
-from .surrogate import STDB
 
 
 class Steps(torch.autograd.Function):
@@ -92,6 +94,8 @@ class BackwardWalk:
         self.gradients: dict[int, Any] = {
             id(p): None if p.dim() else torch.zeros_like(p) for p in parameters
         }
+        self.real = presentation.images.dtype
+        self.biases = {i: self._biases_below(i) for i in self.graph.neurons}
         learned = parameters_of(presentation.network.encoder)
         self.of_encoder = [p for p in learned if id(p) in self.gradients]
         self.pooled: dict[int, Carry] = {}  # max-pooling node → what the chunk after it gave
@@ -113,11 +117,11 @@ class BackwardWalk:
         grads: dict[int, Gradient] = {}
         for i, count in zip(graph.entries, self.grad_counts, strict=True):
             if self._wanted(i):
-                _pass_on(grads, i, to_layout(count.expand(chunk.steps, *count.shape)))
+                self._pass_on(grads, i, to_layout(count.expand(chunk.steps, *count.shape)))
         for i in reversed(graph.body):
             if i in grads:
-                grad = grads.pop(i)
                 operator = graph.nodes[i].operator
+                grad = grads.pop(i) if operator.lowered else self._raised(grads.pop(i))
                 if operator.fires:
                     self._walk_neuron(i, grad, chunk, values, grads)
                 elif isinstance(operator, MaxPool):
@@ -149,12 +153,14 @@ class BackwardWalk:
                 self.gradients[weight] = node.operator.backward_weight(
                     site, grad, x, self.gradients[weight]
                 )
-            if bias in self.gradients:
-                self.gradients[bias] = node.operator.backward_bias(whole, self.gradients[bias])
+            if bias in self.gradients and not any(i in below for below in self.biases.values()):
+                self.gradients[bias] = node.operator.backward_bias(
+                    site, whole, self.gradients[bias]
+                )
         for position, j in enumerate(node.inputs):
             if self._wanted(j):
                 shape = self.presentation.shapes[j][1:]
-                _pass_on(grads, j, node.operator.backward_input(site, grad, position, shape))
+                self._pass_on(grads, j, node.operator.backward_input(site, grad, position, shape))
 
     def _walk_max_pool(
         self,
@@ -171,7 +177,7 @@ class BackwardWalk:
         x = x.expand(chunk.steps, *x.shape[1:])
         module, before = self.sites[i].module, chunk.sums[i]
         below, self.pooled[i] = pool.backpropagate(module, grad, x, before, self.pooled.get(i))
-        _pass_on(grads, source, below)
+        self._pass_on(grads, source, below)
 
     def _walk_encoder(self, grad: Tensor, chunk: Chunk) -> None:
         """Go on from the gradient of the input, straight or by autograd, to those below it.
@@ -237,98 +243,103 @@ class BackwardWalk:
     ) -> None:
         """Go on from the gradient of a layer's spikes to that of its current."""
         (source,) = self.graph.nodes[i].inputs
-        current = None
-        if self.sites[i].module.needs_membrane:
-            below = dense(self._recompute(source, chunk, values))
-            copy = len(below) == 1 or self.graph.shared(source)
-            current = to_matrix(below.expand(grad.shape), copy=copy)
-            values.pop(source, None)
+        neuron, gradients = self.sites[i].module, self.gradients
+        current, bias = self._current(i, source, chunk, values)
+        threshold, leak = id(neuron.threshold), id(neuron.leak)
+        layer = kernels.Layer(
+            packed=chunk.bits[i],
+            surrogate=neuron.surrogate,
+            threshold=self.presentation.threshold[i],
+            real=self.presentation.images.dtype,
+            leak=self.presentation.leak[i],
+            temporal=neuron.temporal_gradient,
+            start=chunk.start,
+            last_spike=chunk.last_spike.get(i),
+            current=current,
+            bias=bias,
+            before=chunk.membrane.get(i),
+            carry=self.carry.get(i),
+            carries=chunk.start > 0,
+            learns_threshold=threshold in gradients,
+            learns_leak=leak in gradients,
+            channels=grad.shape[2] if self.biases[i] else 0,
+            lowered=self.sites[source].precision if self._read_by_products(source) else None,
+        )
         shape = grad.shape
-        if self._fuses(i):
-            matrix = self._backpropagate_fused(i, grad, chunk)
-        else:
-            matrix = self._backpropagate(i, to_matrix(dense(grad)), current, chunk)
-        self.carry[i] = matrix[0].clone()
-        _pass_on(grads, source, from_matrix(matrix, shape))
+        found = kernels.backpropagate(grad, layer)
+        if threshold in gradients:
+            gradients[threshold] += found.threshold
+            if chunk.start == 0 and neuron.temporal_gradient:  # U_0 = f·V
+                share = layer.leak * neuron.initial_membrane
+                gradients[threshold] += share * found.first
+        if leak in gradients:
+            gradients[leak] += found.leak
+        if found.carry is not None:
+            self.carry[i] = found.carry
+        for j in self.biases[i]:
+            of_bias = id(self.sites[j].bias)
+            before = gradients[of_bias]
+            gradients[of_bias] = found.channels if before is None else before + found.channels
+        self._pass_on(grads, source, from_matrix(found.current, shape))
 
-    def _fuses(self, i: int) -> bool:
-        """Whether a kernel has the whole backward pass: Eq. 11, neither V nor λ learning."""
-        neuron = self.sites[i].module
-        learns = id(neuron.threshold) in self.gradients or id(neuron.leak) in self.gradients
-        return type(neuron.surrogate) is STDB and not learns
+    def _current(
+        self, i: int, source: int, chunk: Chunk, values: dict[int, Value]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A layer's current (T, M) and its bias, where membranes are needed; kept or made again."""
+        if not self.sites[i].module.needs_membrane:
+            return None, None
+        if i in chunk.current:
+            return chunk.current.pop(i)
+        current, bias = parts(self._recompute(source, chunk, values))
+        values.pop(source, None)
+        return to_matrix(current), bias
 
-    def _backpropagate_fused(self, i: int, grad: Gradient, chunk: Chunk) -> Tensor:
-        """∂L/∂I (T, M) of a layer from ∂L/∂O, from bits."""
-        neuron, v = self.sites[i].module, self.presentation.threshold[i]
-        surrogate = neuron.surrogate
-        return kernels.backpropagate_stdb(
-            grad,
-            chunk.bits[i],
-            chunk.last_spike[i],
-            chunk.start,
-            surrogate.alpha / v if surrogate.over_threshold else surrogate.alpha,
-            surrogate.beta,
-            self.carry.get(i),
-            self.presentation.leak[i],
-            neuron.temporal_gradient,
+    def _branches(self, i: int) -> list[int]:
+        """What a neuron's current is the sum of and nobody else reads, with the same gradient."""
+        (source,) = self.graph.nodes[i].inputs
+        if isinstance(self.graph.nodes[source].operator, Sum) and not self.graph.shared(source):
+            return [j for j in self.graph.nodes[source].inputs if not self.graph.shared(j)]
+        return [] if self.graph.shared(source) else [source]
+
+    def _biases_below(self, i: int) -> list[int]:
+        """Nodes whose bias learns from the gradient of a neuron layer's current alone."""
+        nodes, sites = self.graph.nodes, self.sites
+        return [
+            j
+            for j in self._branches(i)
+            if nodes[j].operator.learns and id(sites[j].bias) in self.gradients
+        ]
+
+    def _read_by_products(self, source: int) -> bool:
+        """Whether a neuron's gradient goes to products, and nowhere else."""
+        node = self.graph.nodes[source]
+        branches = node.inputs if isinstance(node.operator, Sum) else [source]
+        products = Convolution | FullyConnected
+        return not self.graph.shared(source) and all(
+            isinstance(self.graph.nodes[j].operator, products) and not self.graph.shared(j)
+            for j in branches
         )
 
-    def _backpropagate(self, i: int, grad: Tensor, current: Tensor | None, chunk: Chunk) -> Tensor:
-        """∂L/∂I (T, M) of a layer from ∂L/∂O, maybe in its place; gradients of V and λ too.
+    def _raised(self, grad: Gradient) -> Gradient:
+        """A gradient in the type of the weights."""
+        if isinstance(grad, Tensor):
+            return grad.to(self.real)
+        return replace(grad, above=grad.above.to(self.real))
 
-        ∂U_t/∂V = −O_{t−1}, ∂U_t/∂λ = U_{t−1}; ∂O/∂V = −s over U and −s·U/V² over U/V.
-        """
-        neuron, gradients = self.sites[i].module, self.gradients
-        v, leak = self.presentation.threshold[i], self.presentation.leak[i]
-        surrogate = neuron.surrogate
-        learn_v, learn_leak = id(neuron.threshold) in gradients, id(neuron.leak) in gradients
-        spikes = bits.unpack(chunk.bits[i], grad.shape[1], grad.dtype)
-        membrane: Any = None
-        before: Any = None
-        if current is not None:
-            before = chunk.membrane[i]
-            membrane = kernels.recompute_membranes(current, spikes, before, v, leak)
-        if surrogate.needs_ages:
-            slope = surrogate.of_spikes(spikes, chunk.last_spike[i], chunk.start)
-        else:
-            slope = surrogate.of_membrane(membrane, v)
-        if surrogate.over_threshold:
-            slope /= v
-        grad = grad.mul_(slope)  # ∂L/∂O · ∂O/∂U
-        if learn_v:
-            through = grad if not surrogate.over_threshold else grad * membrane / v
-            gradients[id(neuron.threshold)] -= through.sum()
-        grad = kernels.backpropagate(grad, self.carry.get(i), leak, neuron.temporal_gradient)
-        if learn_v:
-            gradients[id(neuron.threshold)] -= (grad[1:] * spikes[:-1]).sum()
-            if chunk.start == 0 and neuron.temporal_gradient:  # U_0 = f·V
-                share = leak * neuron.initial_membrane
-                gradients[id(neuron.threshold)] += share * grad[0].sum()
-            if chunk.start > 0:
-                previous = self._previous_spikes(i, chunk)
-                gradients[id(neuron.threshold)] -= (grad[0] * previous).sum()
-        if learn_leak:
-            gradients[id(neuron.leak)] += (grad[1:] * membrane[:-1]).sum()
-            gradients[id(neuron.leak)] += (grad[0] * before).sum()
-        return grad
-
-    def _previous_spikes(self, i: int, chunk: Chunk) -> Tensor:
-        """(M,) whether each neuron spiked in the step before the chunk."""
-        if i in chunk.membrane:
-            return torch.gt(chunk.membrane[i], self.presentation.threshold[i])
-        return torch.eq(chunk.last_spike[i], chunk.start)
+    def _pass_on(self, grads: dict[int, Gradient], i: int, grad: Gradient) -> None:
+        """Add to the gradient of a node's value; ``grad`` may be changed in place later."""
+        if i not in grads:
+            grads[i] = grad
+            return
+        grads[i] = _sum(dense(self._raised(grads[i])), dense(self._raised(grad)))
 
 
-def _pass_on(grads: dict[int, Gradient], i: int, grad: Gradient) -> None:
-    """Add to the gradient of a node's value; ``grad`` may be changed in place later."""
-    if i not in grads:
-        grads[i] = grad
-        return
-    first, second = dense(grads[i]), dense(grad)
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    """Two gradients of a value, maybe in the first's memory."""
     if len(first) == len(second):
-        grads[i] = first.add_(second)
-    else:  # a constant value: what is summed over time meets what is not
-        grads[i] = first.sum(0, keepdim=True) + second.sum(0, keepdim=True)
+        return first.add_(second)
+    # a constant value: what is summed over time meets what is not
+    return first.sum(0, keepdim=True) + second.sum(0, keepdim=True)
 
 
 def _find_last_spikes(chunk: Chunk, tape: list[Chunk]) -> None:

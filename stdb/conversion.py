@@ -50,7 +50,7 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
             modules or as functions. It is copied, not changed.
         encoder: gives each step's input; ``PoissonEncoder``, ``DirectEncoder``, ``SpikeTrain``. The
             first weights hold its limits, where it has some.
-        surrogate: ``STDB``, ``Linear`` or ``Exponential``.
+        surrogate: ``STDB``, ``Linear``, ``Exponential`` or ``Rectangle``.
         leak: λ in (0, 1]; 1 gives IF neurons.
         temporal_gradient: see ``SpikingNeuron``.
         learn_thresholds: V of every layer is a parameter that learns.

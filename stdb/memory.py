@@ -1,14 +1,17 @@
 """How much memory a training step will take, before it takes it.
 
 What stays until the backward pass grows with T: spikes as bits and a snapshot of spike times now
-and then, 1/8 + 2/16 byte a neuron-step. What is only there while a chunk is worked on grows with
+and then, 1/8 + 2/16 byte a neuron-step; for a surrogate of membrane potentials whose steps are one
+chunk, currents, too. What is only there while a chunk is worked on grows with
 the chunk: inputs and outputs of the largest layer and their gradients. So a smaller chunk, or fewer
 images at once, makes room for a longer presentation.
 """
 
 from collections.abc import Sequence
 
+from .kernels import works_on_bits
 from .network import SpikingNetwork
+from .neuron import SpikingNeuron
 from .operators.maximum import MaxPool
 from .operators.resizing import Upsampling
 from .operators.shaping import Dropout
@@ -38,12 +41,7 @@ def training_memory(
     chunk = min(chunk or snn.chunk or default_chunk(batch_size), timesteps)
     per_image = 0.0
     for i, neuron in zip(graph.neurons, snn.neurons.values(), strict=True):
-        per_image += sizes[i] * (2 * real + 2)  # membrane and its gradient, spike time
-        per_image += sizes[i] * timesteps / 8
-        if neuron.surrogate.needs_ages:
-            per_image += sizes[i] * timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
-        if neuron.needs_membrane:
-            per_image += sizes[i] * real * timesteps / chunk
+        per_image += sizes[i] * _of_neuron(snn, neuron, timesteps, chunk)
     for i, node in enumerate(graph.nodes):
         if isinstance(node.operator, MaxPool):  # sums, and those before each chunk
             per_image += sizes[node.inputs[0]] * real * (1 + timesteps / chunk)
@@ -57,6 +55,20 @@ def training_memory(
         if node.operator.learns:
             weights += snn.module(i).weight.numel() * real
     return int(batch_size * (per_image + chunk * largest * real) + weights + OVERHEAD)
+
+
+def _of_neuron(snn: SpikingNetwork, neuron: SpikingNeuron, timesteps: int, chunk: int) -> float:
+    """Bytes that stay for a neuron until the backward pass."""
+    weight = next(snn.parameters())
+    real = weight.element_size()
+    taken = 2 * real + 2 + timesteps / 8  # membrane and its gradient, spike time; bits
+    if neuron.surrogate.needs_ages:
+        taken += timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
+    if neuron.needs_membrane:
+        taken += real * timesteps / chunk
+        if chunk == timesteps and works_on_bits(weight.device):  # currents, in bfloat16 maybe
+            taken += timesteps * (real if snn.precision is None else 2)
+    return taken
 
 
 def largest_chunk(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import kernels
 from .graph import INPUT
 from .kernels.layout import channels_last, from_matrix, to_matrix
-from .operators import Value, dense
+from .operators import Value, dense, parts
 from .operators.maximum import MaxPool
 from .operators.shaping import Dropout
 from .randomness import dropout_mask
@@ -46,7 +46,10 @@ class Chunk:
         bits: neuron node → its spikes.
         last_spike: neuron node → (M,) latest spike times before the chunk.
         membrane: neuron node → (M,) membrane potentials before the chunk.
+        current: neuron node → its current and bias, where a backward pass is over this chunk only,
+            so that they need not be computed again.
         sums: max-pooling node → (B, …) currents summed over the steps before the chunk.
+        alone: whether a backward pass is over this chunk only.
     """
 
     start: int
@@ -55,7 +58,9 @@ class Chunk:
     bits: dict[int, Tensor] = field(default_factory=dict)
     last_spike: dict[int, Tensor] = field(default_factory=dict)
     membrane: dict[int, Tensor] = field(default_factory=dict)
+    current: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     sums: dict[int, Tensor] = field(default_factory=dict)
+    alone: bool = False
 
 
 @dataclass
@@ -275,6 +280,7 @@ class Presentation:
         while self.t < stop:
             due = not tape or self.t - last_snapshot >= STEPS_PER_SNAPSHOT
             chunk = Chunk(self.t, min(self.chunk, stop - self.t), due)
+            chunk.alone = chunk.steps == steps
             last_snapshot = self.t if due else last_snapshot
             values = self._forward_chunk(chunk, keep=tape is not None)
             for k, i in enumerate(entries):
@@ -312,7 +318,7 @@ class Presentation:
                 values[i] = self._pool(i, node.operator, values[node.inputs[0]], chunk, keep)
             elif node.operator.fires:
                 source = node.inputs[0]
-                values[i] = self._fire(i, dense(values[source]), chunk, keep, graph.shared(source))
+                values[i] = self._fire(i, values[source], chunk, keep, graph.shared(source))
             else:
                 values[i] = self.apply(i, [values[j] for j in node.inputs])
             self.shapes[i] = values[i].shape[1:]
@@ -340,19 +346,25 @@ class Presentation:
             shown = value.expand(steps, *value.shape[1:]) if isinstance(value, Tensor) else value
             observer(self, self.labels[i], shown)
 
-    def _fire(self, i: int, current: Tensor, chunk: Chunk, keep: bool, shared: bool) -> Spikes:
+    def _fire(self, i: int, value: Value, chunk: Chunk, keep: bool, shared: bool) -> Spikes:
         """Spikes (T, B, …) of a layer, from its current; state and record are updated."""
-        shape = torch.Size((chunk.steps, *current.shape[1:]))
-        in_place = not kernels.works_on_bits(current.device)  # the current becomes the spikes
-        copy = (shared and in_place) or len(current) == 1
-        matrix = to_matrix(current.expand(shape), copy=copy)
+        shape = torch.Size((chunk.steps, *value.shape[1:]))
+        neuron, real = self.sites[i].module, self.images.dtype
+        in_place = not kernels.works_on_bits(self.images.device)  # the current becomes the spikes
+        if in_place:
+            current, bias = dense(value).to(real), None
+            matrix = to_matrix(current.expand(shape), copy=shared or len(current) == 1)
+        else:
+            current, bias = parts(value)
+            matrix = to_matrix(current)
         if i not in self.membrane:
-            start = self.sites[i].module.initial_membrane * self.threshold[i]
-            self.membrane[i] = torch.full_like(matrix[0], start)
-            self.last_spike[i] = torch.zeros_like(matrix[0], dtype=torch.int16)
-        neuron = self.sites[i].module
+            start = neuron.initial_membrane * self.threshold[i]
+            self.membrane[i] = matrix.new_full(matrix.shape[1:], start, dtype=real)
+            self.last_spike[i] = torch.zeros_like(self.membrane[i], dtype=torch.int16)
         if keep and neuron.needs_membrane:
             chunk.membrane[i] = self.membrane[i].clone()
+            if chunk.alone and not in_place:
+                chunk.current[i] = matrix, bias
         times = self.last_spike[i] if keep and neuron.surrogate.needs_ages else None
         if times is not None and chunk.snapshot:
             chunk.last_spike[i] = times.clone()
@@ -364,11 +376,12 @@ class Presentation:
             last_spike=times,
             start=chunk.start,
             spikes=matrix if in_place else None,
+            bias=bias,
+            steps=chunk.steps,
         )
         if keep:
             chunk.bits[i] = packed
-        spikes = from_matrix(matrix, shape) if in_place else None
-        return Spikes(packed, shape, current.dtype, spikes)
+        return Spikes(packed, shape, real, from_matrix(matrix, shape) if in_place else None)
 
 
 def _total(value: Value, steps: int) -> Tensor:

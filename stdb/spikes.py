@@ -6,6 +6,7 @@ what: it passes through dropout, average pooling and flattening, and convolution
 are summed from it at a cost that is proportional to the number of events.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .kernels import bits, events, products
-from .kernels.layout import from_matrix
+from .kernels import events, neurons, products
+from .kernels.layout import from_matrix, to_matrix
+from .kernels.numbers import words
 from .kernels.parallel import run
 
 # Below this share of events among values, working on events is faster than the dense form, which
-# gets more out of a processor the larger its matrices are.
-DENSITY_LIMITS = {"convolution": 0.25, "linear": 0.5}
+# gets more out of a processor the larger its matrices are, and more again in bfloat16.
+DENSITY_LIMITS = {"convolution": 0.25, "lowered convolution": 0.05, "linear": 0.5}
 ROWS_PER_TILE = 128  # of a linear layer's weights; with BLOCK vectors of columns they fit a cache
 
 
@@ -38,20 +40,31 @@ class Spikes:
     def __init__(
         self, packed: Tensor, shape: torch.Size, dtype: torch.dtype, dense: Tensor | None = None
     ) -> None:
-        self.packed, self.shape, self.dtype, self._dense = packed, shape, dtype, dense
+        self.packed, self.shape, self.dtype = packed, shape, dtype
+        self._dense = {} if dense is None else {dtype: dense}
 
     @property
     def neurons(self) -> int:
         """M = B·C·H·W."""
         return self.shape[1:].numel()
 
-    def dense(self) -> Tensor:
-        """Zeros and ones."""
-        if self._dense is None:
-            self._dense = from_matrix(
-                bits.unpack(self.packed, self.neurons, self.dtype), self.shape
-            )
-        return self._dense
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros and ones, of another type where one is given."""
+        dtype = dtype or self.dtype
+        if dtype not in self._dense:
+            if kernels.works_on_bits(self.packed.device) or not self._dense:
+                matrix = kernels.unpack(self.packed, self.neurons, dtype)
+                self._dense[dtype] = from_matrix(matrix, self.shape)
+            else:
+                self._dense[dtype] = self._dense[self.dtype].to(dtype)
+        return self._dense[dtype]
+
+    def averaged(self, size: int) -> "Averages | None":
+        """Averaged over windows of size × size that do not overlap; None where no kernel does."""
+        if not kernels.works_on_bits(self.packed.device) or self.dtype != torch.float32:
+            return None
+        whole = self.shape[2] % 8 == 0 and size**2 < 256  # bytes of a pixel; what a byte counts
+        return Averages(self, size) if whole else None
 
     def counts(self) -> Tensor:
         """(B, …): spikes of each neuron in this chunk."""
@@ -104,6 +117,45 @@ class Spikes:
         )  # fmt: skip
         ones = np.ones(len(channels), _numpy(self.dtype))
         return Events(self.shape, starts, ends, channels, ones, offsets)
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Spikes averaged over windows that do not overlap, times a dropout's mask; not made yet.
+
+    Attributes:
+        spikes: (T, B, C, H, W), of a multiple of eight channels; any shape with a size of 1.
+        size: of a window.
+        mask: (B, C, H/size, W/size), or None.
+    """
+
+    spikes: Spikes
+    size: int
+    mask: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the dense form."""
+        if self.size == 1:
+            return self.spikes.shape
+        *rest, height, width = self.spikes.shape
+        return torch.Size((*rest, height // self.size, width // self.size))
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """As a tensor in channels-last order, of another type where one is given."""
+        out = torch.empty(self.shape[0], self.shape[1:].numel(), dtype=dtype or self.spikes.dtype)
+        steps, batch, channels, *sides = self.shape
+        height, width = (1, math.prod(sides)) if self.size == 1 else sides  # a row of all pixels
+        images = words(out).reshape(steps * batch, height, width, channels)
+        mask = torch.empty(0, 0, 0, 0, dtype=self.spikes.dtype)
+        if self.mask is not None:
+            mask = to_matrix(self.mask[None]).view(batch, *images.shape[1:])
+        run(
+            neurons.average, len(images), self.spikes.shape.numel() // 8,
+            self.spikes.packed.numpy().reshape(len(images), -1), self.size, channels,
+            width * self.size, words(mask), images,
+        )  # fmt: skip
+        return from_matrix(out, self.shape)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 r"""Surrogate gradients: what stands in for :math:`\partial O_t/\partial U_t` in the backward pass.
 
-The spike :math:`O_t = [U_t > V]` has no useful derivative. Three stand-ins (paper §2.2):
+The spike :math:`O_t = [U_t > V]` has no useful derivative. Stand-ins, three of them the paper's
+(§2.2):
 
 =============  ==========================================  ========
 class          ∂O/∂U                                       equation
@@ -8,11 +9,12 @@ class          ∂O/∂U                                       equation
 `STDB`         :math:`\alpha\, e^{-\beta\,\Delta t}`        11
 `Linear`       :math:`\alpha\,\max(0, 1-|U-V|)`             13
 `Exponential`  :math:`\alpha\, e^{-\beta\,|U-V|}`           14
+`Rectangle`    :math:`\alpha\,[|U-V| < 1/2]`
 =============  ==========================================  ========
 
 :math:`\Delta t = t - S` is the age of the neuron's latest spike, zero at a spike; a neuron that has
 not fired yet in this presentation gets no gradient. With ``over_threshold=True`` the spike is taken
-as a function of U/V: ∂O/∂U = s/V, ∂O/∂V = −s·U/V², and Eq. 13 and 14 use U/V − 1 in place of U − V.
+as a function of U/V: ∂O/∂U = s/V, ∂O/∂V = −s·U/V², and U/V − 1 takes the place of U − V.
 """
 
 import math
@@ -50,6 +52,11 @@ class Surrogate:
             raise ValueError(f"alpha is {self.alpha}; allowed: a number above 0, finite")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; allowed: 0 or a positive number, finite")
+
+    @property
+    def formula(self) -> str | None:
+        """What compiled kernels know it by; None: it is evaluated by the methods below."""
+        return FORMULAS.get(type(self))
 
     def of_spikes(self, spikes: Tensor, last_spike: Tensor, start: int) -> Tensor:
         """∂O/∂U (T, M) from spikes and their ages, where ``needs_ages``."""
@@ -96,6 +103,20 @@ class Linear(Surrogate):
         return self.distance(membrane, threshold).neg_().add_(1.0).clamp_(min=0).mul_(self.alpha)
 
 
+class Rectangle(Surrogate):
+    """α·[|U − V| < ½]: straight through for a membrane near the threshold. β is not used.
+
+    Over U/V it is the gradient of a quantised activation's rounding (Bu et al., ICLR 2022). The
+    edge is outside: with U_0 = V/2 a neuron without input stays there, and learns nothing.
+    """
+
+    uses_beta = False
+
+    def of_membrane(self, membrane: Tensor, threshold: float) -> Tensor:
+        """Evaluate it elementwise."""
+        return (self.distance(membrane, threshold) < 0.5).to(membrane.dtype).mul_(self.alpha)
+
+
 class Exponential(Surrogate):
     """Eq. 14: α·exp(−β·|U − V|)."""
 
@@ -108,4 +129,12 @@ SURROGATES: dict[str, type[Surrogate]] = {
     "stdb": STDB,
     "linear": Linear,
     "exponential": Exponential,
+    "rectangle": Rectangle,
+}
+# those of exactly these types have compiled kernels
+FORMULAS: dict[type[Surrogate], str] = {
+    STDB: "age",
+    Linear: "linear",
+    Exponential: "exponential",
+    Rectangle: "rectangle",
 }

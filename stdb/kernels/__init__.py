@@ -3,7 +3,8 @@
 ===========  ============================  ==========================================
 device       backend                       holds
 ===========  ============================  ==========================================
-CPU          numba                         :mod:`.neurons`, :mod:`.events`, :mod:`.products`
+CPU          numba                         :mod:`.neurons`, :mod:`.gradients`, :mod:`.events`,
+                                           :mod:`.products`
 CUDA         Triton                        :mod:`.gpu`
 any other    torch, the oracle of both     :mod:`.reference`
 ===========  ============================  ==========================================
@@ -18,20 +19,23 @@ import torch
 from torch import Tensor
 
 from . import gpu, neurons, reference
+from .layer import Layer, LayerGradient
 from .pooled import PooledGradient
-from .reference import age_slope, backpropagate, recompute_membranes
+from .reference import age_slope, recompute_membranes
 
 __all__ = [
     "Backend",
+    "Layer",
+    "LayerGradient",
     "PooledGradient",
     "age_slope",
     "backend",
     "backpropagate",
-    "backpropagate_stdb",
     "count_spikes",
     "fire",
     "note_last_spikes",
     "recompute_membranes",
+    "unpack",
     "works_on_bits",
 ]
 
@@ -49,8 +53,14 @@ class Backend(Protocol):
         last_spike: Tensor | None = None,
         start: int = 0,
         spikes: Tensor | None = None,
+        bias: Tensor | None = None,
+        steps: int | None = None,
     ) -> Tensor:
         """Eq. 2 over a chunk."""
+        ...
+
+    def unpack(self, packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """Spikes as numbers."""
         ...
 
     def note_last_spikes(self, packed: Tensor, last_spike: Tensor, start: int) -> None:
@@ -61,19 +71,8 @@ class Backend(Protocol):
         """Spikes of each neuron."""
         ...
 
-    def backpropagate_stdb(
-        self,
-        above: Tensor | PooledGradient,
-        packed: Tensor,
-        last_spike: Tensor,
-        start: int,
-        alpha: float,
-        beta: float,
-        carry: Tensor | None,
-        leak: float,
-        temporal: bool,
-    ) -> Tensor:
-        """Eq. 11 and the leak path."""
+    def backpropagate(self, above: Tensor | PooledGradient, layer: Layer) -> LayerGradient:
+        """The surrogate, the leak path, and what V and λ learn."""
         ...
 
 
@@ -100,24 +99,35 @@ def fire(
     last_spike: Tensor | None = None,
     start: int = 0,
     spikes: Tensor | None = None,
+    bias: Tensor | None = None,
+    steps: int | None = None,
 ) -> Tensor:
     """Eq. 2 over a chunk: U_t = λ·U_{t−1} + I_t − V·O_{t−1}, O_t = [U_t > V].
 
     Args:
-        current: (T, M) weighted input I, contiguous; it is only read.
+        current: (T, M) weighted input I or, where it is constant, (1, M), contiguous; it is only
+            read. It may be in bfloat16.
         membrane: (M,) membrane potential of the step before the chunk; becomes U_T.
         threshold: V.
         leak: λ.
         last_spike: (M,) int16, brought to the end of the chunk as by :func:`note_last_spikes`.
         start: the number of steps before the chunk.
         spikes: (T, M), filled with zeros and ones; it may be ``current``, which is lost then.
+        bias: (C,) what is added to the current of each channel, M being channels last.
+        steps: T, where the current is constant.
 
     Returns:
         The spikes as bits, (T, ⌈M/8⌉).
     """
     return backend(current.device).fire(
-        current, membrane, threshold, leak, last_spike=last_spike, start=start, spikes=spikes
-    )
+        current, membrane, threshold, leak, last_spike=last_spike, start=start, spikes=spikes,
+        bias=bias, steps=steps,
+    )  # fmt: skip
+
+
+def unpack(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """(T, count): spikes as zeros and ones of any type."""
+    return backend(packed.device).unpack(packed, count, dtype)
 
 
 def note_last_spikes(packed: Tensor, last_spike: Tensor, start: int) -> None:
@@ -136,33 +146,15 @@ def count_spikes(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return backend(packed.device).count_spikes(packed, count, dtype)
 
 
-def backpropagate_stdb(
-    above: Tensor | PooledGradient,
-    packed: Tensor,
-    last_spike: Tensor,
-    start: int,
-    alpha: float,
-    beta: float,
-    carry: Tensor | None,
-    leak: float,
-    temporal: bool,
-) -> Tensor:
-    """∂L/∂U_t = s_t·∂L/∂O_t + λ·∂L/∂U_{t+1} over a chunk, s_t = α·exp(−β·Δt) of Eq. 11.
+def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient:
+    """∂L/∂U_t = s_t·∂L/∂O_t + λ·∂L/∂U_{t+1} over a chunk, s_t = ∂O_t/∂U_t of the surrogate.
+
+    The reset carries no gradient to the steps before. ∂U_t/∂V = −O_{t−1}, ∂U_t/∂λ = U_{t−1}; ∂O/∂V
+    = −s over U and −s·U/V over U/V. Surrogates that no kernel knows are evaluated in plain torch.
 
     Args:
         above: ∂L/∂O_t, (T, B, …); its memory may be used for the result.
-        packed: (T, ⌈M/8⌉) the chunk's spikes.
-        last_spike: (M,) int16, latest spike time before the chunk, 0 for never.
-        start: the number of steps before the chunk.
-        alpha: α; α/V where the surrogate is over U/V.
-        beta: β.
-        carry: (M,) ∂L/∂U of the step after the chunk, None at the end of the presentation.
-        leak: λ.
-        temporal: False drops the leak path.
-
-    Returns:
-        (T, M): ∂L/∂U_t, which is ∂L/∂I_t as well. The reset carries no gradient.
+        layer: the neurons, and what they did in the chunk.
     """
-    return backend(packed.device).backpropagate_stdb(
-        above, packed, last_spike, start, alpha, beta, carry, leak, temporal
-    )
+    kind = backend(layer.packed.device) if layer.surrogate.formula else reference
+    return kind.backpropagate(above, layer)

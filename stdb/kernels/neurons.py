@@ -5,8 +5,6 @@ as bits, eight neurons to a byte. Kernels work on a range [first, last) of bytes
 (:func:`stdb.kernels.parallel.run`). The functions at the end are the backend's interface.
 """
 
-import math
-
 import numpy as np
 import torch
 from numba.cpython.unsafe.numbers import trailing_zeros
@@ -14,34 +12,38 @@ from torch import Tensor
 
 from . import bits
 from .compiled import compiled
-from .layout import to_matrix
+from .gradients import NO_TIMES, STRIP, backpropagate
+from .numbers import BITS_OF, by_neuron, narrow, wide, words
 from .parallel import run
-from .pooled import PooledGradient
 
-# a byte's bits as the bytes of a word
-BITS_OF = np.array([sum((v >> j & 1) << 8 * j for j in range(8)) for v in range(256)], np.uint64)
-STRIP = 512  # neurons whose steps are worked on while they are in the cache
+__all__ = ["backpropagate", "count_spikes", "fire", "note_last_spikes", "unpack"]
+
+GATHER = np.uint64(sum(1 << (56 - 7 * k) for k in range(8)))  # see :mod:`.bits`
 
 
 @compiled(error_model="numpy")
-def _fire(first, last, current, membrane, threshold, leak, bits, times, note_times, start):
+def _fire(
+    first, last, current, bias, membrane, threshold, leak, bits, times, note_times, start
+):  # fmt: skip
     """Eq. 2 over a chunk: membranes move on, spikes are written as bits. Ranges over 8 neurons.
 
-    ``times`` (count,): brought to each neuron's latest spike, as :func:`_note_last_spikes` does, if
-    ``note_times``; steps count from 1.
+    ``current`` (T, count) or, where it is constant, (1, count); ``bias`` of each channel, or
+    empty, is added to it. ``times`` (count,): brought to each neuron's latest spike, as
+    :func:`_note_last_spikes` does, if ``note_times``; steps count from 1.
     """
-    steps, count = current.shape
+    steps, count = len(bits), len(membrane)
+    fired, added = np.empty(STRIP, np.uint8), np.zeros(STRIP, membrane.dtype)
     for strip in range(first * 8, min(last * 8, count), STRIP):
         end = min(strip + STRIP, last * 8, count)
-        fired = np.empty(STRIP, np.uint8)
+        by_neuron(bias, strip, end - strip, added)
         u = membrane[strip:end]
         for m in range(end - strip):
             fired[m] = u[m] > threshold
         fired[end - strip :] = 0
         for t in range(steps):
-            row = current[t, strip:end]
+            row = current[t if len(current) > 1 else 0, strip:end]
             for m in range(end - strip):
-                v = leak * u[m] - threshold * fired[m] + row[m]
+                v = leak * u[m] - threshold * fired[m] + (wide(row[m]) + added[m])
                 u[m] = v
                 fired[m] = v > threshold
             if note_times:
@@ -49,11 +51,56 @@ def _fire(first, last, current, membrane, threshold, leak, bits, times, note_tim
                 latest_times = times[strip:end]
                 for m in range(end - strip):
                     latest_times[m] = now if fired[m] else latest_times[m]
+            words_of_fired, packed = fired.view(np.uint64), bits[t, strip >> 3 :]
             for byte in range((end - strip + 7) >> 3):
-                value = np.uint8(0)
-                for j in range(8):
-                    value |= fired[byte * 8 + j] << np.uint8(j)
-                bits[t, (strip >> 3) + byte] = value
+                packed[byte] = (words_of_fired[byte] * GATHER) >> np.uint64(56)
+
+
+@compiled()
+def _unpack(first, last, bits, one, zero, out):
+    """Write spikes as numbers, ``one`` and ``zero``, to ``out`` (T, count). Ranges over 8."""
+    steps, count = out.shape
+    spread = np.empty(STRIP // 8, np.uint64)
+    fired = spread.view(np.uint8)
+    for strip in range(first * 8, min(last * 8, count), STRIP):
+        end = min(strip + STRIP, last * 8, count)
+        for t in range(steps):
+            row, target = bits[t, strip >> 3 : (end + 7) >> 3], out[t, strip:end]
+            for byte in range(len(row)):
+                spread[byte] = BITS_OF[row[byte]]
+            for m in range(end - strip):
+                target[m] = one if fired[m] else zero
+
+
+@compiled(error_model="numpy")
+def average(first, last, bits, size, channels, width, mask, out):
+    """Write averages of spikes over windows, times ``mask`` (B, …) unless empty, to ``out``.
+
+    Images have rows of ``width`` pixels of ``channels``, a multiple of 8; ``out`` is (T·B, h, w,
+    channels). Ranges over these images.
+    """
+    batch = len(mask)
+    spread = np.empty(channels // 8, np.uint64)
+    counts = spread.view(np.uint8)
+    pixel = channels // 8  # its bytes
+    share = np.float32(size * size)
+    for n in range(first, last):
+        for y in range(out.shape[1]):
+            for x in range(out.shape[2]):
+                spread[:] = 0
+                for k in range(size * size):
+                    place = (y * size + k // size) * width + x * size + k % size
+                    row = bits[n, place * pixel : (place + 1) * pixel]
+                    for byte in range(pixel):
+                        spread[byte] += BITS_OF[row[byte]]
+                target = out[n, y, x]
+                if batch > 0:
+                    part = mask[n % batch, y, x]
+                    for c in range(channels):
+                        target[c] = narrow(np.float32(counts[c]) / share * part[c], target)
+                else:
+                    for c in range(channels):
+                        target[c] = narrow(np.float32(counts[c]) / share, target)
 
 
 @compiled()
@@ -89,74 +136,7 @@ def _count_spikes(first, last, bits, counts):
                     counts[place] += (sums[byte] >> np.uint64(8 * j)) & np.uint64(255)
 
 
-@compiled(error_model="numpy")
-def _backpropagate_stdb(
-    first, last, above, share, size, channel_count, width, mask, grad, bits, times, start,
-    table, decay, carry, has_carry, leak, temporal,
-):  # fmt: skip
-    """∂L/∂U_t = s_t·∂L/∂O_t + λ·∂L/∂U_{t+1} over a chunk, s of STDB from the spikes.
-
-    ``grad`` (T, M) becomes ∂L/∂U. ∂L/∂O is what it holds; or, for ``size`` > 0, it comes from
-    ``above`` (T, M/size²), of which every pixel of a window of size × size gets ``share``, in
-    images of ``channel_count`` and ``width`` that the windows fill, times ``mask`` (M,) unless that
-    is empty. ``times``: last spike before the chunk, 0 for never; ``table[Δt]`` =
-    α·exp(−β·Δt), ``decay`` = exp(−β); ``carry`` is ∂L/∂U of the step after the chunk. Ranges over
-    8 neurons.
-    """
-    steps, count = grad.shape
-    slope = np.empty(STRIP, grad.dtype)
-    starts = np.empty(STRIP + 1, np.int64)  # of the strip's pixels …
-    sources = np.empty(STRIP, np.int64)  # … and what they are taken from
-    for strip in range(first * 8, min(last * 8, count), STRIP):
-        end = min(strip + STRIP, last * 8, count)
-        pixels = 0
-        if size > 0:
-            m = strip
-            while m < end:
-                p, c = divmod(m, channel_count)
-                y, x = divmod(p, width)
-                starts[pixels] = m - strip
-                sources[pixels] = (y // size * (width // size) + x // size) * channel_count + c
-                m += channel_count - c
-                pixels += 1
-            starts[pixels] = end - strip
-        for m in range(end - strip):
-            then = times[strip + m]
-            slope[m] = table[start - then] if then > 0 else 0.0
-        for t in range(steps):
-            row = grad[t, strip:end]
-            for p in range(pixels):
-                source = above[t, sources[p] :]
-                target = row[starts[p] : starts[p + 1]]
-                if len(mask) > 0:
-                    part = mask[strip + starts[p] :]
-                    for m in range(len(target)):
-                        target[m] = share * source[m] * part[m]
-                else:
-                    for m in range(len(target)):
-                        target[m] = share * source[m]
-            for byte in range((end - strip + 7) >> 3):
-                value = bits[t, (strip >> 3) + byte]
-                for j in range(min(8, end - strip - byte * 8)):
-                    m = byte * 8 + j
-                    spiked = (value >> j) & 1
-                    slope[m] = table[0] if spiked else slope[m] * decay
-            for m in range(end - strip):
-                row[m] *= slope[m]
-        if not temporal:
-            continue
-        if has_carry:
-            for m in range(strip, end):
-                grad[steps - 1, m] += leak * carry[m]
-        for t in range(steps - 2, -1, -1):
-            row, following = grad[t, strip:end], grad[t + 1, strip:end]
-            for m in range(end - strip):
-                row[m] += leak * following[m]
-
-
 # -- the interface ---------------------------------------------------------------------------------
-
-NO_TIMES = np.zeros(0, np.int16)
 
 
 def fire(
@@ -168,19 +148,30 @@ def fire(
     last_spike: Tensor | None = None,
     start: int = 0,
     spikes: Tensor | None = None,
+    bias: Tensor | None = None,
+    steps: int | None = None,
 ) -> Tensor:
     """Eq. 2 over a chunk; see :func:`stdb.kernels.fire`."""
-    steps, count = current.shape
-    packed = torch.empty(steps, bits.row_bytes(count), dtype=torch.uint8)
-    real = current[:0].numpy().dtype.type
+    count = len(membrane)
+    packed = torch.empty(steps or len(current), bits.row_bytes(count), dtype=torch.uint8)
+    real = membrane[:0].numpy().dtype.type
     run(
-        _fire, packed.shape[1], current.numel(), current.numpy(), membrane.numpy(),
+        _fire, packed.shape[1], len(packed) * count, words(current),
+        words(membrane[:0] if bias is None else bias), membrane.numpy(),
         real(threshold), real(leak), packed.numpy(),
         NO_TIMES if last_spike is None else last_spike.numpy(), last_spike is not None, start,
     )  # fmt: skip
     if spikes is not None:
         spikes.copy_(bits.unpack(packed, count, spikes.dtype))
     return packed
+
+
+def unpack(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """See :func:`stdb.kernels.unpack`."""
+    out = torch.empty(len(packed), count, dtype=dtype)
+    one, zero = words(torch.tensor([1, 0], dtype=dtype))
+    run(_unpack, packed.shape[1], out.numel(), packed.numpy(), one, zero, words(out))
+    return out
 
 
 def note_last_spikes(packed: Tensor, last_spike: Tensor, start: int) -> None:
@@ -194,42 +185,3 @@ def count_spikes(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     counts = torch.zeros(packed.shape[1] * 8, dtype=dtype)
     run(_count_spikes, packed.shape[1], packed.numel(), packed.numpy(), counts.numpy())
     return counts[:count]
-
-
-def backpropagate_stdb(
-    above: Tensor | PooledGradient,
-    packed: Tensor,
-    last_spike: Tensor,
-    start: int,
-    alpha: float,
-    beta: float,
-    carry: Tensor | None,
-    leak: float,
-    temporal: bool,
-) -> Tensor:
-    """Eq. 11 and the leak path in one pass, from bits; see :func:`stdb.kernels.backpropagate_stdb`.
-
-    A pooled gradient is spread on the way.
-    """
-    pooled, size, channel_count, width = None, 0, 0, 0
-    if isinstance(above, PooledGradient):
-        grad = above.above.new_empty(above.shape[0], above.shape[1:].numel())
-        pooled, size = to_matrix(above.above), above.size
-        channel_count, width = above.shape[2], above.shape[4]
-    else:
-        grad = to_matrix(above)
-    none = grad[:1, :0]
-    mask = none[0]
-    if isinstance(above, PooledGradient) and above.mask is not None:
-        mask = to_matrix(above.mask[None])[0]
-    ages = torch.arange(start + 1, dtype=torch.float64)
-    table = alpha * torch.exp(-beta * ages)
-    real = grad[:0].numpy().dtype.type
-    run(
-        _backpropagate_stdb, packed.shape[1], grad.numel(),
-        (none if pooled is None else pooled).numpy(), real(1 / size**2 if size else 1), size,
-        channel_count, width, mask.numpy(), grad.numpy(), packed.numpy(), last_spike.numpy(), start,
-        table.to(grad.dtype).numpy(), real(math.exp(-beta)),
-        (none[0] if carry is None else carry).numpy(), carry is not None, real(leak), temporal,
-    )  # fmt: skip
-    return grad

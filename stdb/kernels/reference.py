@@ -3,10 +3,13 @@
 A chunk is a matrix (T, M) in memory order: T steps of M = batch × neurons of one layer.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import bits
+from .layer import Layer, LayerGradient
 from .layout import to_matrix
 from .pooled import PooledGradient
 
@@ -20,8 +23,11 @@ def fire(
     last_spike: Tensor | None = None,
     start: int = 0,
     spikes: Tensor | None = None,
+    bias: Tensor | None = None,
+    steps: int | None = None,
 ) -> Tensor:
     """Eq. 2 over a chunk, step after step; see :func:`stdb.kernels.fire`."""
+    current = whole(current, bias, steps or len(current), membrane.dtype)
     fired = (membrane > threshold).to(membrane.dtype)
     dense = torch.empty_like(current) if spikes is None else spikes
     for t in range(len(current)):
@@ -33,6 +39,19 @@ def fire(
     if last_spike is not None:
         note_last_spikes(packed, last_spike, start)
     return packed
+
+
+def whole(current: Tensor, bias: Tensor | None, steps: int, real: torch.dtype) -> Tensor:
+    """(T, M) the current of every step with its bias, in the type of the membranes."""
+    current = current.to(real).expand(steps, -1)
+    if bias is not None:
+        current = (current.unflatten(1, (-1, len(bias))) + bias).flatten(1)
+    return current.contiguous()
+
+
+def unpack(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """See :func:`stdb.kernels.unpack`."""
+    return bits.unpack(packed, count, dtype)
 
 
 def note_last_spikes(packed: Tensor, last_spike: Tensor, start: int) -> None:
@@ -47,23 +66,51 @@ def count_spikes(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return bits.unpack(packed, count, dtype).sum(0)
 
 
-def backpropagate_stdb(
-    above: Tensor | PooledGradient,
-    packed: Tensor,
-    last_spike: Tensor,
-    start: int,
-    alpha: float,
-    beta: float,
-    carry: Tensor | None,
-    leak: float,
-    temporal: bool,
-) -> Tensor:
-    """Eq. 11, then :func:`backpropagate`; see :func:`stdb.kernels.backpropagate_stdb`."""
-    grad = to_matrix(above if isinstance(above, Tensor) else above.dense())
-    spikes = bits.unpack(packed, grad.shape[1], grad.dtype)
-    return backpropagate(
-        grad.mul_(age_slope(spikes, last_spike, start, alpha, beta)), carry, leak, temporal
-    )
+def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient:
+    """Step after step, for surrogates of any formula; see :func:`stdb.kernels.backpropagate`."""
+    grad = to_matrix(above if isinstance(above, Tensor) else above.dense()).to(layer.real)
+    surrogate, v, leak = layer.surrogate, layer.threshold, layer.leak
+    spikes = bits.unpack(layer.packed, grad.shape[1], grad.dtype)
+    membrane: Any = None
+    if layer.current is not None:
+        assert layer.before is not None
+        current = whole(layer.current, layer.bias, len(grad), layer.real).clone()
+        membrane = recompute_membranes(current, spikes, layer.before, v, leak)
+    if surrogate.needs_ages:
+        assert layer.last_spike is not None
+        slope = surrogate.of_spikes(spikes, layer.last_spike, layer.start)
+    else:
+        slope = surrogate.of_membrane(membrane.clone(), v)
+    if surrogate.over_threshold:
+        slope /= v
+    grad.mul_(slope)  # ∂L/∂O · ∂O/∂U
+    of_threshold: Tensor | float = 0.0
+    if layer.learns_threshold:
+        of_threshold = -(grad * membrane / v if surrogate.over_threshold else grad).sum()
+    if layer.temporal:
+        after = layer.carry
+        for t in reversed(range(len(grad))):
+            if after is not None:
+                grad[t].add_(after, alpha=leak)
+            after = grad[t]
+    if layer.learns_threshold:
+        of_threshold -= (grad[1:] * spikes[:-1]).sum() + (grad[0] * _spiked_before(layer)).sum()
+    of_leak: Tensor | float = 0.0
+    if layer.learns_leak:
+        assert layer.before is not None
+        of_leak = (grad[1:] * membrane[:-1]).sum() + (grad[0] * layer.before).sum()
+    channels = grad.unflatten(1, (-1, layer.channels)).sum((0, 1)) if layer.channels else None
+    carry = grad[0].clone() if layer.carries else None
+    lowered = grad if layer.lowered is None else grad.to(layer.lowered)
+    return LayerGradient(lowered, of_threshold, of_leak, carry, grad[0].sum(), channels)
+
+
+def _spiked_before(layer: Layer) -> Tensor:
+    """(M,) whether each neuron spiked in the step before the chunk."""
+    if layer.before is not None:
+        return layer.before > layer.threshold
+    assert layer.last_spike is not None
+    return (layer.last_spike == layer.start) & (layer.last_spike > 0)
 
 
 def age_slope(spikes: Tensor, last_spike: Tensor, start: int, alpha: float, beta: float) -> Tensor:
@@ -107,20 +154,3 @@ def recompute_membranes(
         current[t].add_(before, alpha=leak).add_(fired, alpha=-threshold)
         before, fired = current[t], spikes[t]
     return current
-
-
-def backpropagate(grad: Tensor, carry: Tensor | None, leak: float, temporal: bool) -> Tensor:
-    """Gradient of the membrane potentials, in place: ∂L/∂U_t = s_t·∂L/∂O_t + λ·∂L/∂U_{t+1}.
-
-    Args:
-        grad: (T, M) s_t·∂L/∂O_t; becomes ∂L/∂U_t, which is ∂L/∂I_t as well. The reset carries none.
-        carry: (M,) ∂L/∂U of the step after the chunk, None at the end of the presentation.
-        leak: λ.
-        temporal: False drops the leak path.
-    """
-    if temporal:
-        for t in reversed(range(grad.shape[0])):
-            if carry is not None:
-                grad[t].add_(carry, alpha=leak)
-            carry = grad[t]
-    return grad

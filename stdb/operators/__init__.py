@@ -8,6 +8,7 @@ file a family.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,9 +16,32 @@ from torch import Tensor, nn
 
 from ..kernels import PooledGradient
 from ..kernels.layout import channels_last
-from ..spikes import DENSITY_LIMITS, Events, Spikes
+from ..spikes import DENSITY_LIMITS, Averages, Events, Spikes
 
-Value = Tensor | Spikes | Events
+
+@dataclass(frozen=True)
+class Product:
+    """What a product gives, as it gives it; neurons add the bias when they read it.
+
+    Attributes:
+        product: (T, B, C, …), maybe in bfloat16.
+        bias: (C,), of the type of the weights.
+    """
+
+    product: Tensor
+    bias: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the value."""
+        return self.product.shape
+
+    def dense(self) -> Tensor:
+        """The value, in the type of the weights and memory of its own."""
+        return add_bias(self.product.to(self.bias.dtype, copy=True), self.bias)
+
+
+Value = Tensor | Spikes | Averages | Events | Product
 Gradient = Tensor | PooledGradient
 
 
@@ -32,6 +56,11 @@ class Site(Protocol):
     @property
     def mask(self) -> Tensor | None:
         """(B, …): the node's inverted dropout mask; None where nothing is dropped."""
+        ...
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """What dense products are made in; None: the type of the weights."""
         ...
 
     def lowered(self, x: Tensor) -> Tensor:
@@ -64,6 +93,7 @@ class Operator(Protocol):
         fires: it is a layer of neurons, which needs time; the presentation runs it.
         owns: its value is memory of its own, which it does not share with its input.
         accumulates: it remembers sums over time; the presentation runs it.
+        lowered: its backward pass takes a gradient in the precision of the products.
     """
 
     name: str
@@ -72,6 +102,7 @@ class Operator(Protocol):
     fires: bool = False
     owns: bool = False
     accumulates: bool = False
+    lowered: bool = False
 
     def plain(self, module: Any, *inputs: Tensor) -> Tensor:
         """The operator in plain torch at one time step: (B, …) → (B, …)."""
@@ -95,9 +126,9 @@ class Operator(Protocol):
         problem = "does not say its gradient" if self.learns else "has no weights"
         raise NotImplementedError(f"{self.name} {problem}")
 
-    def backward_bias(self, grad: Tensor, total: Tensor | None) -> Tensor:
+    def backward_bias(self, site: Site, grad: Tensor, total: Tensor | None) -> Tensor:
         """``total`` + ∂L/∂b: ∂L/∂I summed over time, batch and pixels."""
-        own = grad.sum([d for d in range(grad.dim()) if d != 2])
+        own = grad.sum([d for d in range(grad.dim()) if d != 2], dtype=site.weight.dtype)
         return own if total is None else total.add_(own)
 
     def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
@@ -110,9 +141,23 @@ def dense(x: Value | Gradient) -> Tensor:
     return x if isinstance(x, Tensor) else x.dense()
 
 
-def few_events(x: Value, purpose: str = "convolution") -> Events | None:
+def parts(x: Value) -> tuple[Tensor, Tensor | None]:
+    """A value as a tensor, maybe in bfloat16, and the bias that is to be added to it."""
+    return (x.product, x.bias) if isinstance(x, Product) else (dense(x), None)
+
+
+def operand(site: Site, x: Value) -> Tensor:
+    """A value as a tensor in the precision of the products."""
+    if isinstance(x, Spikes | Averages):
+        return x.dense(site.precision)
+    return site.lowered(dense(x))
+
+
+def few_events(site: Site, x: Value, purpose: str = "convolution") -> Events | None:
     """A value as events, where there are few enough for the purpose."""
-    if isinstance(x, Tensor) or x.density >= DENSITY_LIMITS[purpose]:
+    if site.precision is not None and purpose == "convolution":
+        purpose = "lowered convolution"
+    if not isinstance(x, Spikes | Events) or x.density >= DENSITY_LIMITS[purpose]:
         return None
     return x.events if isinstance(x, Spikes) else x
 
@@ -131,6 +176,11 @@ def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return y.add_(bias.view(-1, *[1] * (y.dim() - 3)))
 
 
+def with_bias(y: Tensor, bias: Tensor | None) -> Tensor | Product:
+    """``y`` (T, B, C, …) + b of each channel, which is added when it is read."""
+    return y if bias is None else Product(y, bias)
+
+
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """Both of a kernel's sizes, where one may stand for both."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
@@ -139,11 +189,15 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 __all__ = [
     "Gradient",
     "Operator",
+    "Product",
     "Site",
     "Value",
     "add_bias",
     "dense",
     "few_events",
+    "operand",
     "pair",
+    "parts",
     "per_image",
+    "with_bias",
 ]

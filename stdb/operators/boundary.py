@@ -20,6 +20,7 @@ class Neuron(Operator):
     name = "neuron"
     kinds: ClassVar = {nn.ReLU: (), nn.ReLU6: (), nn.Hardtanh: ("min_val", "max_val")}
     fires = True
+    lowered = True
 
     def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """A current drives its neuron."""

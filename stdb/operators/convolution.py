@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.layout import channels_last
 from ..spikes import Events, tap_rows
-from . import Gradient, Operator, Site, Value, add_bias, dense, few_events, per_image
+from . import Gradient, Operator, Site, Value, dense, few_events, operand, per_image, with_bias
 
 SETTINGS = (
     "in_channels",
@@ -24,11 +24,12 @@ SETTINGS = (
 class Convolution(Operator):
     """I = W ∗ O, (T, B, C, H, W) → (T, B, C', H', W'), or (T, B, C, L) → (T, B, C', L').
 
-    A dense product is made in the type of the values that it is given; its result has the type of
-    the weights.
+    A dense product is made in the precision of the network's products, and its result and the
+    gradient of its input stay in that until someone computes with them.
     """
 
     name = "convolution"
+    lowered = True
     kinds: ClassVar = {nn.Conv2d: SETTINGS, nn.Conv1d: SETTINGS}
     learns = True
     owns = True
@@ -41,18 +42,18 @@ class Convolution(Operator):
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """The product: of events where they are few, else dense."""
         module, bias = site.module, site.bias
-        few = _events(module, inputs[0])
+        few = _events(site, inputs[0])
         if few is not None:
-            return add_bias(few.convolved(module, site.prepared(tap_rows)), bias)
-        x = site.lowered(dense(inputs[0]))
+            return with_bias(few.convolved(module, site.prepared(tap_rows)), bias)
+        x = operand(site, inputs[0])
         inside = bias if x.dtype == site.weight.dtype else None
         product = per_image(
             lambda n: torch.convolution(
                 channels_last(n), site.weight.to(n.dtype), inside, *_settings(module)
-            ).to(site.weight.dtype),
+            ),
             x,
         )
-        return product if inside is bias else add_bias(product, bias)
+        return product if inside is bias else with_bias(product, bias)
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
@@ -63,17 +64,17 @@ class Convolution(Operator):
         x = images.new_empty(1).expand(len(images), *shape)  # only its shape is looked at
         weight = channels_last(site.weight.to(grad.dtype))
         grad_x, _ = _convolution_backward(site.module, images, x, weight, (True, False))
-        below: Tensor = grad_x.to(site.weight.dtype).unflatten(0, grad.shape[:2])
+        below: Tensor = grad_x.unflatten(0, grad.shape[:2])
         return below
 
     def backward_weight(self, site: Site, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
         """``total`` + ∂L/∂W: of events where they are few, else dense."""
         module = site.module
-        few = _events(module, x)
+        few = _events(site, x)
         if few is not None:
             grad_weight = few.convolved_weight(module, grad.to(site.weight.dtype))
         else:
-            images = channels_last(dense(x).flatten(0, 1).to(grad.dtype))
+            images = channels_last(operand(site, x).flatten(0, 1).to(grad.dtype))
             weight = site.weight.to(grad.dtype)
             _, grad_weight = _convolution_backward(
                 module, grad.flatten(0, 1), images, weight, (False, True)
@@ -107,9 +108,10 @@ class TransposedConvolution(Convolution):
     }
 
 
-def _events(module: Any, x: Value) -> Events | None:
+def _events(site: Site, x: Value) -> Events | None:
     """The input as events, where that is worth it; groups and transposed ones have no kernel."""
-    return few_events(x) if module.groups == 1 and not module.transposed else None
+    module = site.module
+    return few_events(site, x) if module.groups == 1 and not module.transposed else None
 
 
 def _settings(module: Any) -> tuple[Any, ...]:

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..spikes import column_blocks
-from . import Gradient, Operator, Site, Value, add_bias, dense, few_events
+from . import Gradient, Operator, Site, Value, dense, few_events, operand, with_bias
 
 
 class FullyConnected(Operator):
     """I = W·O, (T, B, n) → (T, B, m)."""
 
     name = "linear"
+    lowered = True
     kinds: ClassVar = {nn.Linear: ("in_features", "out_features")}
     learns = True
     owns = True
@@ -27,25 +28,25 @@ class FullyConnected(Operator):
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """The product: of events where they are few, else dense."""
         module: nn.Linear = site.module
-        few = few_events(inputs[0], "linear")
+        few = few_events(site, inputs[0], "linear")
         if few is not None:
-            return add_bias(few.multiplied(module, site.prepared(column_blocks)), site.bias)
-        x = site.lowered(dense(inputs[0]))
+            return with_bias(few.multiplied(module, site.prepared(column_blocks)), site.bias)
+        x = operand(site, inputs[0])
         if x.dtype == site.weight.dtype:
             return F.linear(x, site.weight, site.bias)
-        return add_bias(F.linear(x, site.weight.to(x.dtype)).to(site.weight.dtype), site.bias)
+        return with_bias(F.linear(x, site.weight.to(x.dtype)), site.bias)
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
     ) -> Gradient:
         """∂L/∂O, given ∂L/∂I."""
         grad, weight = dense(grad), site.weight
-        below: Tensor = (grad @ weight.to(grad.dtype)).to(weight.dtype)
+        below: Tensor = grad @ weight.to(grad.dtype)
         return below
 
     def backward_weight(self, site: Site, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
         """``total`` + ∂L/∂W."""
-        rows, columns = grad.flatten(0, 1).t(), dense(x).flatten(0, 1).to(grad.dtype)
+        rows, columns = grad.flatten(0, 1).t(), operand(site, x).flatten(0, 1).to(grad.dtype)
         if total is not None and total.dtype == grad.dtype:
             return total.addmm_(rows, columns)
         grad_weight = (rows @ columns).to(site.weight.dtype)

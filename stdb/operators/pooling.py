@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import PooledGradient
+from ..spikes import Spikes
 from . import Gradient, Site, Value, dense, few_events, pair, per_image
 from .fixed import Averaging
 
@@ -15,6 +16,7 @@ class AveragePool(Averaging):
     """(T, B, C, H, W) → (T, B, C, H/k, W/k)."""
 
     name = "average pooling"
+    lowered = True
     kinds: ClassVar = {
         nn.AvgPool2d: (
             "kernel_size",
@@ -28,10 +30,15 @@ class AveragePool(Averaging):
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """The average: of events where they are few, else dense."""
-        few = few_events(inputs[0]) if side_by_side(site.module) else None
-        if few is not None:
-            return few.pooled(pair(site.module.kernel_size)[0])
-        return per_image(site.module, dense(inputs[0]))
+        x, size = inputs[0], pair(site.module.kernel_size)[0]
+        if side_by_side(site.module):
+            few = few_events(site, x)
+            if few is not None:
+                return few.pooled(size)
+            averages = x.averaged(size) if isinstance(x, Spikes) else None
+            if averages is not None:
+                return averages
+        return per_image(site.module, dense(x))
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
@@ -41,7 +48,8 @@ class AveragePool(Averaging):
         size = pair(module.kernel_size)[0]
         if side_by_side(module) and shape[1] % size == 0 and shape[2] % size == 0:
             return PooledGradient(grad, size)
-        images = grad.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        images = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten(0, 1)
+        images = images.contiguous(memory_format=torch.channels_last)
         blank = torch.empty_like(images[:, :, :1, :1]).expand(len(images), *shape)
         grad_x = torch.ops.aten.avg_pool2d_backward(
             images,

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import PooledGradient
-from . import Gradient, Operator, Site, Value, dense, few_events
+from ..spikes import Averages, Spikes
+from . import Gradient, Operator, Product, Site, Value, dense, few_events
 
 
 class Flatten(Operator):
     """(T, B, C, H, W) ↔ (T, B, C·H·W)."""
 
     name = "flatten"
+    lowered = True
     kinds: ClassVar = {nn.Flatten: ("start_dim", "end_dim")}
 
     def plain(self, module: Any, *inputs: Tensor) -> Tensor:
@@ -23,7 +25,7 @@ class Flatten(Operator):
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """Flatten all but time and batch; events get other channels."""
-        few = few_events(inputs[0], "linear")  # since a linear layer follows
+        few = few_events(site, inputs[0], "linear")  # since a linear layer follows
         return few.flattened() if few is not None else dense(inputs[0]).flatten(2)
 
     def backward_input(
@@ -50,8 +52,18 @@ class Sum(Operator):
         return sum(others, first)
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
-        """Add them up."""
-        return self.plain(None, *map(dense, inputs))
+        """Add them up; biases are added by the neurons."""
+        products = [x for x in inputs if isinstance(x, Product)]
+        if not products:
+            return self.plain(None, *map(dense, inputs))
+        bias = sum((p.bias for p in products[1:]), products[0].bias)
+        first, *others = sorted(
+            (x.product if isinstance(x, Product) else dense(x) for x in inputs), key=len
+        )
+        total = first.to(bias.dtype)
+        for other in others:
+            total = total + other
+        return Product(total, bias)
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
@@ -68,6 +80,7 @@ class Dropout(Operator):
     """
 
     name = "dropout"
+    lowered = True
     kinds: ClassVar = {nn.Dropout: ("p",), nn.Dropout1d: ("p",), nn.Dropout2d: ("p",)}
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
@@ -75,8 +88,14 @@ class Dropout(Operator):
         x = inputs[0]
         if site.mask is None:
             return x
-        few = few_events(x)
-        return few.masked(site.mask) if few is not None else dense(x) * site.mask
+        few = few_events(site, x)
+        if few is not None:
+            return few.masked(site.mask)
+        if isinstance(x, Spikes):
+            x = x.averaged(1) or x
+        if isinstance(x, Averages) and x.mask is None:
+            return replace(x, mask=site.mask)
+        return dense(x) * site.mask
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
@@ -84,6 +103,8 @@ class Dropout(Operator):
         """Times the mask; a pooled gradient takes it along."""
         if site.mask is None:
             return grad
-        if isinstance(grad, PooledGradient) and grad.mask is None:
+        if isinstance(grad, Tensor):
+            return PooledGradient(grad, 1, site.mask)
+        if grad.mask is None:
             return replace(grad, mask=site.mask)
-        return dense(grad).mul_(site.mask)
+        return grad.dense().mul_(site.mask)

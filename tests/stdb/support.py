@@ -30,7 +30,7 @@ class Spike(torch.autograd.Function):
 
 
 class LiteralNeuron(nn.Module):
-    """Eq. 2 with the surrogate of Eq. 11, 13 or 14; V and λ are parameters."""
+    """Eq. 2 with a surrogate of the paper or a rectangle; V and λ are parameters."""
 
     def __init__(
         self, threshold, leak, kind, alpha, beta, over_threshold, temporal_gradient, initial=0.0
@@ -48,13 +48,15 @@ class LiteralNeuron(nn.Module):
         self.train_of_spikes: list[Tensor] = []
 
     def surrogate(self, membrane: Tensor, threshold: Tensor) -> Tensor:
-        """The value s of Eq. 11, 13 or 14."""
+        """The value s of Eq. 11, 13 or 14, or of a rectangle."""
         distance = membrane / threshold - 1 if self.over_threshold else membrane - threshold
         if self.kind == "stdb":
             s = self.alpha * torch.exp(-self.beta * (self.t - self.latest))
             return torch.where(self.latest > -torch.inf, s, 0.0)
         if self.kind == "linear":
             return self.alpha * torch.clamp(1 - distance.abs(), min=0)
+        if self.kind == "rectangle":
+            return self.alpha * (distance.abs() < 0.5).double()
         assert self.kind == "exponential", self.kind
         return self.alpha * torch.exp(-self.beta * distance.abs())
 
@@ -200,6 +202,10 @@ CNN_VECTORS = {
     "cnn_stdb": {"surrogate": "stdb", "alpha": 0.3, "beta": 0.05, "truncate": 7},
     "cnn_linear_over_threshold": {
         "surrogate": "linear/v", "alpha": 0.4, "beta": 1.0, "truncate": 0, "leak": 0.875,
+    },
+    # neurons without input stay on its edge, U_0 = V/2
+    "cnn_rectangle_over_threshold": {
+        "surrogate": "rectangle/v", "alpha": 1.0, "beta": 1.0, "truncate": 0,
     },
 }  # fmt: skip
 

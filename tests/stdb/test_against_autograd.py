@@ -72,7 +72,8 @@ def close(actual, expected, what, tolerance=TOLERANCE):
     """Deviation relative to the largest value."""
     expected = torch.zeros_like(actual) if expected is None else expected.to(actual)
     error = float((actual - expected).abs().max())
-    assert error <= tolerance * max(1e-12, float(expected.abs().max())), f"{what}: off by {error}"
+    largest = max(1e-6, float(expected.abs().max()))  # what cancels leaves its terms' rounding
+    assert error <= tolerance * largest, f"{what}: off by {error}"
 
 
 def compare(  # noqa: PLR0913 (what hypothesis draws)
@@ -387,7 +388,7 @@ def test_max_pooling(kind, direct, windows, chunk):
         nn.ReLU(), nn.Flatten(), linear(12, 6), nn.ReLU(), linear(6, 3),
     )  # fmt: skip
     gradient = compare(
-        prepare(net, 1), random_train((7, 3, 2, 4, 4), 3), kind=kind,
+        prepare(net, 2), random_train((7, 3, 2, 4, 4), 3), kind=kind,
         leak=0.75, chunk=chunk, beta=0.4, initial=0.5, direct=direct, windows=windows,
     )  # fmt: skip
     assert gradient.abs().max() > 0

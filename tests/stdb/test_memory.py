@@ -27,6 +27,8 @@ snn = stdb.convert(stdb.build(arch, 3, 32, 10, hidden=hidden), stdb.PoissonEncod
 images = torch.rand(batch, 3, 32, 32) * 2 - 1
 stdb.balance_thresholds(snn.eval(), images[:2], 10, percentile=98)
 snn.train().chunk = chunk
+with torch.no_grad():
+    snn(images, 1)  # compiles what only many images need
 weights = [p for p in snn.parameters() if p.requires_grad]
 F.cross_entropy(snn(images[:1], 1), torch.zeros(1, dtype=torch.long)).backward()
 for p in weights:

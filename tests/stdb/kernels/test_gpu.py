@@ -13,6 +13,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
+import stdb  # noqa: E402
 from stdb.kernels import gpu  # noqa: E402
 
 FLOATS = ("fp32", "fp64")
@@ -29,12 +30,24 @@ def specialisations():
             numbers = {"threshold": "fp32", "leak": "fp32"}
             signature = pointers | {"spikes": f"*{real}"} | SCAN | numbers
             yield "_fire", signature, {"has_spikes": has_spikes}
-        for has_carry, temporal in itertools.product((False, True), repeat=2):
-            pointers = {"grad": f"*{real}", "packed": "*u8", "times": "*i16", "carry": f"*{real}"}
-            numbers = dict.fromkeys(("alpha", "beta", "decay", "leak"), "fp32")
-            signature = pointers | SCAN | {"start": "i32"} | numbers
-            yield "_backpropagate_stdb", signature, {"has_carry": has_carry, "temporal": temporal}
+        pointers = {"grad": f"*{real}", "packed": "*u8", "times": "*i16"}
+        reals = ("current", "before", "membranes", "carry", "sums")
+        numbers = dict.fromkeys(("alpha", "beta", "decay", "threshold", "leak"), "fp32")
+        signature = pointers | dict.fromkeys(reals, f"*{real}") | SCAN | {"start": "i32"} | numbers
+        yield from (("_backpropagate", signature, constants) for constants in backward_forms())
     yield "_note_last_spikes", {"packed": "*u8", "times": "*i16"} | SCAN | {"start": "i32"}, {}
+
+
+def backward_forms():
+    """The constants of a backward pass: each formula bare, and with all that it can have."""
+    flags = ("over_threshold", "has_carry", "temporal", "learns_threshold", "learns_leak")
+    for formula, whole in itertools.product(stdb.surrogate.FORMULAS.values(), (False, True)):
+        recalled = {"has_membrane": whole or formula != "age", "constant": False}
+        yield {"formula": formula} | recalled | dict.fromkeys(flags, whole)
+    of_age = {"formula": "age", "has_membrane": False, "constant": False, "learns_leak": False}
+    few = {"has_carry": True, "temporal": True, "learns_threshold": True, "over_threshold": False}
+    yield of_age | few
+    yield of_age | few | {"has_membrane": True, "constant": True, "over_threshold": True}
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
