@@ -48,6 +48,11 @@ def poisson(x: Tensor) -> Tensor:
     return x.sign() * (torch.rand_like(x) < x.abs())
 
 
+def one_step(snn: stdb.SpikingNetwork) -> Callable[[Tensor], Tensor]:
+    """What gives the input of a step: Poisson spikes, or the pixels themselves."""
+    return poisson if isinstance(snn.encoder, stdb.PoissonEncoder) else lambda x: x
+
+
 class _Spike(torch.autograd.Function):
     """A spike with the STDB surrogate, for contenders that run on autograd."""
 
@@ -69,6 +74,7 @@ class StepByStep(nn.Module):
     def __init__(self, snn: stdb.SpikingNetwork, timesteps: int) -> None:
         super().__init__()
         self.layers, self.timesteps = nn.ModuleList(snn.net.children()), timesteps
+        self.encode = one_step(snn)
         self.thresholds = list(snn.thresholds.values())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +82,7 @@ class StepByStep(nn.Module):
         membranes, spikes, ages = {}, {}, {}
         total: Tensor | None = None
         for _ in range(self.timesteps):
-            value = poisson(x)
+            value = self.encode(x)
             k = 0
             for layer in self.layers:
                 if not isinstance(layer, stdb.SpikingNeuron):
@@ -104,7 +110,7 @@ class SnnTorch(nn.Module):
 
         super().__init__()
         thresholds = iter(snn.thresholds.values())
-        self.timesteps = timesteps
+        self.timesteps, self.encode = timesteps, one_step(snn)
         self.layers = nn.ModuleList(
             snntorch.Leaky(
                 beta=1.0,
@@ -122,7 +128,7 @@ class SnnTorch(nn.Module):
         membranes: dict[int, Tensor] = {}
         total: Tensor | float = 0.0
         for _ in range(self.timesteps):
-            value = poisson(x)
+            value = self.encode(x)
             for k, layer in enumerate(self.layers):
                 if hasattr(layer, "spike_grad"):
                     if k not in membranes:
@@ -143,6 +149,7 @@ class SpikingJelly(nn.Module):
 
         super().__init__()
         self.timesteps, self.clear = timesteps, functional.reset_net
+        self.encode = one_step(snn)
         thresholds = iter(snn.thresholds.values())
         self.layers = nn.Sequential(
             *(
@@ -162,7 +169,7 @@ class SpikingJelly(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → logits."""
         self.clear(self)
-        return self.layers(torch.stack([poisson(x) for _ in range(self.timesteps)])).sum(0)
+        return self.layers(torch.stack([self.encode(x) for _ in range(self.timesteps)])).sum(0)
 
 
 class Block(nn.Sequential):
@@ -230,8 +237,12 @@ CONTENDERS: dict[str, Callable[[stdb.SpikingNetwork, int], nn.Module]] = {
 PEERS = ("step-by-step", "snntorch", "spikingjelly", "spikingjelly-memopt")  # these keep much
 
 
-def products(ann: nn.Module, timesteps: int, batch: int, train: bool) -> Callable[[], None]:
-    """The layers' bare products over T·B images, in pieces of 256, on random dense inputs."""
+def products(workload: Workload, batch: int, train: bool) -> Callable[[], None]:
+    """The layers' bare products over T·B images, in pieces of 256, on random dense inputs.
+
+    Those of an analogue input are the same at every step, so they are made once.
+    """
+    ann, timesteps = plain(workload), workload.timesteps
     inputs: list[tuple[nn.Module, Tensor]] = []
     hooks = [
         m.register_forward_hook(lambda module, given, _: inputs.append((module, given[0].detach())))
@@ -244,11 +255,14 @@ def products(ann: nn.Module, timesteps: int, batch: int, train: bool) -> Callabl
     for hook in hooks:
         hook.remove()
     rounds = timesteps * batch / count
+    ann.to(workload.lowered)
+    inputs = [(module, x.to(workload.lowered)) for module, x in inputs]
 
     def run() -> None:
         for k, (module, x) in enumerate(inputs):
-            last = k == len(inputs) - 1  # its input sums over time, so it is one product a step
-            for _ in range(1 if last else round(rounds)):
+            once = k == len(inputs) - 1  # its input sums over time, so it is one product a step
+            once = once or (k == 0 and workload.few)
+            for _ in range(1 if once else round(rounds)):
                 if train:
                     x.requires_grad_(k > 0)
                     out = module(x)
@@ -315,16 +329,18 @@ def void(_: object) -> None:
 def step(contender: str, workload: Workload, phase: str, batch: int) -> Callable[[], None]:
     """One training step, presentation or balancing, as a function."""
     if contender == "products":
-        return products(plain(workload), workload.timesteps, batch, phase == "train")
+        return products(workload, batch, phase == "train")
     snn = network(workload)
     if phase == "balance":
         snn.eval()
         return balance(contender, snn, workload)
     model = CONTENDERS[contender](snn, workload.timesteps)
+    lowered = workload.lowered is not None and contender != "stdb"
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=lowered)
     x, y = images(batch), labels(batch)
     if phase == "infer":
         model.eval()
-        return lambda: void(torch.no_grad()(model)(x))
+        return lambda: void(torch.no_grad()(autocast(model))(x))
     model.train()
     optimizer = torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad], amsgrad=True, fused=True
@@ -337,7 +353,7 @@ def step(contender: str, workload: Workload, phase: str, batch: int) -> Callable
 
     def run() -> None:
         optimizer.zero_grad()  # gives the gradients' memory back, for the new ones
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(autocast(model)(x).float(), y).backward()
         optimizer.step()
 
     return run

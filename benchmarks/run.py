@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.contenders import PEERS
 from benchmarks.workloads import QUICK, WORKLOADS, Workload
+from stdb.architectures import RESIDUAL
 
 FOLDER = Path(__file__).parent
 EPOCHS = {"ANN": 250, "STDB": 20}  # the paper's recipe
@@ -34,6 +35,8 @@ def contenders(workload: Workload, phase: str) -> list[str]:
         return ["recorded"]
     if phase == "balance":
         return ["stdb", "step-by-step"]
+    if workload.architecture in RESIDUAL:  # the peers' networks are chains of layers here
+        return ["stdb", "products"]
     peers = [p for p in PEERS if phase == "train" or p != "spikingjelly-memopt"]
     return ["stdb", "products", *peers, *(["ann"] if workload.ann else [])]
 
@@ -78,6 +81,9 @@ def compare(workload: Workload, phase: str, rounds: int) -> list[dict[str, Any]]
                 "workload": workload.name,
                 "phase": phase,
                 "contender": contender,
+                "precision": workload.precision,
+                "density": workload.density,
+                "timesteps": workload.timesteps,
                 "batch": ones[0]["batch"],
                 "rounds": len(ones),
                 "seconds": seconds,

@@ -22,6 +22,9 @@ class Workload:
         density: share of the neurons that spike in a step, in every layer.
         phases: train, infer, balance; record: inference with spike statistics beside one without.
         ann: measure the ANN, too.
+        few: of few steps: batch norms folded into biases, analogue input, U_0 = V/2, a rectangle
+            over U/V as surrogate, V learning; else of the paper's kind.
+        precision: of the products, float32 or bfloat16; the others' by autocast.
     """
 
     architecture: str
@@ -33,13 +36,21 @@ class Workload:
     density: float = 0.05
     phases: tuple[str, ...] = ("train", "infer")
     ann: bool = False
+    few: bool = False
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
         """Such as ``vgg5 T=20``."""
         size = "" if self.width == 1 else f" ×{self.width:g}"
         dense = f" at {self.density:.0%}" if self.density != 0.05 else ""
-        return f"{self.architecture}{size} T={self.timesteps}{dense}"
+        kind = (" few steps" if self.few else "") + (" bf16" if self.lowered else "")
+        return f"{self.architecture}{size} T={self.timesteps}{dense}{kind}"
+
+    @property
+    def lowered(self) -> torch.dtype | None:
+        """What products are made in where it is not float32."""
+        return torch.bfloat16 if self.precision == "bfloat16" else None
 
 
 WORKLOADS = [
@@ -50,8 +61,19 @@ WORKLOADS = [
     Workload("vgg16", 50, 16, 4),
     Workload("vgg16", 100, 32, 4, ann=True),
     Workload("vgg16", 250, 8, 8, phases=("balance",)),
+    *(
+        Workload("resnet9", t, 128, 128, width=0.5, density=0.15, few=True, precision=precision)
+        for t in (1, 2, 4)
+        for precision in ("float32", "bfloat16")
+    ),
+    *(
+        Workload("vgg9", t, 32, 32, hidden=512, density=density, few=True, precision=precision)
+        for t, density in ((4, 0.15), (4, 0.4), (8, 0.15))
+        for precision in ("float32", "bfloat16")
+    ),
 ]
 QUICK = [
+    Workload("vgg5", 4, 4, 4, width=0.25, hidden=64, density=0.2, few=True, precision="bfloat16"),
     Workload("vgg5", 6, 4, 4, width=0.25, hidden=64, phases=("train", "infer", "record"), ann=True),
     Workload("vgg5", 6, 4, 4, width=0.25, hidden=64, phases=("balance",)),
 ]
@@ -60,9 +82,14 @@ QUICK = [
 def plain(workload: Workload) -> nn.Module:
     """The ANN."""
     torch.manual_seed(0)
-    return stdb.build(
-        workload.architecture, 3, 32, 10, width=workload.width, hidden=workload.hidden
-    )
+    ann = stdb.build(
+        workload.architecture, 3, 32, 10, width=workload.width, hidden=workload.hidden,
+        dropout=0.0 if workload.few else 0.2, normalisation="batch" if workload.few else "none",
+    )  # fmt: skip
+    for module in ann.modules():
+        if isinstance(module, nn.BatchNorm2d):  # a bias to be folded
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+    return ann.eval()
 
 
 def network(workload: Workload) -> stdb.SpikingNetwork:
@@ -71,7 +98,16 @@ def network(workload: Workload) -> stdb.SpikingNetwork:
     A trained network spikes like that (:mod:`benchmarks.trained`). At random weights' maxima
     (Algorithm 1) layer after layer passes on less, and the highest ones would be silent.
     """
-    snn = stdb.convert(plain(workload), stdb.PoissonEncoder(0), stdb.STDB(0.3, 0.01)).eval()
+    encoder: stdb.Encoder = stdb.PoissonEncoder(0)
+    surrogate: stdb.Surrogate = stdb.STDB(0.3, 0.01)
+    if workload.few:
+        encoder, surrogate = stdb.DirectEncoder(), stdb.Rectangle(1.0, 1.0, True)
+    snn = stdb.convert(
+        plain(workload), encoder, surrogate, learn_thresholds=workload.few,
+        precision=workload.lowered,
+    ).eval()  # fmt: skip
+    for neuron in snn.neurons.values():
+        neuron.initial_membrane = 0.5 if workload.few else 0.0
     x, steps = images(2), min(100, workload.timesteps)
     stdb.balance_thresholds(snn, x, min(20, steps), percentile=95)
     for _ in range(20):  # each layer's V moves with its density, those below settle first

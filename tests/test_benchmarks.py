@@ -28,7 +28,7 @@ def test_every_contender_runs():
     assert result.returncode == 0, result.stderr
     assert "failed" not in result.stdout
     rows = [line for line in result.stdout.splitlines() if line.startswith("| vgg5")]
-    assert len(rows) == 7 + 6 + 2 + 2  # train, infer, record, balance
+    assert len(rows) == 7 + 6 + 2 + 2 + 6 + 5  # train, infer, record, balance; few steps: two
     assert (ROOT / "benchmarks/results.json").read_bytes() == before
 
 

@@ -25,11 +25,13 @@ class Product:
 
     Attributes:
         product: (T, B, C, …), maybe in bfloat16.
-        bias: (C,), of the type of the weights.
+        bias: (C,), or None.
+        real: the type of the weights, which the value has.
     """
 
     product: Tensor
-    bias: Tensor
+    bias: Tensor | None
+    real: torch.dtype
 
     @property
     def shape(self) -> torch.Size:
@@ -38,7 +40,7 @@ class Product:
 
     def dense(self) -> Tensor:
         """The value, in the type of the weights and memory of its own."""
-        return add_bias(self.product.to(self.bias.dtype, copy=True), self.bias)
+        return add_bias(self.product.to(self.real, copy=True), self.bias)
 
 
 Value = Tensor | Spikes | Averages | Events | Product
@@ -176,9 +178,10 @@ def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return y.add_(bias.view(-1, *[1] * (y.dim() - 3)))
 
 
-def with_bias(y: Tensor, bias: Tensor | None) -> Tensor | Product:
+def with_bias(site: Site, y: Tensor) -> Tensor | Product:
     """``y`` (T, B, C, …) + b of each channel, which is added when it is read."""
-    return y if bias is None else Product(y, bias)
+    real, bias = site.weight.dtype, site.bias
+    return y if bias is None and y.dtype == real else Product(y, bias, real)
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -41,19 +41,20 @@ class Convolution(Operator):
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """The product: of events where they are few, else dense."""
-        module, bias = site.module, site.bias
+        module = site.module
         few = _events(site, inputs[0])
         if few is not None:
-            return with_bias(few.convolved(module, site.prepared(tap_rows)), bias)
+            return with_bias(site, few.convolved(module, site.prepared(tap_rows)))
         x = operand(site, inputs[0])
-        inside = bias if x.dtype == site.weight.dtype else None
+        whole = x.dtype == site.weight.dtype
+        inside = site.bias if whole else None
         product = per_image(
             lambda n: torch.convolution(
                 channels_last(n), site.weight.to(n.dtype), inside, *_settings(module)
             ),
             x,
         )
-        return product if inside is bias else with_bias(product, bias)
+        return product if whole else with_bias(site, product)
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size

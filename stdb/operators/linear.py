@@ -30,11 +30,11 @@ class FullyConnected(Operator):
         module: nn.Linear = site.module
         few = few_events(site, inputs[0], "linear")
         if few is not None:
-            return with_bias(few.multiplied(module, site.prepared(column_blocks)), site.bias)
+            return with_bias(site, few.multiplied(module, site.prepared(column_blocks)))
         x = operand(site, inputs[0])
         if x.dtype == site.weight.dtype:
             return F.linear(x, site.weight, site.bias)
-        return with_bias(F.linear(x, site.weight.to(x.dtype)), site.bias)
+        return with_bias(site, F.linear(x, site.weight.to(x.dtype)))
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import PooledGradient
 from ..spikes import Averages, Spikes
-from . import Gradient, Operator, Product, Site, Value, dense, few_events
+from . import Gradient, Operator, Product, Site, Value, dense, few_events, parts
 
 
 class Flatten(Operator):
@@ -56,14 +56,14 @@ class Sum(Operator):
         products = [x for x in inputs if isinstance(x, Product)]
         if not products:
             return self.plain(None, *map(dense, inputs))
-        bias = sum((p.bias for p in products[1:]), products[0].bias)
-        first, *others = sorted(
-            (x.product if isinstance(x, Product) else dense(x) for x in inputs), key=len
-        )
-        total = first.to(bias.dtype)
+        biases = [x.bias for x in products if x.bias is not None]
+        real = products[0].real
+        # what is constant comes first, so that the sum is as long as the longest
+        first, *others = sorted((parts(x)[0] for x in inputs), key=len)
+        total = first.to(real)
         for other in others:
             total = total + other
-        return Product(total, bias)
+        return Product(total, self.plain(None, *biases) if biases else None, real)
 
     def backward_input(
         self, site: Site, grad: Gradient, position: int, shape: torch.Size
