@@ -377,9 +377,7 @@ def main(contender: str, name: str, phase: str, repeats: int) -> None:
     batch = workload.peer_batch if contender in PEERS else workload.batch
     run = step(contender, workload, phase, batch)
     base = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="utf-8"
-    )  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again here
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -387,16 +385,8 @@ def main(contender: str, name: str, phase: str, repeats: int) -> None:
         seconds.append(time.perf_counter() - start)
     peak = memory("VmHWM") - base
     steps = neuron_steps(network(workload), workload, batch)
-    print(
-        json.dumps(
-            {
-                "seconds": min(seconds),
-                "batch": batch,
-                "peak_bytes": peak,
-                "neuron_steps": steps,
-            }
-        )
-    )
+    found = {"seconds": min(seconds), "batch": batch, "peak_bytes": peak, "neuron_steps": steps}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

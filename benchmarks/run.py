@@ -21,7 +21,6 @@ from typing import Any
 
 from benchmarks.contenders import PEERS
 from benchmarks.workloads import QUICK, WORKLOADS, Workload
-from stdb.architectures import RESIDUAL
 
 FOLDER = Path(__file__).parent
 EPOCHS = {"ANN": 250, "STDB": 20}  # the paper's recipe
@@ -35,7 +34,7 @@ def contenders(workload: Workload, phase: str) -> list[str]:
         return ["recorded"]
     if phase == "balance":
         return ["stdb", "step-by-step"]
-    if workload.architecture in RESIDUAL:  # the peers' networks are chains of layers here
+    if workload.architecture.startswith("resnet"):  # the peers' networks are chains of layers here
         return ["stdb", "products"]
     peers = [p for p in PEERS if phase == "train" or p != "spikingjelly-memopt"]
     return ["stdb", "products", *peers, *(["ann"] if workload.ann else [])]

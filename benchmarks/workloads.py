@@ -98,12 +98,11 @@ def network(workload: Workload) -> stdb.SpikingNetwork:
     A trained network spikes like that (:mod:`benchmarks.trained`). At random weights' maxima
     (Algorithm 1) layer after layer passes on less, and the highest ones would be silent.
     """
-    encoder: stdb.Encoder = stdb.PoissonEncoder(0)
-    surrogate: stdb.Surrogate = stdb.STDB(0.3, 0.01)
-    if workload.few:
-        encoder, surrogate = stdb.DirectEncoder(), stdb.Rectangle(1.0, 1.0, True)
     snn = stdb.convert(
-        plain(workload), encoder, surrogate, learn_thresholds=workload.few,
+        plain(workload),
+        stdb.DirectEncoder() if workload.few else stdb.PoissonEncoder(0),
+        stdb.Rectangle(1.0, 1.0, True) if workload.few else stdb.STDB(0.3, 0.01),
+        learn_thresholds=workload.few,
         precision=workload.lowered,
     ).eval()  # fmt: skip
     for neuron in snn.neurons.values():

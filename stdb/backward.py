@@ -1,7 +1,8 @@
 """The backward pass (§2.2): exact BPTT from spike bits, over the chunks in reverse order.
 
-It keeps of the past no more than output spikes as bits; pooled and masked inputs, input spikes and,
-where the surrogate asks for them, membrane potentials are computed again. The *tape* is the list of
+It keeps of the past output spikes as bits; pooled and masked inputs, input spikes and, where the
+surrogate asks for them, membrane potentials are computed again. Of a single chunk the currents that
+these are made of are kept, too. The *tape* is the list of
 a presentation's chunks; :class:`Steps` is where autograd comes in.
 """
 
@@ -16,9 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .encoding import in_units, parameters_of
 from .kernels.layout import from_matrix, to_layout, to_matrix
-from .operators import Gradient, Value, dense, parts
-from .operators.convolution import Convolution
-from .operators.linear import FullyConnected
+from .operators import Gradient, Value, bias_apart, dense
 from .operators.maximum import Carry, MaxPool
 from .operators.shaping import Sum
 from .presentation import Chunk, Presentation
@@ -94,8 +93,10 @@ class BackwardWalk:
         self.gradients: dict[int, Any] = {
             id(p): None if p.dim() else torch.zeros_like(p) for p in parameters
         }
-        self.real = presentation.images.dtype
+        self.real = presentation.real
+        # neuron node → nodes whose biases learn from its current's gradient; all such nodes
         self.biases = {i: self._biases_below(i) for i in self.graph.neurons}
+        self.summed = {j for below in self.biases.values() for j in below}
         learned = parameters_of(presentation.network.encoder)
         self.of_encoder = [p for p in learned if id(p) in self.gradients]
         self.pooled: dict[int, Carry] = {}  # max-pooling node → what the chunk after it gave
@@ -144,7 +145,7 @@ class BackwardWalk:
             self._walk_encoder(dense(grad), chunk)
         if node.operator.learns:
             whole = dense(grad)
-            grad = site.lowered(whole)
+            grad = site.lowered(whole) if node.operator.lowered else whole
             weight, bias = id(site.weight), id(site.bias)
             if weight in self.gradients:
                 x = self._recompute(node.inputs[0], chunk, values)
@@ -153,11 +154,11 @@ class BackwardWalk:
                 self.gradients[weight] = node.operator.backward_weight(
                     site, grad, x, self.gradients[weight]
                 )
-            if bias in self.gradients and not any(i in below for below in self.biases.values()):
+            if bias in self.gradients and i not in self.summed:
                 self.gradients[bias] = node.operator.backward_bias(
                     site, whole, self.gradients[bias]
                 )
-        for position, j in enumerate(node.inputs):
+        for position, j in reversed(list(enumerate(node.inputs))):
             if self._wanted(j):
                 shape = self.presentation.shapes[j][1:]
                 self._pass_on(grads, j, node.operator.backward_input(site, grad, position, shape))
@@ -250,7 +251,7 @@ class BackwardWalk:
             packed=chunk.bits[i],
             surrogate=neuron.surrogate,
             threshold=self.presentation.threshold[i],
-            real=self.presentation.images.dtype,
+            real=self.real,
             leak=self.presentation.leak[i],
             temporal=neuron.temporal_gradient,
             start=chunk.start,
@@ -277,9 +278,11 @@ class BackwardWalk:
         if found.carry is not None:
             self.carry[i] = found.carry
         for j in self.biases[i]:
+            assert found.channels is not None
             of_bias = id(self.sites[j].bias)
             before = gradients[of_bias]
-            gradients[of_bias] = found.channels if before is None else before + found.channels
+            own = found.channels.clone()  # each bias has a gradient of its own
+            gradients[of_bias] = own if before is None else before.add_(own)
         self._pass_on(grads, source, from_matrix(found.current, shape))
 
     def _current(
@@ -290,7 +293,7 @@ class BackwardWalk:
             return None, None
         if i in chunk.current:
             return chunk.current.pop(i)
-        current, bias = parts(self._recompute(source, chunk, values))
+        current, bias = bias_apart(self._recompute(source, chunk, values))
         values.pop(source, None)
         return to_matrix(current), bias
 
@@ -314,11 +317,9 @@ class BackwardWalk:
         """Whether a neuron's gradient goes to products, and nowhere else."""
         node = self.graph.nodes[source]
         branches = node.inputs if isinstance(node.operator, Sum) else [source]
-        products = Convolution | FullyConnected
-        return not self.graph.shared(source) and all(
-            isinstance(self.graph.nodes[j].operator, products) and not self.graph.shared(j)
-            for j in branches
-        )
+        operators = [self.graph.nodes[j].operator for j in branches]
+        alone = not any(map(self.graph.shared, (source, *branches)))
+        return alone and all(operator.learns and operator.lowered for operator in operators)
 
     def _raised(self, grad: Gradient) -> Gradient:
         """A gradient in the type of the weights."""

@@ -221,7 +221,7 @@ class _Calibration:
         if i in self.trains:
             packed = self.trains[i][start // presentation.chunk]
             shape = torch.Size((stop - start, *self.shapes[i]))
-            return Spikes(packed, shape, presentation.images.dtype)
+            return Spikes(packed, shape, presentation.real)
         if i not in self.running or self.running[i][0] != start:
             self.running[i] = start, self._run(i, start, stop)
         return self.running[i][1]

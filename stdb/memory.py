@@ -2,9 +2,9 @@
 
 What stays until the backward pass grows with T: spikes as bits and a snapshot of spike times now
 and then, 1/8 + 2/16 byte a neuron-step; for a surrogate of membrane potentials whose steps are one
-chunk, currents, too. What is only there while a chunk is worked on grows with
-the chunk: inputs and outputs of the largest layer and their gradients. So a smaller chunk, or fewer
-images at once, makes room for a longer presentation.
+chunk, currents, too. What is only there while a chunk is worked on grows with the chunk: inputs and
+outputs of the largest layer and their gradients. So a smaller chunk, or fewer images at once, makes
+room for a longer presentation.
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,15 @@ def training_memory(
         chunk: time steps computed at once; by default what the network would choose.
     """
     graph, sizes = snn.graph, [shape.numel() for shape in snn.shapes(image_shape)]
-    real = next(snn.parameters()).element_size()
+    first = next(snn.parameters())
+    real, on_cpu = first.element_size(), works_on_bits(first.device)
     chunk = min(chunk or snn.chunk or default_chunk(batch_size), timesteps)
     per_image = 0.0
     for i, neuron in zip(graph.neurons, snn.neurons.values(), strict=True):
-        per_image += sizes[i] * _of_neuron(snn, neuron, timesteps, chunk)
+        (source,) = graph.nodes[i].inputs
+        product = graph.nodes[source].operator
+        kept = real if snn.precision is None or not (product.learns and product.lowered) else 2
+        per_image += sizes[i] * _of_neuron(neuron, timesteps, chunk, real, kept * on_cpu)
     for i, node in enumerate(graph.nodes):
         if isinstance(node.operator, MaxPool):  # sums, and those before each chunk
             per_image += sizes[node.inputs[0]] * real * (1 + timesteps / chunk)
@@ -57,17 +61,17 @@ def training_memory(
     return int(batch_size * (per_image + chunk * largest * real) + weights + OVERHEAD)
 
 
-def _of_neuron(snn: SpikingNetwork, neuron: SpikingNeuron, timesteps: int, chunk: int) -> float:
-    """Bytes that stay for a neuron until the backward pass."""
-    weight = next(snn.parameters())
-    real = weight.element_size()
+def _of_neuron(
+    neuron: SpikingNeuron, timesteps: int, chunk: int, real: int, of_current: int
+) -> float:
+    """Bytes that stay for a neuron until the backward pass; ``of_current``: those of a current."""
     taken = 2 * real + 2 + timesteps / 8  # membrane and its gradient, spike time; bits
     if neuron.surrogate.needs_ages:
         taken += timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
     if neuron.needs_membrane:
         taken += real * timesteps / chunk
-        if chunk == timesteps and works_on_bits(weight.device):  # currents, in bfloat16 maybe
-            taken += timesteps * (real if snn.precision is None else 2)
+        if chunk == timesteps:  # currents are kept
+            taken += timesteps * of_current
     return taken
 
 

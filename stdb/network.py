@@ -29,6 +29,7 @@ from .weights import bias_of, inner_copies, scale_bias, scale_weight
 Observer = Callable[[Presentation, str, Value], None]
 
 REALS = (torch.float32, torch.float64)  # types that the kernels know
+PRECISIONS = (None, torch.bfloat16, *REALS)  # of products
 SMALLEST_THRESHOLD, SMALLEST_LEAK = 0.01, 0.01  # of what is learned
 
 
@@ -74,6 +75,10 @@ class SpikingNetwork(nn.Module):
         self.encoder = encoder
         self.chunk = chunk
         self.dropout_seed = dropout_seed
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision is {precision}; allowed: {', '.join(map(str, PRECISIONS))}"
+            )
         self.precision = precision
         self.limits = limits_of(encoder)
         self.observers: list[Observer] = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import kernels
 from .graph import INPUT
 from .kernels.layout import channels_last, from_matrix, to_matrix
-from .operators import Value, dense, parts
+from .operators import Value, bias_apart, dense
 from .operators.maximum import MaxPool
 from .operators.shaping import Dropout
 from .randomness import dropout_mask
@@ -46,10 +46,10 @@ class Chunk:
         bits: neuron node → its spikes.
         last_spike: neuron node → (M,) latest spike times before the chunk.
         membrane: neuron node → (M,) membrane potentials before the chunk.
-        current: neuron node → its current and bias, where a backward pass is over this chunk only,
+        current: neuron node → its current and bias, where this chunk is all that was run at once,
             so that they need not be computed again.
         sums: max-pooling node → (B, …) currents summed over the steps before the chunk.
-        alone: whether a backward pass is over this chunk only.
+        alone: whether it is all that was run at once.
     """
 
     start: int
@@ -118,6 +118,7 @@ class Presentation:
 
     Attributes:
         chunk: time steps that are computed at once.
+        real: the type of weights, membranes and sums.
         t: the number of steps so far.
         logits: U_t of the output layer (B, classes), None before the first step.
         membrane: neuron node → (M,) U_t.
@@ -137,6 +138,7 @@ class Presentation:
     ) -> None:
         graph = network.graph
         self.network, self.images, self.keys, self.chunk = network, images, keys, chunk
+        self.real = next(network.parameters()).dtype
         self.t = 0
         self.logits: Tensor | None = None
         self.sites = [_Site(network.module(i), network.precision) for i in range(len(graph.nodes))]
@@ -349,13 +351,13 @@ class Presentation:
     def _fire(self, i: int, value: Value, chunk: Chunk, keep: bool, shared: bool) -> Spikes:
         """Spikes (T, B, …) of a layer, from its current; state and record are updated."""
         shape = torch.Size((chunk.steps, *value.shape[1:]))
-        neuron, real = self.sites[i].module, self.images.dtype
+        neuron, real = self.sites[i].module, self.real
         in_place = not kernels.works_on_bits(self.images.device)  # the current becomes the spikes
         if in_place:
             current, bias = dense(value).to(real), None
             matrix = to_matrix(current.expand(shape), copy=shared or len(current) == 1)
         else:
-            current, bias = parts(value)
+            current, bias = bias_apart(value)
             matrix = to_matrix(current)
         if i not in self.membrane:
             start = neuron.initial_membrane * self.threshold[i]

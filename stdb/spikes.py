@@ -52,11 +52,13 @@ class Spikes:
         """Zeros and ones, of another type where one is given."""
         dtype = dtype or self.dtype
         if dtype not in self._dense:
-            if kernels.works_on_bits(self.packed.device) or not self._dense:
+            listed = kernels.works_on_bits(self.packed.device)
+            whole = None if listed else self._dense.get(self.dtype)
+            if whole is None:
                 matrix = kernels.unpack(self.packed, self.neurons, dtype)
                 self._dense[dtype] = from_matrix(matrix, self.shape)
             else:
-                self._dense[dtype] = self._dense[self.dtype].to(dtype)
+                self._dense[dtype] = whole.to(dtype)
         return self._dense[dtype]
 
     def averaged(self, size: int) -> "Averages | None":
@@ -146,6 +148,7 @@ class Averages:
         out = torch.empty(self.shape[0], self.shape[1:].numel(), dtype=dtype or self.spikes.dtype)
         steps, batch, channels, *sides = self.shape
         height, width = (1, math.prod(sides)) if self.size == 1 else sides  # a row of all pixels
+        row = width if self.size == 1 else self.spikes.shape[-1]  # windows may leave a rest
         images = words(out).reshape(steps * batch, height, width, channels)
         mask = torch.empty(0, 0, 0, 0, dtype=self.spikes.dtype)
         if self.mask is not None:
@@ -153,7 +156,7 @@ class Averages:
         run(
             neurons.average, len(images), self.spikes.shape.numel() // 8,
             self.spikes.packed.numpy().reshape(len(images), -1), self.size, channels,
-            width * self.size, words(mask), images,
+            row, words(mask), images,
         )  # fmt: skip
         return from_matrix(out, self.shape)
 

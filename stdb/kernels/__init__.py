@@ -155,6 +155,10 @@ def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient
     Args:
         above: ∂L/∂O_t, (T, B, …); its memory may be used for the result.
         layer: the neurons, and what they did in the chunk.
+
+    Raises:
+        RuntimeError: the forward pass did not keep what is needed.
     """
+    layer.check()
     kind = backend(layer.packed.device) if layer.surrogate.formula else reference
     return kind.backpropagate(above, layer)

@@ -77,6 +77,18 @@ class Layer:
     channels: int = 0
     lowered: torch.dtype | None = None
 
+    def check(self) -> None:
+        """Refuse a backward pass for which the forward pass did not keep what it needs."""
+        surrogate = self.surrogate
+        recalled = not surrogate.needs_ages or self.learns_leak
+        recalled = recalled or (self.learns_threshold and surrogate.over_threshold)
+        no_membranes = recalled and (self.current is None or self.before is None)
+        if no_membranes or (surrogate.needs_ages and self.last_spike is None):
+            raise RuntimeError(
+                "a surrogate, or what learns, was changed between forward and backward pass; "
+                "present the images again"
+            )
+
     @property
     def scale(self) -> float:
         """What the surrogate is divided by: V where it is over U/V."""

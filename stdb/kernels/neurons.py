@@ -1,7 +1,7 @@
 """A layer's neurons on a CPU, compiled by numba at first use and kept on disk.
 
 A strip of neurons runs through all steps of a chunk while it is in the cache; spikes are written
-as bits, eight neurons to a byte. Kernels work on a range [first, last) of bytes
+as bits, eight neurons to a byte. Kernels work on a range [first, last), of bytes or images
 (:func:`stdb.kernels.parallel.run`). The functions at the end are the backend's interface.
 """
 

@@ -45,14 +45,14 @@ def exponential(x: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(wide, inline="always")
+@overload(wide)
 def _wide(x):
     if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     return lambda x: x
 
 
-@overload(narrow, inline="always")
+@overload(narrow)
 def _narrow(x, like):
     if like.dtype == types.uint16:
         return _to_bfloat16
@@ -66,7 +66,7 @@ def _to_bfloat16(x, like):
     return np.uint16(0x7FC0) if x != x else rounded  # not a number stays none
 
 
-@overload(exponential, inline="always")
+@overload(exponential)
 def _exponential(x):
     if x == types.float32:
         return _exponential_float32

@@ -119,7 +119,8 @@ class Operator(Protocol):
     ) -> Gradient:
         """∂L/∂ of the input at ``position``, of this shape; maybe in ``grad``'s memory.
 
-        Inputs are asked for in order, those that nothing learns below are not.
+        Inputs are asked for in reverse order, so that the first may have ``grad``'s memory; those
+        that nothing learns below are not.
         """
         return grad
 
@@ -143,7 +144,7 @@ def dense(x: Value | Gradient) -> Tensor:
     return x if isinstance(x, Tensor) else x.dense()
 
 
-def parts(x: Value) -> tuple[Tensor, Tensor | None]:
+def bias_apart(x: Value) -> tuple[Tensor, Tensor | None]:
     """A value as a tensor, maybe in bfloat16, and the bias that is to be added to it."""
     return (x.product, x.bias) if isinstance(x, Product) else (dense(x), None)
 
@@ -196,11 +197,11 @@ __all__ = [
     "Site",
     "Value",
     "add_bias",
+    "bias_apart",
     "dense",
     "few_events",
     "operand",
     "pair",
-    "parts",
     "per_image",
     "with_bias",
 ]

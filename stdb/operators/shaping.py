@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import PooledGradient
 from ..spikes import Averages, Spikes
-from . import Gradient, Operator, Product, Site, Value, dense, few_events, parts
+from . import Gradient, Operator, Product, Site, Value, bias_apart, dense, few_events
 
 
 class Flatten(Operator):
@@ -45,6 +45,7 @@ class Sum(Operator):
 
     name = "sum"
     owns = True
+    lowered = True
 
     def plain(self, module: Any, *inputs: Tensor) -> Tensor:
         """Add them up."""
@@ -59,7 +60,7 @@ class Sum(Operator):
         biases = [x.bias for x in products if x.bias is not None]
         real = products[0].real
         # what is constant comes first, so that the sum is as long as the longest
-        first, *others = sorted((parts(x)[0] for x in inputs), key=len)
+        first, *others = sorted((bias_apart(x)[0] for x in inputs), key=len)
         total = first.to(real)
         for other in others:
             total = total + other

@@ -476,6 +476,23 @@ class ConstantBranches(nn.Module):
         return self.out(torch.flatten(self.relu2(summed), 1))
 
 
+class SharedBiases(nn.Module):
+    """Two layers whose biases have the same gradient in a sum; one is called elsewhere, too."""
+
+    def __init__(self):
+        """Set up the layers."""
+        super().__init__()
+        self.stem, self.a, self.b = (conv(2, 2, bias=True) for _ in range(3))
+        self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.out = linear(8, 3)
+
+    def forward(self, x):
+        """Images to logits."""
+        x = self.relu1(self.stem(x))
+        y = self.relu2(self.a(x) * 0.5)
+        return self.out(torch.flatten(self.relu3(self.a(y) + self.b(y)), 1))
+
+
 class NeuronsInARow(nn.Module):
     """Nothing but a flatten between the input and two layers; a sum of their spikes."""
 
@@ -492,7 +509,9 @@ class NeuronsInARow(nn.Module):
         return self.out(self.relu3(self.first(a + b)))
 
 
-CUSTOM = [Branches, SkipToOutput, SharedWeights, ConstantBranches, NeuronsInARow]
+CUSTOM = [
+    Branches, SkipToOutput, SharedWeights, SharedBiases, ConstantBranches, NeuronsInARow,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["spikes", "direct"])
@@ -673,6 +692,18 @@ def test_backward_twice_is_an_error():
     logits = snn(torch.ones(1, 2, 4, 4, dtype=torch.float64), 3)
     logits.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already"):
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize("kinds", [("stdb", "linear"), ("linear", "stdb")])
+def test_a_surrogate_changed_before_backward(kinds):
+    """What the other one needs was not kept."""
+    first, then = (stdb.SURROGATES[kind]() for kind in kinds)
+    snn = stdb.convert(small(), stdb.DirectEncoder(), first)
+    logits = snn(torch.ones(1, 2, 4, 4, dtype=torch.float64), 3)
+    for neuron in snn.neurons.values():
+        neuron.surrogate = then
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
         logits.sum().backward()
 
 

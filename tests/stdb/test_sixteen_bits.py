@@ -76,3 +76,9 @@ def test_logits_are_not_rounded():
     with torch.no_grad():
         over_time = snn.logits_over_time(torch.rand(2, 3, 2, 2), 40)
     assert (over_time != over_time.bfloat16()).any()
+
+
+def test_other_types_are_refused():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"precision is torch.float16; allowed: None, torch.bfl"):
+        stdb.convert(net, stdb.DirectEncoder(), precision=torch.float16)

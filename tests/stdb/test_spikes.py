@@ -1,5 +1,6 @@
 """Spikes and events of a chunk, against torch's dense operators; one thread and several."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -123,3 +124,32 @@ def test_more_spikes_than_a_byte_counts():
     ones = Spikes(bits.pack(torch.ones(300, 16)), torch.Size((300, 2, 8)), torch.float32)
     assert torch.equal(ones.counts(), torch.full((2, 8), 300.0))
     assert torch.equal(ones.map(), torch.full((8,), 600.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("sides", [(4, 4), (5, 4), (4, 5), (7, 9)])
+def test_averages_are_those_of_torch(sides, size, masked, dtype):
+    """Of windows that fill the image, and of ones that leave a rest."""
+    torch.manual_seed(0)
+    dense = (torch.rand(2, 3, 16, *sides) < 0.4).float()
+    spikes = Spikes(bits.pack(to_matrix(dense)), dense.shape, torch.float32)
+    averages = spikes.averaged(size)
+    expected = F.avg_pool2d(dense.flatten(0, 1), size).unflatten(0, (2, 3))
+    if masked:
+        mask = (torch.rand(expected.shape[1:]) < 0.7) / 0.7
+        averages, expected = replace(averages, mask=mask), expected * mask
+    assert averages.shape == expected.shape
+    torch.testing.assert_close(averages.dense(dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_dense_in_any_order_of_types(listed, monkeypatch):
+    """Also where nothing works on bits, as on a GPU."""
+    monkeypatch.setattr("stdb.kernels.works_on_bits", lambda _: listed)
+    dense = (torch.rand(2, 3, 8) < 0.4).float()
+    for types in ((torch.bfloat16, None), (None, torch.bfloat16)):
+        spikes = Spikes(bits.pack(dense.flatten(1)), dense.shape, torch.float32)
+        for dtype in types:
+            assert torch.equal(spikes.dense(dtype), dense.to(dtype or torch.float32))
