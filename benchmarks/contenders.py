@@ -13,7 +13,7 @@ ann            the ANN that the network is converted from
 
     python -m benchmarks.contenders CONTENDER WORKLOAD PHASE [REPEATS]
 
-prints one JSON line: seconds of a step and its peak memory over the process with model, gradients
+prints one JSON line: seconds of a step, those of all cores together, and its peak memory over the process with model, gradients
 and optimiser state. One process each, so that no contender finds another's memory or caches.
 """
 
@@ -378,14 +378,16 @@ def main(contender: str, name: str, phase: str, repeats: int) -> None:
     run = step(contender, workload, phase, batch)
     base = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again here
-    seconds = []
+    seconds, computing = [], []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         run()
         seconds.append(time.perf_counter() - start)
+        computing.append(time.process_time() - computed)
     peak = memory("VmHWM") - base
     steps = neuron_steps(network(workload), workload, batch)
-    found = {"seconds": min(seconds), "batch": batch, "peak_bytes": peak, "neuron_steps": steps}
+    found = {"seconds": min(seconds), "cpu_seconds": min(computing), "batch": batch}
+    found |= {"peak_bytes": peak, "neuron_steps": steps}
     print(json.dumps(found))
 
 

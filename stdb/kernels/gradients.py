@@ -37,31 +37,34 @@ def _expand(bits, first, steps, fired):
 
 
 @compiled(error_model="numpy")
-def _membranes(strip, width, steps, current, bias, before, fired, threshold, leak, added, u):
+def _membranes(strip, width, steps, current, bias, before, fired, threshold, leak, added, now, u):
     """Write to ``u`` (T+1, STRIP) membrane potentials from the step before the chunk on (Eq. 2)."""
     by_neuron(bias, strip, width, added)
+    first = u[0]
     for m in range(width):
-        u[0, m] = before[strip + m]
-        fired[0, m] = u[0, m] > threshold
+        first[m] = now[m] = before[strip + m]
+        fired[0, m] = now[m] > threshold
     for t in range(steps):
         row = current[t if len(current) > 1 else 0, strip : strip + width]
-        earlier, spiked, target = u[t], fired[t], u[t + 1]
+        spiked, target = fired[t], u[t + 1]
         for m in range(width):
-            target[m] = leak * earlier[m] - threshold * spiked[m] + (wide(row[m]) + added[m])
+            now[m] = leak * now[m] - threshold * spiked[m] + (wide(row[m]) + added[m])
+            target[m] = now[m]
 
 
 @compiled(error_model="numpy")
-def _ages(strip, width, steps, start, times, table, decay, fired, slopes):
+def _ages(strip, width, steps, start, times, table, decay, fired, now, slopes):
     """Write to ``slopes`` (T+1, STRIP), from its second row on, α·exp(−β·Δt) of Eq. 11."""
-    first = slopes[0]
+    at_spike = table[0]
     for m in range(width):
         then = times[strip + m]
-        first[m] = table[start - then] if then > 0 else 0.0
+        now[m] = table[start - then] if then > 0 else 0.0
         fired[0, m] = then == start and start > 0
     for t in range(steps):
-        earlier, spiked, target = slopes[t], fired[t + 1], slopes[t + 1]
+        spiked, target = fired[t + 1], slopes[t + 1]
         for m in range(width):
-            target[m] = table[0] if spiked[m] else earlier[m] * decay
+            now[m] = at_spike if spiked[m] else now[m] * decay
+            target[m] = now[m]
 
 
 @compiled(error_model="numpy")
@@ -112,6 +115,33 @@ def _spread(strip, pixels, starts, sources, above, share, mask, row):
                 target[m] = share * wide(source[m])
 
 
+@compiled()
+def _leak(width, source, slope, passed, row, after, target):
+    """∂L/∂O of a step → ∂L/∂O·∂O/∂U in ``row``, and ∂L/∂U in ``after`` and ``target``.
+
+    ``source`` and ``target`` may be the same memory, so no loop has both.
+    """
+    for m in range(width):
+        row[m] = wide(source[m]) * slope[m]
+    for m in range(width):
+        after[m] = row[m] + passed * after[m]
+        target[m] = narrow(after[m], target)
+
+
+@compiled()
+def _add(width, values, factor, total):
+    """Add to sums, maybe of twice the precision."""
+    for m in range(width):
+        total[m] += factor * values[m]
+
+
+@compiled()
+def _add_products(width, first, second, factor, total):
+    """Add products of two vectors to sums."""
+    for m in range(width):
+        total[m] += factor * first[m] * second[m]
+
+
 @compiled(error_model="numpy")
 def _backpropagate(
     first, last, above, share, size, channel_count, pool_width, mask, grad, bits, formula, alpha,
@@ -134,18 +164,25 @@ def _backpropagate(
     u = np.zeros((steps + 1, STRIP), carry.dtype)
     slopes = np.zeros((steps + 1, STRIP), carry.dtype)
     fired = np.zeros((steps + 1, STRIP), np.uint8)
-    row, after = np.zeros(STRIP, carry.dtype), np.zeros(STRIP, carry.dtype)
+    # what goes from step to step is apart from what is kept of each: rows of one array, which the
+    # compiler cannot tell apart, would not be made of a processor's lanes
+    now, row, spread = (
+        np.zeros(STRIP, carry.dtype), np.zeros(STRIP, carry.dtype), np.zeros(STRIP, carry.dtype)
+    )  # fmt: skip
+    after, added = np.zeros(STRIP, carry.dtype), np.zeros(STRIP, carry.dtype)
     of_threshold, of_leak = np.zeros(STRIP, carry.dtype), np.zeros(STRIP, carry.dtype)
-    of_bias, added = np.zeros(STRIP, carry.dtype), np.zeros(STRIP, carry.dtype)
+    of_bias = np.zeros(STRIP, carry.dtype)
     sums_channels = channel_sums.shape[1] > 0
     starts = np.empty(STRIP + 1, np.int64)  # of the strip's pixels …
     sources = np.empty(STRIP, np.int64)  # … and what they are taken from
     zero = leak - leak
     passed = leak if temporal else zero
-    center, scale = threshold, zero + np.float32(1)
+    one = zero + np.float32(1)
+    center, scale = threshold, one
     if over_threshold:
-        center, scale = scale, threshold
+        center, scale = one, threshold
     strips = (count + STRIP - 1) // STRIP
+    totals = np.zeros((3, STRIP))  # a block's sums, by place in a strip
     for block in range(first, last):
         for number in range(block * strips // BLOCKS, (block + 1) * strips // BLOCKS):
             strip = number * STRIP
@@ -157,10 +194,21 @@ def _backpropagate(
                 )
             _expand(bits, strip >> 3, steps, fired)
             if formula == AGE:
-                _ages(strip, width, steps, start, times, table, decay, fired, slopes)
+                _ages(strip, width, steps, start, times, table, decay, fired, now, slopes)
             if has_membrane:
                 _membranes(
-                    strip, width, steps, current, bias, before, fired, threshold, leak, added, u
+                    strip,
+                    width,
+                    steps,
+                    current,
+                    bias,
+                    before,
+                    fired,
+                    threshold,
+                    leak,
+                    added,
+                    now,
+                    u,
                 )
             for m in range(width):
                 after[m] = carry[strip + m] if has_carry else zero
@@ -168,48 +216,38 @@ def _backpropagate(
                 slope = slopes[t + 1]
                 if formula != AGE:
                     _slope(formula, width, u[t + 1], center, scale, alpha, beta, slope)
+                target = grad[t, strip : strip + width]
                 if size > 0:
-                    _spread(strip, pixels, starts, sources, above[t], share, mask, row)
+                    _spread(strip, pixels, starts, sources, above[t], share, mask, spread)
+                    _leak(width, spread, slope, passed, row, after, target)
                 else:
                     source = above[t, strip : strip + width]
-                    for m in range(width):
-                        row[m] = wide(source[m])
-                target = grad[t, strip : strip + width]
-                for m in range(width):
-                    row[m] *= slope[m]
-                if learns_threshold and over_threshold:
-                    now = u[t + 1]
-                    for m in range(width):
-                        of_threshold[m] -= row[m] * now[m] / scale
-                elif learns_threshold:
-                    for m in range(width):
-                        of_threshold[m] -= row[m]
-                for m in range(width):
-                    after[m] = row[m] + passed * after[m]
-                    target[m] = narrow(after[m], target)
-                if sums_channels:
-                    for m in range(width):
-                        of_bias[m] += after[m]
+                    _leak(width, source, slope, passed, row, after, target)
                 if learns_threshold:
-                    spiked = fired[t]
-                    for m in range(width):
-                        of_threshold[m] -= after[m] * spiked[m]
+                    if over_threshold:
+                        _add_products(width, row, u[t + 1], -one / threshold, of_threshold)
+                    else:
+                        _add(width, row, -one, of_threshold)
+                    _add_products(width, after, fired[t], -one, of_threshold)
                 if learns_leak:
-                    earlier = u[t]
-                    for m in range(width):
-                        of_leak[m] += after[m] * earlier[m]
+                    _add_products(width, after, u[t], one, of_leak)
+                if sums_channels:
+                    _add(width, after, one, of_bias)
             if learns_threshold or learns_leak:
-                for m in range(width):
-                    sums[block, 0] += of_threshold[m]
-                    sums[block, 1] += of_leak[m]
-                    sums[block, 2] += after[m]
-                    of_threshold[m] = of_leak[m] = zero
+                _add(width, of_threshold, one, totals[0])
+                _add(width, of_leak, one, totals[1])
+                _add(width, after, one, totals[2])
+                of_threshold[:] = zero
+                of_leak[:] = zero
             if sums_channels:
                 by_channel(of_bias, strip, width, channel_sums[block])
                 of_bias[:] = zero
             if len(carry_out) > 0:
                 for m in range(width):
                     carry_out[strip + m] = after[m]
+        for k in range(3):
+            sums[block, k] = totals[k].sum()
+        totals[:] = 0
 
 
 # -- the interface ---------------------------------------------------------------------------------

@@ -90,8 +90,9 @@ def by_neuron(values, first, count, out):
     while channels > 0 and m < count:
         start = (first + m) % channels
         run = min(channels - start, count - m)
+        source, target = values[start : start + run], out[m : m + run]
         for k in range(run):
-            out[m + k] = values[start + k]
+            target[k] = source[k]
         m += run
 
 
@@ -102,6 +103,7 @@ def by_channel(values, first, count, out):
     while channels > 0 and m < count:
         start = (first + m) % channels
         run = min(channels - start, count - m)
+        source, target = values[m : m + run], out[start : start + run]
         for k in range(run):
-            out[start + k] += values[m + k]
+            target[k] += source[k]
         m += run
