@@ -13,8 +13,9 @@ ann            the ANN that the network is converted from
 
     python -m benchmarks.contenders CONTENDER WORKLOAD PHASE [REPEATS]
 
-prints one JSON line: seconds of a step, those of all cores together, and its peak memory over the process with model, gradients
-and optimiser state. One process each, so that no contender finds another's memory or caches.
+prints one JSON line: seconds of a step, those of all its cores together, and its peak memory over
+the process with model, gradients and optimiser state. One process each, so that no contender finds
+another's memory or caches.
 """
 
 import json
