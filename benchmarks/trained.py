@@ -25,7 +25,6 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import stdb
 from benchmarks.run import FOLDER, machine, write
-from stdb import DENSITY_LIMITS
 
 SCALES = [1.0, 0.7, 0.5]
 TESTED, BATCH, ROUNDS = 500, 32, 5
@@ -88,7 +87,6 @@ def main() -> None:
     stdb.balance_thresholds(snn, train[0][:64], options.timesteps)
     path = FOLDER / "results.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    limits = dict(DENSITY_LIMITS)
     for scale in SCALES:
         snn.scale_thresholds(scale)
         with stdb.record_spikes(snn) as statistics:
@@ -98,12 +96,11 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"stdb": [], "dense": []}
         for _ in range(1 + ROUNDS):
             for form, found in seconds.items():
-                for purpose, limit in limits.items():
-                    DENSITY_LIMITS[purpose] = limit if form == "stdb" else 0.0
+                snn.events = None if form == "stdb" else "never"
                 start = time.perf_counter()
                 snn(x[:BATCH], options.timesteps)
                 found.append((time.perf_counter() - start) / BATCH)
-        DENSITY_LIMITS.update(limits)
+        snn.events = None
         times = {form: median(found[1:]) for form, found in seconds.items()}
         ratio = times["dense"] / times["stdb"]
         print(

@@ -15,6 +15,7 @@ from pipeline.typed import Section, load, one_of, shown
 from stdb import (
     ARCHITECTURES,
     ENCODERS,
+    EVENTS,
     NORMALISATIONS,
     SURROGATES,
     Normalisation,
@@ -35,7 +36,7 @@ Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Precision = Literal["float32", "tf32", "bf16"]
+Precision = Literal["auto", "float32", "tf32", "bf16"]
 Workers = Annotated[int, Field(ge=1, le=10_000)]
 Range = Annotated[list[Workers], Field(min_length=2, max_length=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -186,8 +187,9 @@ class TrainAnnParams(Schedule):
     weights: str | None
     """A weights file that stands in for the training. Of a ``torchvision:`` network with another
     number of classes it is where the training begins, with an output layer of its own."""
-    precision: Precision
-    """Precision of convolutions and matrix products; TF32 is a GPU's."""
+    precision: Precision = "auto"
+    """Precision of convolutions and matrix products; TF32 is a GPU's. auto: bf16 where the CPU or
+    GPU has it in hardware, as the job's first worker finds; a job that goes on keeps it."""
     momentum: Rate
     """Momentum of SGD, in [0, 1)."""
     norm_images: Annotated[int, Field(ge=2, le=65536)] = 32
@@ -246,8 +248,11 @@ class StdbParams(Schedule):
     """Whether V of every layer learns too (DIET-SNN)."""
     learn_leaks: bool
     """Whether λ of every layer learns too (DIET-SNN)."""
-    precision: Precision
-    """Precision of convolutions and matrix products; membranes stay float32. TF32 is a GPU's."""
+    precision: Precision = "auto"
+    """Precision of convolutions and matrix products; membranes stay float32. As train_ann's."""
+    events: Annotated[str, AfterValidator(one_of(("auto", *EVENTS)))] = "auto"
+    """The CPU whose measured densities decide where a product takes events and where the dense
+    form, which changes results in their last bits; auto: the job's first worker's."""
     from_scratch: bool
     """Whether random weights replace the ANN's: the baseline of Appendix B."""
     truncate: Count | None

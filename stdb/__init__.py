@@ -27,21 +27,21 @@ from .interop.export import export_program
 from .interop.from_nir import from_nir
 from .interop.nir import to_nir
 from .interop.saving import load, save
+from .kernels.densities import EVENTS, instruction_set, multiplies_bfloat16
 from .memory import largest_chunk, training_memory
 from .network import SpikingNetwork
 from .neuron import SpikingNeuron, simulate_neuron
 from .normalisation import NORMALISATIONS, Normalisation, normalisation_of
 from .presentation import Presentation
 from .randomness import derive, dropout_mask, sample_keys, uniform
-from .spikes import DENSITY_LIMITS
 from .statistics import SpikeStatistics, ann_energy, fan_out, record_spikes
 from .surrogate import STDB, SURROGATES, Exponential, Linear, Rectangle, Surrogate
 from .traced import Rewrite
 
 __all__ = [
     "ARCHITECTURES",
-    "DENSITY_LIMITS",
     "ENCODERS",
+    "EVENTS",
     "NORMALISATIONS",
     "STDB",
     "SURROGATES",
@@ -81,9 +81,11 @@ __all__ = [
     "first_confident",
     "from_nir",
     "import_authors",
+    "instruction_set",
     "largest_chunk",
     "load",
     "logit_scale",
+    "multiplies_bfloat16",
     "normalisation_of",
     "record_spikes",
     "residual_layers",

@@ -65,6 +65,15 @@ class Graph:
         """Whether someone else reads the memory of a node's value, so that none may write to it."""
         return not self.nodes[i].operator.owns or self.consumers[i] > 1
 
+    def largest_above(self, numbers: Sequence[float]) -> list[float]:
+        """By node, the largest number of those that read its spikes, its own included."""
+        largest = list(numbers)
+        for i in reversed(range(len(self.nodes))):
+            if not self.nodes[i].operator.fires:
+                for j in self.nodes[i].inputs:
+                    largest[j] = max(largest[j], largest[i])
+        return largest
+
     def label(self, neuron: int) -> str:
         """A spiking layer goes by the name of the weights that drive it, such as ``conv1``."""
         node = self.nodes[neuron]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .backward import Steps
 from .encoding import Encoder, check_images, limits_of, parameters_of
 from .graph import Graph
+from .kernels.densities import density_limit
 from .neuron import SpikingNeuron
 from .operators import Value
 from .operators.shaping import Flatten
@@ -24,7 +25,7 @@ from .randomness import sample_keys
 from .rewriting import check_module
 from .traced import Rewrite
 from .units import change_unit
-from .weights import bias_of, inner_copies, scale_bias, scale_weight
+from .weights import bias_of, inner_copies, scale_bias, scale_weight, weight_of
 
 Observer = Callable[[Presentation, str, Value], None]
 
@@ -51,6 +52,8 @@ class SpikingNetwork(nn.Module):
         dropout_seed: chooses the dropout masks of training.
         precision: what dense convolutions and matrix products are made in, ``torch.bfloat16`` say,
             with membranes and sums in the type of the weights; None: in that type as well.
+        events: whose measured densities say where a product takes events, such as ``avx2``, or
+            ``always``, ``never``; None: this CPU's. See :mod:`stdb.kernels.densities`.
         limits: of the encoder that it was converted with, which the first weights hold.
         has_units: whether weights hold what a spike stands for, as biases need; :mod:`stdb.units`.
         rewrites: what became of each operation of the ANN; of a network from a file none.
@@ -80,6 +83,7 @@ class SpikingNetwork(nn.Module):
                 f"precision is {precision}; allowed: {', '.join(map(str, PRECISIONS))}"
             )
         self.precision = precision
+        self.events: str | None = None
         self.limits = limits_of(encoder)
         self.observers: list[Observer] = []
         self.rewrites: tuple[Rewrite, ...] = ()
@@ -268,11 +272,17 @@ class SpikingNetwork(nn.Module):
                         f"{node.path}.{name} holds NaN or infinity; allowed: finite numbers"
                     )
 
-    def _learned(self, presentation: Presentation) -> list[Tensor]:
-        """What of the body has a gradient: weights, V and λ, each once, also where layers share.
+    def density_limits(self) -> list[float]:
+        """By node, the density below which its product takes events, or those that read it do."""
+        limits = []
+        for i, node in enumerate(self.graph.nodes):
+            kind = node.operator.product
+            weights = weight_of(self.module(i)).numel() if kind else 0
+            limits.append(density_limit(kind, weights, self.precision, self.events))
+        return self.graph.largest_above(limits)
 
-        What an encoder learns is first.
-        """
+    def _learned(self, presentation: Presentation) -> list[Tensor]:
+        """What has a gradient, each once: what the encoder learns; the body's weights, V and λ."""
         presentation.take_weights()
         found: dict[Tensor, None] = dict.fromkeys(parameters_of(self.encoder))
         for i in self.graph.body:
@@ -330,17 +340,15 @@ class SpikingNetwork(nn.Module):
         with torch.no_grad():
             for i, (name, neuron) in zip(self.graph.neurons, neurons.items(), strict=True):
                 self._set_threshold(i, neuron, thresholds[name])
-                neuron.balanced_threshold.fill_(
-                    thresholds[name] if name in chosen else float("nan")
-                )
+                found = thresholds[name] if name in chosen else float("nan")
+                neuron.balanced_threshold.fill_(found)
 
     def _set_threshold(self, i: int, neuron: SpikingNeuron, value: float) -> None:
         """V of a layer, and with it what its spikes stand for, where weights hold that."""
         neuron.threshold.fill_(value)
-        if self.has_units:
-            ratio = value / neuron.unit
-            if ratio != 1:
-                change_unit(self.graph, self.net, i, torch.tensor([ratio], dtype=torch.float64))
+        if self.has_units and value != neuron.unit:
+            ratio = torch.tensor([value / neuron.unit], dtype=torch.float64)
+            change_unit(self.graph, self.net, i, ratio)
             neuron.unit = value
 
     @torch.no_grad()

@@ -69,6 +69,7 @@ class _Site:
 
     module: Any
     precision: torch.dtype | None
+    density_limit: float
     mask: Tensor | None = None
     steps: int = 1  # that a value of this node is the sum of
     _weight: Tensor | None = None  # of this run of steps
@@ -141,7 +142,10 @@ class Presentation:
         self.real = next(network.parameters()).dtype
         self.t = 0
         self.logits: Tensor | None = None
-        self.sites = [_Site(network.module(i), network.precision) for i in range(len(graph.nodes))]
+        self.sites = [
+            _Site(network.module(i), network.precision, limit)
+            for i, limit in enumerate(network.density_limits())
+        ]
         self.membrane: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
         self.last_spike: dict[int, Tensor] = {}

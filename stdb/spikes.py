@@ -21,9 +21,6 @@ from .kernels.layout import from_matrix, to_matrix
 from .kernels.numbers import words
 from .kernels.parallel import run
 
-# Below this share of events among values, working on events is faster than the dense form, which
-# gets more out of a processor the larger its matrices are, and more again in bfloat16.
-DENSITY_LIMITS = {"convolution": 0.25, "lowered convolution": 0.05, "linear": 0.5}
 ROWS_PER_TILE = 128  # of a linear layer's weights; with BLOCK vectors of columns they fit a cache
 
 

@@ -21,6 +21,7 @@ from pipeline.environment import RAY, set_default_environment
 from pipeline.errors import StageError
 from pipeline.jobs.address import cluster_address
 from pipeline.jobs.checkpoints import Checkpoints
+from pipeline.jobs.choices import with_choices
 from pipeline.jobs.cluster import check_nodes, on_one_machine, ray_cluster
 from pipeline.jobs.failures import reason, worker_error, worker_lost
 from pipeline.jobs.plan import Plan, machine, plan_workers
@@ -73,17 +74,19 @@ class Job:
             last = rows[-1] if rows else {}
             ray.train.report({"rows": rows, **last})
 
-        return Worker(
-            self.params,
-            self.stage,
-            self.checkpoints,
-            self.root,
-            context.get_world_rank(),
-            context.get_world_size(),
-            ray.train.torch.get_device() if self.plan.use_gpu else torch.device("cpu"),
-            self.readers,
-            self.report_every,
-            send,
+        return with_choices(
+            Worker(
+                self.params,
+                self.stage,
+                self.checkpoints,
+                self.root,
+                context.get_world_rank(),
+                context.get_world_size(),
+                ray.train.torch.get_device() if self.plan.use_gpu else torch.device("cpu"),
+                self.readers,
+                self.report_every,
+                send=send,
+            )
         )
 
 
@@ -123,6 +126,10 @@ def run_job(stage: Stage, loop: Loop) -> State:
     state = checkpoints.load()
     if state is None:
         raise StageError("the job ended without a result")
+    choices = state.pop("choices")
+    stage.tracker.tags(choices)
+    if choices:
+        stage.say("auto: " + ", ".join(f"{key} {value}" for key, value in choices.items()))
     return state
 
 

@@ -37,6 +37,7 @@ class Worker:
         device: what it computes on.
         readers: processes that read image files for it.
         report_every: seconds between two reports where epochs are short.
+        choices: what ``auto`` stands for in this job; its checkpoints keep it.
         send: takes the metrics of epochs, a row each, for whoever watches the job.
     """
 
@@ -49,6 +50,7 @@ class Worker:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     readers: int = 0
     report_every: float = 0.0
+    choices: dict[str, str] = field(default_factory=dict)
     send: Callable[[list[Row]], None] = lambda _: None
 
     def say(self, text: str) -> None:
@@ -110,7 +112,7 @@ class Worker:
     def checkpoint(self, state: State, rows: Sequence[Row] = ()) -> None:
         """Keep the state to go on from, and send metrics, a row an epoch. All workers call it."""
         if self.rank == 0:
-            self.checkpoints.save(state)
+            self.checkpoints.save(state | {"choices": self.choices})
         self.send(list(rows))
 
     def checkpoint_due(self, step: int) -> bool:

@@ -131,9 +131,10 @@ def build_snn(
         learn_leaks=params.learn_leaks,
         chunk=params.chunk,
         dropout_seed=seed,
-        precision=torch.bfloat16 if params.precision == "bf16" else None,
+        precision=torch.bfloat16 if params.precision == "bf16" else None,  # auto: no job's
         example=None if data is None else example_of(data),
     )
+    snn.events = None if params.events == "auto" else params.events
     for name, module in list(snn.net.named_modules()):  # what is folded has no gradient any more
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             snn.net.set_submodule(name, nn.Identity())

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.data import subset
 from pipeline.jobs.checkpoints import Checkpoints
+from pipeline.jobs.choices import with_choices
 from pipeline.jobs.plan import Plan
 from pipeline.jobs.run import Job, fit_on_ray, use_device
 from pipeline.jobs.worker import Row, Worker
@@ -72,7 +73,8 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
             ray.tune.report(row)
 
     device = torch.device("cuda" if common.plan.use_gpu else "cpu")
-    loop(Worker(params, "trial", checkpoints, common.root, device=device, send=send))
+    worker = Worker(params, "trial", checkpoints, common.root, device=device, send=send)
+    loop(with_choices(worker))
 
 
 def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:

@@ -78,6 +78,14 @@ class Log(_Record):
     """Name of the child."""
 
 
+class Tags(_Record):
+    """Tags of the stage's run."""
+
+    kind: Literal["tags"] = "tags"
+    tags: dict[str, str]
+    """Key → value."""
+
+
 class Figure(_Record):
     """A file as an artefact of the stage's run."""
 
@@ -157,7 +165,7 @@ class End(_Record):
     """Milliseconds since 1970."""
 
 
-Message = Start | Log | Figure | Summary | Model | Child | ChildEnd | End
+Message = Start | Log | Tags | Figure | Summary | Model | Child | ChildEnd | End
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 

@@ -28,6 +28,7 @@ from pipeline.tracking.messages import (
     Model,
     Start,
     Summary,
+    Tags,
     key_of,
     text_of,
 )
@@ -71,6 +72,7 @@ class MlflowProcess:
         takers: dict[type[Any], Callable[[Any], None]] = {
             Start: self.start,
             Log: self.log,
+            Tags: self.tag,
             Figure: self.figure,
             Summary: self.summary,
             Model: self.model,
@@ -244,6 +246,11 @@ class MlflowProcess:
         """Metrics."""
         run_id = self.run_id if message.child is None else self._child(message.child)
         log_entries(self.client, run_id, message.entries)
+
+    def tag(self, message: Tags) -> None:
+        """Tags."""
+        for key, value in message.tags.items():
+            self.client.set_tag(self.run_id, key_of(key), text_of(value))
 
     def figure(self, message: Figure) -> None:
         """An artefact."""

@@ -40,6 +40,7 @@ from pipeline.tracking.messages import (
     Model,
     Start,
     Summary,
+    Tags,
     entries,
     entries_of_rows,
     key_of,
@@ -118,6 +119,10 @@ class Tracker:
     def rows(self, rows: list[dict[str, float]]) -> None:
         """The metrics of epochs, a row each; ``epoch`` is the step."""
         self._put(Log(entries=entries_of_rows(rows)))
+
+    def tags(self, tags: dict[str, str]) -> None:
+        """Tags of the run."""
+        self._put(Tags(tags=tags))
 
     def figure(self, path: Path) -> None:
         """A file as an artefact."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import PooledGradient
 from ..kernels.layout import channels_last
-from ..spikes import DENSITY_LIMITS, Averages, Events, Spikes
+from ..spikes import Averages, Events, Spikes
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Site(Protocol):
         """What dense products are made in; None: the type of the weights."""
         ...
 
+    @property
+    def density_limit(self) -> float:
+        """The density below which its product, or the one that reads it, takes events."""
+        ...
+
     def lowered(self, x: Tensor) -> Tensor:
         """``x`` in the precision of the network's products."""
         ...
@@ -96,6 +101,8 @@ class Operator(Protocol):
         owns: its value is memory of its own, which it does not share with its input.
         accumulates: it remembers sums over time; the presentation runs it.
         lowered: its backward pass takes a gradient in the precision of the products.
+        product: of events or dense, by :func:`stdb.kernels.densities.density_limit` of this kind;
+            empty: it passes on what its readers take.
     """
 
     name: str
@@ -105,6 +112,7 @@ class Operator(Protocol):
     owns: bool = False
     accumulates: bool = False
     lowered: bool = False
+    product: str = ""
 
     def plain(self, module: Any, *inputs: Tensor) -> Tensor:
         """The operator in plain torch at one time step: (B, …) → (B, …)."""
@@ -156,11 +164,9 @@ def operand(site: Site, x: Value) -> Tensor:
     return site.lowered(dense(x))
 
 
-def few_events(site: Site, x: Value, purpose: str = "convolution") -> Events | None:
-    """A value as events, where there are few enough for the purpose."""
-    if site.precision is not None and purpose == "convolution":
-        purpose = "lowered convolution"
-    if not isinstance(x, Spikes | Events) or x.density >= DENSITY_LIMITS[purpose]:
+def few_events(site: Site, x: Value) -> Events | None:
+    """A value as events, where there are few enough."""
+    if not isinstance(x, Spikes | Events) or x.density >= site.density_limit:
         return None
     return x.events if isinstance(x, Spikes) else x
 

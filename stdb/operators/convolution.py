@@ -30,6 +30,7 @@ class Convolution(Operator):
 
     name = "convolution"
     lowered = True
+    product = "convolution"
     kinds: ClassVar = {nn.Conv2d: SETTINGS, nn.Conv1d: SETTINGS}
     learns = True
     owns = True

@@ -16,6 +16,7 @@ class FullyConnected(Operator):
 
     name = "linear"
     lowered = True
+    product = "linear"
     kinds: ClassVar = {nn.Linear: ("in_features", "out_features")}
     learns = True
     owns = True
@@ -28,7 +29,7 @@ class FullyConnected(Operator):
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """The product: of events where they are few, else dense."""
         module: nn.Linear = site.module
-        few = few_events(site, inputs[0], "linear")
+        few = few_events(site, inputs[0])
         if few is not None:
             return with_bias(site, few.multiplied(module, site.prepared(column_blocks)))
         x = operand(site, inputs[0])

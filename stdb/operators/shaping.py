@@ -25,7 +25,7 @@ class Flatten(Operator):
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """Flatten all but time and batch; events get other channels."""
-        few = few_events(site, inputs[0], "linear")  # since a linear layer follows
+        few = few_events(site, inputs[0])
         return few.flattened() if few is not None else dense(inputs[0]).flatten(2)
 
     def backward_input(

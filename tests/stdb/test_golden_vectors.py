@@ -17,7 +17,6 @@ from torch import nn
 
 import stdb
 from stdb.kernels import works_on_bits
-from stdb.spikes import DENSITY_LIMITS
 from tests.stdb.support import CNN_VECTORS, cnn, cnn_vectors
 
 FOLDER = Path(os.environ.get("STDB_VECTORS", Path(__file__).parents[1] / "vectors"))
@@ -118,9 +117,9 @@ def test_there_are_vectors():
 
 # Every product from events, where there are any, and the fused backward pass of STDB; or every
 # product dense, and the backward pass that learns V and λ too.
-FORMS = {"events": (2.0, False), "dense": (0.0, True)}
+FORMS = {"events": ("always", False), "dense": ("never", True)}
 if not works_on_bits(DEVICE):
-    FORMS = {"fused": (0.0, False), "dense": (0.0, True)}
+    FORMS = {"fused": ("never", False), "dense": ("never", True)}
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 CASES = [
     pytest.param(
@@ -134,12 +133,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("path", "dtype", "position", "form"), CASES)
-def test_presentation(monkeypatch, path, dtype, position, form):
+def test_presentation(path, dtype, position, form):
     """Spikes equal, logits and loss to 1e-5, gradients to 1e-4 relative, whatever the chunk."""
-    limit, learn = FORMS[form]
-    for purpose in DENSITY_LIMITS:
-        monkeypatch.setitem(DENSITY_LIMITS, purpose, limit)
+    events, learn = FORMS[form]
     case = Case(path, dtype, learn)
+    case.snn.events = events
     case.snn.chunk = chunks(case.timesteps)[position]
     with stdb.record_spikes(case.snn, trains=True) as statistics:
         presentation = case.snn.present(case.images, masks=case.masks)

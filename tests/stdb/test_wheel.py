@@ -52,7 +52,8 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_every_package(wheel):
     """Each module of stdb/, and nothing else of the repository."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == {str(path.relative_to(ROOT)) for path in (ROOT / "stdb").rglob("*.py")}
+    files = [path for kind in ("*.py", "*.json") for path in (ROOT / "stdb").rglob(kind)]
+    assert names == {str(path.relative_to(ROOT)) for path in files}
 
 
 def test_the_wheel_works_alone(wheel, tmp_path):
