@@ -60,6 +60,7 @@ def balance_loop(worker: Worker) -> None:
             share.pixels(),
             params.timesteps,
             batch_size=params.batch_size,
+            method="maximum" if params.percentile == 100 else "percentile",
             percentile=params.percentile,
             residual_blocks=in_blocks,
             sample_ids=share.ids,

@@ -156,10 +156,11 @@ def diagnose(
         twin = ann
     else:  # the same graph, whose weights hold no units
         twin = convert(ann, snn.encoder, example=images[:1]).eval()
-    if twin.graph.labels != graph.labels:
+    names = twin.graph.labels
+    if [*names.values()] != [*graph.labels.values()]:
         raise ValueError(
             f"the spiking network has the layers {', '.join(graph.labels.values())}, the ANN those "
-            f"of {', '.join(twin.graph.labels.values())}; allowed: the ANN that it was made from"
+            f"of {', '.join(names.values())}; allowed: the ANN that it was made from"
         )
     was_training = snn.training
     snn.eval()
@@ -169,7 +170,7 @@ def diagnose(
             counts.clear()
             pixels = in_units(batch, twin.encoder)
             passed = activations(twin.graph.nodes, twin.net, pixels)
-            values = {i: value for i, value in passed if i in graph.labels}
+            values = {names[i]: value for i, value in passed if i in names}
             presentation = snn.present(batch, sample_ids=ids)
             presentation.advance(timesteps)
             for i, label in graph.labels.items():
@@ -177,7 +178,7 @@ def diagnose(
                 membrane = from_matrix(presentation.membrane[i][None], shape)[0]
                 potential = membrane / presentation.threshold[i]
                 potential = potential - (potential > 1).to(potential.dtype)
-                sums[label].add(values[i], counts[label], potential, timesteps)
+                sums[label].add(values[label], counts[label], potential, timesteps)
     finally:
         snn.observers.remove(count)
         snn.train(was_training)

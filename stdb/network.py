@@ -56,10 +56,14 @@ class SpikingNetwork(nn.Module):
             ``always``, ``never``; None: this CPU's. See :mod:`stdb.kernels.densities`.
         limits: of the encoder that it was converted with, which the first weights hold.
         has_units: whether weights hold what a spike stands for, as biases need; :mod:`stdb.units`.
+        untouched: weights by name before a calibration put units into them: where the next starts.
+        output_correction: (classes,) what a calibration has added to the output's bias.
         rewrites: what became of each operation of the ANN; of a network from a file none.
         observers: called with (presentation, layer, its value over the chunk) for every chunk; see
             ``record_spikes``.
     """
+
+    output_correction: Tensor | None
 
     def __init__(
         self,
@@ -87,6 +91,8 @@ class SpikingNetwork(nn.Module):
         self.limits = limits_of(encoder)
         self.observers: list[Observer] = []
         self.rewrites: tuple[Rewrite, ...] = ()
+        self.untouched: dict[str, Tensor] = {}
+        self.register_buffer("output_correction", None)
         modules = (self.module(i) for i, n in enumerate(graph.nodes) if n.operator.learns)
         self.has_units = any(bias_of(module) is not None for module in modules)
 
@@ -395,6 +401,8 @@ class SpikingNetwork(nn.Module):
                 raise ValueError("a branch reaches the output without weights; nothing to scale")
             else:
                 waiting += node.inputs
+        if self.output_correction is not None:
+            self.output_correction = self.output_correction * factor
         for name in scaled:
             scale_weight(self.net.get_submodule(name), factor)
             scale_bias(self.net.get_submodule(name), factor)

@@ -27,14 +27,20 @@ class SpikingNeuron(nn.Module):
             rounding.
         bound: the largest A that the ANN's activation has, such as 6 of ReLU6; None: no bound.
         unit: A, what a spike stands for; the weights above hold it (:mod:`stdb.units`).
+        channels: C, where calibration keeps something of each channel; see :meth:`keep`.
 
     ``balanced_threshold`` is V as Algorithm 1 found it, NaN where none was; scaling is relative to
-    it. Set ``requires_grad`` of ``threshold`` or ``leak`` to learn them.
+    it. Set ``requires_grad`` of ``threshold`` or ``leak`` to learn them. ``amplitude``, (C,), is A
+    of each channel, by which the weights in front divide the current: a spike stands for ``unit``
+    times it. ``correction``, (C,), is what bias correction has added to the current. Both may be
+    None.
     """
 
     threshold: nn.Parameter
     leak: nn.Parameter
     balanced_threshold: Tensor
+    amplitude: Tensor | None
+    correction: Tensor | None
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class SpikingNeuron(nn.Module):
         initial_membrane: float = 0.0,
         unit: float = 1.0,
         bound: float | None = None,
+        channels: int = 0,
     ) -> None:
         super().__init__()
         self.unit, self.bound = unit, bound
@@ -54,8 +61,15 @@ class SpikingNeuron(nn.Module):
         self.threshold = nn.Parameter(torch.tensor(threshold), requires_grad=False)
         self.leak = nn.Parameter(torch.tensor(leak), requires_grad=False)
         self.register_buffer("balanced_threshold", torch.tensor(float("nan")))
+        self.keep(channels)
         self.surrogate = surrogate
         self.temporal_gradient = temporal_gradient
+
+    def keep(self, channels: int) -> None:
+        """Make room for A and the correction of each channel: ones and zeros; or none, for 0."""
+        like, some = self.threshold.detach(), channels > 0
+        self.register_buffer("amplitude", like.new_ones(channels) if some else None)
+        self.register_buffer("correction", like.new_zeros(channels) if some else None)
 
     @property
     def initial_membrane(self) -> float:

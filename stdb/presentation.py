@@ -290,8 +290,8 @@ class Presentation:
             last_snapshot = self.t if due else last_snapshot
             values = self._forward_chunk(chunk, keep=tape is not None)
             for k, i in enumerate(entries):
-                total = _total(values[i], chunk.steps)
-                counts[k] = total if counts[k] is None else counts[k] + total
+                own = total(values[i], chunk.steps)
+                counts[k] = own if counts[k] is None else counts[k] + own
                 if trains is not None:
                     trains[k].append(dense(values[i]))
             if tape is not None:
@@ -390,7 +390,7 @@ class Presentation:
         return Spikes(packed, shape, real, from_matrix(matrix, shape) if in_place else None)
 
 
-def _total(value: Value, steps: int) -> Tensor:
+def total(value: Value, steps: int) -> Tensor:
     """A value (T, B, …) summed over the steps of its chunk; one for all of them counts as often."""
-    total = value.counts() if isinstance(value, Spikes) else dense(value).sum(0)
-    return total * steps if value.shape[0] == 1 else total
+    whole = value.counts() if isinstance(value, Spikes) else dense(value).sum(0)
+    return whole * steps if value.shape[0] == 1 else whole

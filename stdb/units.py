@@ -16,7 +16,7 @@ from .graph import Graph
 from .operators.cutting import Ordering, Padding, Slicing
 from .operators.joining import Concat
 from .operators.resizing import PixelShuffle, PixelUnshuffle
-from .weights import is_computed, make_plain
+from .weights import leaf_of
 
 INPUT, ONE = 0, -1  # origins: the first node; no spikes, so that the unit is 1
 
@@ -85,11 +85,7 @@ def change_unit(graph: Graph, net: nn.Module, source: int, ratio: Tensor) -> Non
 
 def _scale_columns(module: nn.Module, factors: Tensor) -> None:
     """Multiply a layer's weights by a factor for each input channel."""
-    if is_computed(module) and not hasattr(module, "weight_orig"):
-        make_plain(module)
-    weight = getattr(module, "weight_orig", None)
-    weight = module.weight if weight is None else weight
-    assert isinstance(weight, Tensor)
+    weight = leaf_of(module)
     factors = factors.to(weight)
     ends = [1] * (weight.dim() - 2)
     if weight.dim() == 1:  # a diagonal

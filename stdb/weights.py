@@ -95,19 +95,42 @@ def fold(module: Any, scale: Tensor, shift: Tensor) -> None:
     """
     make_plain(module)
     weight, bias = weight_of(module), bias_of(module)
-    ends = [1] * (weight.dim() - 2)
-    if getattr(module, "transposed", False):  # weights are (C, C'/groups, …)
-        rows = scale.view(module.groups, -1).repeat_interleave(len(weight) // module.groups, 0)
-        weight.copy_(weight.double() * rows.view(*weight.shape[:2], *ends))
-    elif weight.dim() == 1:
-        weight.copy_(weight.double() * scale)
-    else:
-        weight.copy_(weight.double() * scale.view(-1, 1, *ends))
+    weight.copy_(weight.double() * _rows(module, weight, scale))
     whole = shift if bias is None else shift + scale * bias.double()
     if bias is None:
         module.register_parameter("bias", nn.Parameter(whole.to(weight)))
     else:
         bias.copy_(whole)
+
+
+def leaf_of(module: nn.Module) -> Tensor:
+    """What to scale of a layer's weights, in place: of what is pruned the leaf, masks stay."""
+    if is_computed(module) and not hasattr(module, "weight_orig"):
+        make_plain(module)
+    weight = getattr(module, "weight_orig", None)
+    weight = module.weight if weight is None else weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@torch.no_grad()
+def scale_rows(module: Any, scale: Tensor) -> None:
+    """Multiply a layer's weights and bias by a factor for each output channel, (C,) float64."""
+    weight = leaf_of(module)
+    weight.copy_(weight.double() * _rows(module, weight, scale))
+    if is_computed(module, "bias"):
+        make_plain(module)
+    if module.bias is not None:
+        module.bias.copy_(module.bias.double() * scale)
+
+
+def _rows(module: Any, weight: Tensor, scale: Tensor) -> Tensor:
+    """A factor for each output channel, in the shape of the weights."""
+    ends = [1] * (weight.dim() - 2)
+    if getattr(module, "transposed", False):  # weights are (C, C'/groups, …)
+        rows = scale.view(module.groups, -1).repeat_interleave(len(weight) // module.groups, 0)
+        return rows.view(*weight.shape[:2], *ends)
+    return scale if weight.dim() == 1 else scale.view(-1, 1, *ends)
 
 
 def inner_copies(net: nn.Module) -> dict[int, Any]:

@@ -11,6 +11,7 @@ where none was). The metadata are one JSON object under the key ``config``:
 ``modules``         path → ``type`` and settings, of the whole module tree: what the graph's nodes
                     have, containers, and ``Identity`` in the place of what no node has
 ``units``           whether weights hold what a spike stands for (:mod:`stdb.units`)
+``correction``      what calibration has added to the output's bias, where it has
 ``tied``            name of a tensor → that of the one it shares its values with
 ``encoder``, ``surrogate``, ``temporal_gradient``
 ``timesteps``       T it was made for
@@ -95,6 +96,7 @@ def save(
         "modules": modules,
         "tied": tied,
         "units": snn.has_units,
+        **_correction(snn),
         "encoder": {"name": encoders[type(snn.encoder)], **_given(snn.encoder)},
         "surrogate": {"name": surrogates[type(neuron.surrogate)], **vars(neuron.surrogate)},
         "temporal_gradient": neuron.temporal_gradient,
@@ -105,6 +107,12 @@ def save(
     if kept := normalisation.settings():
         config["normalisation"] = kept
     save_file(tensors, path, {"config": json.dumps(config)})  # of several keys none orders them
+
+
+def _correction(snn: SpikingNetwork) -> dict[str, Any]:
+    """What a calibration has added to the output's bias, where it has."""
+    added = snn.output_correction
+    return {} if added is None else {"correction": added.tolist()}
 
 
 def _given(encoder: Any) -> dict[str, Any]:
@@ -186,6 +194,8 @@ def _describe(tree: nn.Module, used: set[str | None]) -> dict[str, dict[str, Any
                 described[path]["initial_membrane"] = module.initial_membrane
             if module.bound is not None:
                 described[path]["bound"] = module.bound
+            if module.amplitude is not None:
+                described[path]["channels"] = len(module.amplitude)
             if module.unit != 1:
                 described[path]["unit"] = module.unit
         elif path in used and operator is not None:
@@ -271,6 +281,8 @@ def _of_graph(config: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetw
         neuron.surrogate, neuron.temporal_gradient = rules["surrogate"], rules["temporal_gradient"]
     snn = SpikingNetwork(tree, graph, rules["encoder"])
     snn.has_units = bool(config["units"])
+    if "correction" in config:
+        snn.output_correction = next(snn.parameters()).new_tensor(config["correction"])
     snn.check(values=True)
     return snn
 

@@ -370,7 +370,8 @@ class Shortcuts(nn.Module):
 def test_a_deep_network_with_shortcuts_is_balanced(memory):
     """No path is walked alone, which would take for ever."""
     snn = stdb.convert(Shortcuts(), stdb.DirectEncoder())
-    found = stdb.balance_thresholds(snn, torch.rand(2, 4), 4, memory=memory)
+    settings = {"method": "maximum", "memory": memory}
+    found = stdb.balance_thresholds(snn, torch.rand(2, 4), 4, **settings)
     assert len(found) == 40
 
 

@@ -45,7 +45,7 @@ def test_vectors_and_signals_work_as_images_do(what, bias, tmp_path):
     make, shape = INPUTS[what]
     ann, x = make(bias), uniform(4, *shape)
     snn = stdb.convert(ann, stdb.DirectEncoder())
-    stdb.balance_thresholds(snn, x, 64)
+    stdb.balance_thresholds(snn, x, 64, method="maximum")
     with torch.no_grad(), stdb.record_spikes(snn) as statistics:
         logits, expected = snn(x, 600) / 600, ann(x)
     if bias:
@@ -77,7 +77,7 @@ def test_poisson_spikes_of_vectors_and_signals(what):
     make, shape = INPUTS[what]
     x = uniform(3, *shape)
     snn = stdb.convert(make(), stdb.PoissonEncoder(1))
-    stdb.balance_thresholds(snn, x, 50)
+    stdb.balance_thresholds(snn, x, 50, method="maximum")
     encoded = snn.encoder(x, 0, 3000, stdb.sample_keys(torch.arange(3), 0))
     assert (encoded.mean(0) - x).abs().max() < 0.05
     snn(x.requires_grad_(), 8).sum().backward()
@@ -230,7 +230,7 @@ def test_weights_that_are_used_twice_stay_one(tied, tmp_path):
     snn = stdb.convert(ann, stdb.DirectEncoder(), example=x)
     for neuron in snn.neurons.values():
         neuron.initial_membrane = 0.5
-    stdb.balance_thresholds(snn, x, 64)
+    stdb.balance_thresholds(snn, x, 64, method="maximum")
     one, two, _ = list(snn.thresholds.values())
     assert two > 2 * one
     with torch.no_grad():

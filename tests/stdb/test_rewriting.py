@@ -282,7 +282,7 @@ def test_what_an_operation_becomes_computes_the_same(custom, form, images, tmp_p
     assert off(as_ann(snn, images), expected) < 1e-12
     for neuron in snn.neurons.values():
         neuron.initial_membrane = 0.5
-    stdb.balance_thresholds(snn, images, 32)
+    stdb.balance_thresholds(snn, images, 32, method="maximum")
     errors = []
     for steps in (16, 400):
         with torch.no_grad():
@@ -303,14 +303,14 @@ def test_scaled_thresholds_scale_the_weights_above():
     net(IMAGES.float())
     trained(net)
     snn = stdb.convert(net, stdb.DirectEncoder(), example=IMAGES)
-    first = stdb.balance_thresholds(snn, IMAGES, 32)
+    first = stdb.balance_thresholds(snn, IMAGES, 32, method="maximum")
     with torch.no_grad():
         kept, expected = snn(IMAGES, 20), net(IMAGES)
         snn.scale_thresholds(0.8)
         assert off(snn(IMAGES, 800) / 800, expected) < 0.2
         snn.scale_thresholds(1.0)
         torch.testing.assert_close(snn(IMAGES, 20), kept)
-    again = stdb.balance_thresholds(snn, IMAGES, 32)
+    again = stdb.balance_thresholds(snn, IMAGES, 32, method="maximum")
     assert again == pytest.approx(first)
 
 
@@ -450,6 +450,6 @@ def test_a_convolution_with_a_bias_may_be_the_output():
     ).double()
     nn.init.constant_(net[2].bias, 2.0)
     snn = stdb.convert(net, stdb.DirectEncoder(), example=IMAGES)
-    stdb.balance_thresholds(snn, IMAGES, 32)
+    stdb.balance_thresholds(snn, IMAGES, 32, method="maximum")
     with torch.no_grad():
         assert off(snn(IMAGES, 400) / 400, net(IMAGES)) < 0.03

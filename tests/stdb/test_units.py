@@ -58,7 +58,7 @@ def balanced(net: nn.Module, images: Tensor, timesteps: int) -> stdb.SpikingNetw
     snn = stdb.convert(net, stdb.DirectEncoder())
     for neuron in snn.neurons.values():
         neuron.initial_membrane = 0.5
-    stdb.balance_thresholds(snn, images, timesteps)
+    stdb.balance_thresholds(snn, images, timesteps, method="maximum")
     return snn.eval()
 
 

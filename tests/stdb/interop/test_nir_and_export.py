@@ -332,7 +332,7 @@ def biased():
     snn = stdb.convert(ann, stdb.DirectEncoder()).eval()
     for neuron in snn.neurons.values():
         neuron.initial_membrane = 0.5
-    stdb.balance_thresholds(snn, torch.rand(4, 1, 8, 8).double(), 20)
+    stdb.balance_thresholds(snn, torch.rand(4, 1, 8, 8).double(), 20, method="maximum")
     return snn
 
 

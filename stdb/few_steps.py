@@ -1,0 +1,247 @@
+"""Calibration for few steps, step by step: units, A of each layer, U_0, corrected biases.
+
+What is settled before anything is computed is a :class:`Plan`; what is found is a :class:`Balance`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .amplitudes import Activations, Ann, fit_amplitudes, survey
+from .correction import Present, correct_biases
+from .fronts import hold_units, prepare_front, release, remember, set_amplitude, takes_channels
+from .network import SpikingNetwork
+from .workers import Workers
+
+METHODS = ("auto", "maximum", "percentile", "mse", "learned")
+OF_ACTIVATIONS = ("mse", "learned")  # they take A from the ANN
+FORMS = ("layer", "channel")
+
+Progress = Callable[[str, float], None]
+
+
+class Balance(dict[str, float]):
+    """Layer name → V, and what else a calibration found.
+
+    Attributes:
+        method: ``maximum``, ``percentile``, ``mse`` or ``learned``.
+        per: ``layer`` or ``channel``.
+        dead: layer → channels that never fire and have their layer's A, where there are any.
+        agreement: the share of calibration images that the network decides like its ANN, without a
+            correction of biases and with it; None where none was tried.
+        corrected: whether biases are corrected.
+    """
+
+    def __init__(self, method: str, per: str) -> None:
+        super().__init__()
+        self.method, self.per = method, per
+        self.dead: dict[str, int] = {}
+        self.agreement: tuple[float, float] | None = None
+        self.corrected = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a calibration does.
+
+    Attributes:
+        method: one of ``METHODS``, but ``auto``.
+        per: ``layer`` or ``channel``.
+        initial_membrane: f, U_0 = f·V; None leaves that of the neurons.
+        correct: whether to correct biases.
+        percentile: of the currents, for Algorithm 1.
+    """
+
+    method: str
+    per: str
+    initial_membrane: float | None
+    correct: bool
+    percentile: float
+
+    @property
+    def of_activations(self) -> bool:
+        """Whether A comes from the ANN's activations, and not from currents."""
+        return self.method in OF_ACTIVATIONS
+
+
+def settle(
+    snn: SpikingNetwork,
+    method: str,
+    per: str | None,
+    initial_membrane: float | None,
+    bias_correction: bool | None,
+    percentile: float,
+) -> Plan:
+    """The plan for what was asked for; see ``balance_thresholds``.
+
+    Raises:
+        ValueError: it cannot be, as a leak with ``mse``; says what is allowed.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
+    if per not in (None, *FORMS):
+        raise ValueError(f"per is {per!r}; allowed: {', '.join(FORMS)}, or None")
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile is {percentile}; allowed: above 0, at most 100 (the maximum)")
+    leaks = {name: float(neuron.leak) for name, neuron in snn.neurons.items()}
+    leaky = next((name for name, leak in leaks.items() if leak < 1), None)
+    if method == "auto":
+        few_steps = snn.has_units and leaky is None and percentile == 100
+        currents = "maximum" if percentile == 100 else "percentile"
+        method = "mse" if few_steps else currents
+    elif percentile < 100 and method != "percentile":
+        raise ValueError(
+            f"percentile is {percentile} with the method {method}; allowed: 100, or the method "
+            "percentile"
+        )
+    fits = method in OF_ACTIVATIONS
+    per = per or ("channel" if method == "mse" else "layer")
+    correct = fits if bias_correction is None else bias_correction
+    if per == "channel" and not fits:
+        raise ValueError(
+            f"per is channel with the method {method}; allowed: layer, or the methods "
+            f"{', '.join(OF_ACTIVATIONS)}"
+        )
+    if leaky is not None and (fits or correct):
+        raise ValueError(
+            f"the leak of {leaky} is {leaks[leaky]:.6g} with "
+            f"{f'the method {method}' if fits else 'bias_correction'}; allowed: 1, since a current "
+            "below (1 − leak)·V never fires; or the methods maximum, percentile without correction"
+        )
+    if initial_membrane is not None and not 0 <= initial_membrane < 1:
+        raise ValueError(
+            f"initial_membrane is {initial_membrane}; allowed: at least 0, below 1 (times V)"
+        )
+    if method == "learned":
+        _bounds(snn)
+    share = 0.5 if initial_membrane is None and fits else initial_membrane
+    return Plan(method, per, share, correct, percentile)
+
+
+def calibrate(
+    snn: SpikingNetwork,
+    images: Tensor,
+    timesteps: int,
+    plan: Plan,
+    *,
+    batch_size: int,
+    sample_ids: Tensor | None,
+    workers: Workers,
+    present: Present,
+    by_currents: Callable[[], dict[str, float]],
+    progress: Progress | None,
+) -> Balance:
+    """Do what the plan says to a network in evaluation mode.
+
+    Args:
+        snn: the network.
+        images: (N, …) this worker's.
+        timesteps: T.
+        plan: the plan.
+        batch_size: images at once.
+        sample_ids: (N,) of the images.
+        workers: that share them.
+        present: starts presentations of this worker's batches.
+        by_currents: Algorithm 1, where A does not come from activations: sets and returns V.
+        progress: called with (layer, V), per channel with their mean A.
+    """
+    hold_units(snn, images.shape[1:])
+    release(snn)
+    set_initial_membranes(snn, plan)
+    added = _prepare(snn, Ann(snn, images, batch_size, timesteps, sample_ids), plan)
+    remember(snn)
+    ann = Ann(snn, images, batch_size, timesteps, sample_ids)
+    balance = Balance(plan.method, plan.per)
+    found = survey(ann, workers) if plan.correct or plan.method == "mse" else Activations()
+    if plan.of_activations:
+        balance.update(_set_amplitudes(snn, ann, plan, found, workers, balance.dead, progress))
+    else:
+        balance.update(by_currents())
+    if plan.correct:
+        for label, neuron in snn.neurons.items():
+            if neuron.amplitude is None:
+                neuron.keep(ann.channels[label])
+        balance.corrected, balance.agreement = correct_biases(snn, ann, found, workers, present)
+        if not balance.corrected:
+            _take_away(snn, plan, added)
+    return balance
+
+
+def set_initial_membranes(snn: SpikingNetwork, plan: Plan) -> None:
+    """U_0/V of every layer, where the plan says it."""
+    if plan.initial_membrane is not None:
+        for neuron in snn.neurons.values():
+            neuron.initial_membrane = plan.initial_membrane
+
+
+def _take_away(snn: SpikingNetwork, plan: Plan, added: list[str]) -> None:
+    """What was made room for, and is of no use."""
+    for path in added:
+        snn.net.get_submodule(path).bias = None  # type: ignore[assignment]
+    if plan.per == "layer":
+        for neuron in snn.neurons.values():
+            neuron.keep(0)
+
+
+def _prepare(snn: SpikingNetwork, ann: Ann, plan: Plan) -> list[str]:
+    """Make room in front of every layer; the places of the biases that were added."""
+    added: list[str | None] = []
+    if plan.correct or plan.per == "channel":
+        labels = [label for label in ann.channels if label]
+        added = [prepare_front(snn, n, ann.channels[n], plan.correct) for n in labels]
+    if plan.correct:
+        added.append(prepare_front(snn, "", ann.channels[""], True))
+    return [path for path in added if path is not None]
+
+
+def _set_amplitudes(
+    snn: SpikingNetwork,
+    ann: Ann,
+    plan: Plan,
+    found: Activations,
+    workers: Workers,
+    dead: dict[str, int],
+    progress: Progress | None,
+) -> dict[str, float]:
+    """Find A of every layer and set it; V of every layer. ``dead`` is filled."""
+    if plan.method == "learned":
+        amplitudes = _bounds(snn)
+    else:
+        apart = {
+            label
+            for i, label in snn.graph.labels.items()
+            if plan.per == "channel" and label not in ann.flat and takes_channels(snn.graph, i)
+        }
+        assert plan.initial_membrane is not None
+        amplitudes, own = fit_amplitudes(ann, found, workers, plan.initial_membrane, apart)
+        dead.update(own)
+    like = next(snn.parameters())
+    thresholds = {}
+    for label, neuron in snn.neurons.items():
+        amplitude = amplitudes[label].to(like)
+        if neuron.bound is not None:
+            amplitude = amplitude.clamp(max=neuron.bound)
+        if plan.per == "channel":
+            set_amplitude(snn, label, amplitude.expand(ann.channels[label]))
+        thresholds[label] = 1.0 if plan.per == "channel" else float(amplitude)
+        if progress is not None:
+            progress(label, float(amplitude.mean()))
+    snn.set_thresholds(thresholds)
+    return thresholds
+
+
+def _bounds(snn: SpikingNetwork) -> dict[str, Tensor]:
+    """The bound of every layer's activation, as A."""
+    without = [label for label, neuron in snn.neurons.items() if neuron.bound is None]
+    if without:
+        raise ValueError(
+            f"layer {without[0]} has no bound that its activation was trained with, nor have "
+            f"{len(without) - 1} others; allowed with the method learned: layers that clip, such "
+            "as ReLU6; or the method mse"
+        )
+    return {
+        label: torch.tensor([neuron.bound], dtype=torch.float64)
+        for label, neuron in snn.neurons.items()
+    }
