@@ -86,6 +86,23 @@ class Graph:
                 break
         return self.nodes[neuron].name
 
+    def output_layers(self) -> set[str]:
+        """The layers with weights whose sum is the output, by name.
+
+        Raises:
+            ValueError: something reaches the output without weights.
+        """
+        found, waiting = set(), [self.tail[-1]]
+        while waiting:
+            node = self.nodes[waiting.pop()]
+            if node.operator.learns:
+                found.add(node.name)
+            elif node.operator.fires or not node.inputs:
+                raise ValueError("a branch reaches the output without weights; nothing to scale")
+            else:
+                waiting += node.inputs
+        return found
+
     @property
     def labels(self) -> dict[int, str]:
         """The label of every neuron node, in order."""

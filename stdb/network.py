@@ -392,15 +392,7 @@ class SpikingNetwork(nn.Module):
         """
         if not 0 < factor < float("inf"):
             raise ValueError(f"the logit scale is {factor}; allowed: a positive number")
-        scaled, waiting = set(), [self.graph.tail[-1]]
-        while waiting:
-            node = self.graph.nodes[waiting.pop()]
-            if node.operator.learns:
-                scaled.add(node.name)
-            elif node.operator.fires or not node.inputs:
-                raise ValueError("a branch reaches the output without weights; nothing to scale")
-            else:
-                waiting += node.inputs
+        scaled = self.graph.output_layers()
         if self.output_correction is not None:
             self.output_correction = self.output_correction * factor
         for name in scaled:
