@@ -225,6 +225,23 @@ class EvaluateConvertedParams(Section):
     """Number of images that are presented at once."""
 
 
+class DistilParams(Section):
+    """The ANN as a teacher beside the labels; see ``stdb.distillation_loss``."""
+
+    weight: Annotated[float, Field(gt=0, le=1)]
+    """Share w of the teacher in the loss, above 0, up to 1; the labels have the rest."""
+    temperature: Annotated[float, Field(gt=0, le=1000)]
+    """Temperature τ that both networks' logits are divided by, above 0, up to 1000."""
+
+
+def known_teacher(value: Any) -> Any:
+    """A pydantic validator: null, or a mapping with the keys of :class:`DistilParams`."""
+    whole = isinstance(value, dict) and set(value) == set(DistilParams.model_fields)
+    if not (value is None or whole or isinstance(value, DistilParams)):
+        raise PydanticCustomError("distil", "null, or {weight: 0.7, temperature: 2}")
+    return value
+
+
 class StdbParams(Schedule):
     """STDB fine-tuning (Algorithms 2 and 3): Adam with amsgrad."""
 
@@ -263,7 +280,11 @@ class StdbParams(Schedule):
     """V ← scale · V_balanced; None takes what evaluate_converted found."""
     logit_scale: Positive | Literal["auto"]
     """The output layer's weights are multiplied by it before the fine-tuning, which changes no
-    decision; 1: the paper's; auto: so that softmax(U_T) is as sure as it is right on validation."""
+    decision; 1: the paper's; auto: so that softmax(U_T) is as sure as it is right on validation,
+    and 1 with ``distil``."""
+    distil: Annotated[DistilParams | None, BeforeValidator(known_teacher)] = None
+    """{weight: 0.7, temperature: 2}: the loss is that of U_t/t, and the trained ANN is a teacher
+    beside the labels; None: the labels alone, the paper's way."""
     dropout: Rate | None
     """Probability of every dropout layer while fine-tuning, in [0, 1); None: the network's own."""
     clip: Positive | None
@@ -272,6 +293,22 @@ class StdbParams(Schedule):
     """Number of images that a worker presents at once; their gradients add up to the batch's."""
     chunk: Count | None
     """Time steps that are computed at once; changes memory, not results. None chooses."""
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> "StdbParams":
+        if self.distil is None:
+            return self
+        if self.from_scratch:
+            raise ValueError(
+                "distil is given and from_scratch true, which does without the ANN that would be "
+                "the teacher; allowed: from_scratch: false, or distil: null"
+            )
+        if self.logit_scale != "auto":
+            raise ValueError(
+                f"logit_scale is {self.logit_scale} beside distil, whose loss takes U_t/t as it "
+                "is; allowed: auto, which is 1 then, or distil: null"
+            )
+        return self
 
 
 class ClusterParams(Section):

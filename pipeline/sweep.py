@@ -54,8 +54,8 @@ def main(stage: Stage, folder: Path) -> None:
     winner = choose(tried, sweep.cost, floor)
     write_csv(folder / "trials.csv", trials)
     chosen = {name: winner.trials[0][name] for name in sweep.space if name != "seed"}
-    best = settings(chosen, params.stdb).model_dump()
-    changed = {n: v for n, v in best.items() if v != getattr(params.stdb, n)}
+    best, before = settings(chosen, params.stdb).model_dump(), params.stdb.model_dump()
+    changed = {n: v for n, v in best.items() if v != before[n]}
     text = yaml.safe_dump({"stdb": changed}, sort_keys=False)
     write_text(folder / "best_params.yaml", text)
     with writing(folder / "pareto.png") as temporary:

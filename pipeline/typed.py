@@ -131,7 +131,7 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
             section = _inside(section, part)
         return f"{key} is no known key; allowed: {', '.join(section.model_fields)}"
     if error["type"] == "value_error":
-        return f"{key}.{error['ctx']['error']}"
+        return ".".join([*location, str(error["ctx"]["error"])])
     if error["type"] == "invalid_key":
         return f"{key} is no known key; allowed: text"
     allowed = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")

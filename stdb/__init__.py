@@ -19,6 +19,7 @@ from .calibration import logit_scale, scaled_losses
 from .conversion import ConversionError, convert
 from .decision import Decision, decide, first_confident
 from .diagnosis import LayerDiagnosis, diagnose
+from .distillation import distillation_loss
 from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain, encoder_of
 from .evaluation import evaluate
 from .graph import Graph, Node
@@ -73,6 +74,7 @@ __all__ = [
     "decide",
     "derive",
     "diagnose",
+    "distillation_loss",
     "dropout_mask",
     "encoder_of",
     "evaluate",

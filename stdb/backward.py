@@ -8,6 +8,7 @@ a presentation's chunks; :class:`Steps` is where autograd comes in.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,7 +230,8 @@ class BackwardWalk:
                 values[i] = Spikes(chunk.bits[i], shape, presentation.membrane[i].dtype)
             else:
                 below = [self._recompute(j, chunk, values) for j in node.inputs]
-                values[i] = presentation.apply(i, below)
+                compute = partial(presentation.apply, i, below)
+                values[i] = presentation.constants.value(i, compute)
         return values[i]
 
     # -- neurons -------------------------------------------------------------------------------

@@ -62,6 +62,12 @@ class Graph:
             learns = node.operator.fires or node.operator.learns
             self.reaches_weights[i] = learns or any(self.reaches_weights[j] for j in node.inputs)
 
+        # whether linear operators alone make its value of the input, at every step by itself
+        self.of_input: list[bool] = []
+        for node in self.nodes:
+            by_step = not (node.operator.fires or node.operator.accumulates)
+            self.of_input.append(by_step and all(self.of_input[j] for j in node.inputs))
+
     def shared(self, i: int) -> bool:
         """Whether someone else reads the memory of a node's value, so that none may write to it."""
         return not self.nodes[i].operator.owns or self.consumers[i] > 1

@@ -2,9 +2,10 @@
 
 What stays until the backward pass grows with T: spikes as bits and a snapshot of spike times now
 and then, 1/8 + 2/16 byte a neuron-step; for a surrogate of membrane potentials whose steps are one
-chunk, currents, too. What is only there while a chunk is worked on grows with the chunk: inputs and
-outputs of the largest layer and their gradients. So a smaller chunk, or fewer images at once, makes
-room for a longer presentation.
+chunk, currents, too; and of an analogue input the current that is the same at every step. What is
+only there while a chunk is worked on grows with the chunk: inputs and outputs of the largest layer
+and their gradients. So a smaller chunk, or fewer images at once, makes room for a longer
+presentation.
 """
 
 from collections.abc import Sequence
@@ -40,15 +41,20 @@ def training_memory(
     first = next(snn.parameters())
     real, on_cpu = first.element_size(), works_on_bits(first.device)
     chunk = min(chunk or snn.chunk or default_chunk(batch_size), timesteps)
+    constant = bool(getattr(snn.encoder, "constant", False))
     per_image = 0.0
     for i, neuron in zip(graph.neurons, snn.neurons.values(), strict=True):
         (source,) = graph.nodes[i].inputs
         product = graph.nodes[source].operator
         kept = real if snn.precision is None or not (product.learns and product.lowered) else 2
+        if constant and graph.of_input[source]:
+            kept = 0  # it is one for all steps
         per_image += sizes[i] * _of_neuron(neuron, timesteps, chunk, real, kept * on_cpu)
     for i, node in enumerate(graph.nodes):
         if isinstance(node.operator, MaxPool):  # sums, and those before each chunk
             per_image += sizes[node.inputs[0]] * real * (1 + timesteps / chunk)
+        if constant and graph.of_input[i] and node.inputs:
+            per_image += sizes[i] * real
         if isinstance(node.operator, Dropout) and snn.module(i).p > 0:
             per_image += sizes[i] * real
     largest, weights = 0, 0

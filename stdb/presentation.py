@@ -7,12 +7,14 @@ after layer (Algorithm 3).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .constancy import ConstantValues
 from .graph import INPUT
 from .kernels.layout import channels_last, from_matrix, to_matrix
 from .operators import Value, bias_apart, dense
@@ -121,6 +123,7 @@ class Presentation:
         chunk: time steps that are computed at once.
         real: the type of weights, membranes and sums.
         t: the number of steps so far.
+        constants: what is computed once for all steps.
         logits: U_t of the output layer (B, classes), None before the first step.
         membrane: neuron node → (M,) U_t.
         sums: max-pooling node → (B, …) currents summed so far.
@@ -146,6 +149,7 @@ class Presentation:
             _Site(network.module(i), network.precision, limit)
             for i, limit in enumerate(network.density_limits())
         ]
+        self.constants = ConstantValues(graph, network.encoder, self.sites, images)
         self.membrane: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
         self.last_spike: dict[int, Tensor] = {}
@@ -226,7 +230,7 @@ class Presentation:
     def encode(self, start: int, stop: int) -> Tensor:
         """The input of the steps start < t ≤ stop; one step of it where it is constant."""
         images = self.network.encoder(self.images, start, stop, self.keys)
-        return images[:1] if images.stride(0) == 0 else images
+        return images[:1] if images.stride(0) == 0 or self.constants.nodes else images
 
     def integrate(self, counts: Sequence[Tensor], steps: int) -> Tensor:
         """The output layer's Eq. 4, given its inputs summed over the latest steps.
@@ -326,7 +330,8 @@ class Presentation:
                 source = node.inputs[0]
                 values[i] = self._fire(i, values[source], chunk, keep, graph.shared(source))
             else:
-                values[i] = self.apply(i, [values[j] for j in node.inputs])
+                below = [values[j] for j in node.inputs]
+                values[i] = self.constants.value(i, partial(self.apply, i, below))
             self.shapes[i] = values[i].shape[1:]
             self._show(i, values[i], chunk.steps)
             for j in node.inputs:

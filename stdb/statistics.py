@@ -3,9 +3,10 @@
 Energies are those of 45 nm CMOS (Horowitz, ISSCC 2014): an accumulate 0.9 pJ, a multiply-accumulate
 4.6 pJ. A spike causes one accumulate at every place of the first layer with weights that it
 reaches: the real fan-out, so borders, pooling and shortcuts count. A layer whose input is no spikes
-multiplies: the first behind an analogue input (once, if the input is the same at every step), one
-behind another without neurons between them (at every step; in the output layer once, on sums). A
-bias, or the current of a constant input, is an accumulate a neuron and step.
+multiplies: the first behind an analogue input, one behind another without neurons between them; at
+every step, but once where the input is the same at every step, and once in the output layer, on
+sums. A neuron with a bias, or a constant current, has an accumulate more at every step. Whether an
+input is spikes, and the same at every step, is what the encoder says of itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -77,18 +78,13 @@ class SpikeStatistics:
 
     def energy(self) -> float:
         """Picojoules per image."""
-        operations = self.synaptic_operations()
-        encoder, multiplied, added = self.network.encoder, 0.0, 0.0
-        constant = bool(getattr(encoder, "constant", False))
-        if getattr(encoder, "analogue", False):
+        operations, multiplied, added = self.synaptic_operations(), 0.0, 0.0
+        if getattr(self.network.encoder, "analogue", False):
             del operations[INPUT]
-            reached = float(fan_out(self.network, self.maps[INPUT].shape)[INPUT].sum())
-            multiplied += reached * (1 if constant else self.timesteps)
-        for layer in _layers(self.network, self.maps[INPUT].shape):
-            steps = self.timesteps if layer.in_body else 1
-            multiplied += steps * layer.multiplies
-            if layer.has_bias or (constant and layer.reads_input):
-                added += steps * layer.places
+        for cost in _costs(self.network, self.maps[INPUT].shape):
+            steps = 1 if cost.once else self.timesteps
+            multiplied += steps * cost.multiplies
+            added += steps * cost.adds
         added += sum(operations.values())
         return MULTIPLY_ACCUMULATE_PJ * multiplied + ACCUMULATE_PJ * added
 
@@ -142,55 +138,79 @@ def fan_out(snn: SpikingNetwork, image_shape: Sequence[int]) -> dict[str, Tensor
     return {name: driven[i] for i, name in {0: INPUT, **graph.labels}.items()}
 
 
-def _are_spikes(snn: SpikingNetwork) -> list[bool]:
+def _are_spikes(snn: SpikingNetwork, of_input: bool = True) -> list[bool]:
     """Whether the value of each node is spikes, of neurons or of the input, maybe pooled."""
-    spikes: list[bool] = []
-    for node in snn.graph.nodes:
+    spikes = [of_input]
+    for node in snn.graph.nodes[1:]:
         passed = not node.operator.learns and all(spikes[j] for j in node.inputs)
         spikes.append(node.operator.fires or passed)
     return spikes
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A layer with weights: ``places`` in its output, ``multiplies`` of an input without spikes."""
+class _Cost:
+    """What a node of the graph costs without a spike: per step, or once for all of them."""
 
-    places: int
-    multiplies: float
-    has_bias: bool
-    reads_input: bool
-    in_body: bool
+    multiplies: float = 0.0
+    adds: int = 0
+    once: bool = False
 
 
 @torch.no_grad()
-def _layers(snn: SpikingNetwork, image_shape: Sequence[int]) -> list[_Layer]:
-    """The layers with weights, in the order of a step."""
-    graph, shapes, spikes = snn.graph, snn.shapes(image_shape), _are_spikes(snn)
-    of_input = [True]  # whether a node's value is the input's, pooled or cut
-    found, body = [], set(graph.body)
+def _costs(snn: SpikingNetwork, image_shape: Sequence[int]) -> list[_Cost]:
+    """What costs without a spike, in the order of a step.
+
+    A layer whose input is no spikes multiplies. What is added at every step, a bias or a current
+    that is the same at each, is added where it ends: at neurons, however many branches have one, at
+    a max-pooling, or below another layer.
+    """
+    graph, shapes, body = snn.graph, snn.shapes(image_shape), set(snn.graph.body)
+    analogue, constant = (
+        bool(getattr(snn.encoder, name, False)) for name in ("analogue", "constant")
+    )
+    spikes = _are_spikes(snn, of_input=not analogue)
+    once = [i not in body or (constant and graph.of_input[i]) for i in range(len(shapes))]
+    # by node, whether its value is pixels, or has a part that is added at every step
+    pixels, adds, found = [analogue], [False], []
     for i, node in enumerate(graph.nodes[1:], start=1):
-        passes = not (node.operator.fires or node.operator.learns)
-        of_input.append(passes and any(of_input[j] for j in node.inputs))
-        if not node.operator.learns:
+        operator = node.operator
+        remembers = operator.fires or operator.accumulates
+        ends = remembers or operator.learns
+        of_pixels, given = (any(each[j] for j in node.inputs) for each in (pixels, adds))
+        given = given or (of_pixels and remembers)
+        pixels.append(of_pixels and not ends)
+        if given and ends and not once[i]:
+            found.append(_Cost(adds=shapes[node.inputs[0]].numel()))
+        if not operator.learns:
+            adds.append(given and not ends)
             continue
-        (j,), module = node.inputs, snn.module(i)
-        ones = torch.ones(shapes[i], dtype=torch.float64, device=next(snn.parameters()).device)
-        synapses = float(node.operator.fan_out(module, ones, 0, shapes[j]).sum())
-        found.append(
-            _Layer(
-                places=shapes[i].numel(),
-                multiplies=0.0 if spikes[j] else synapses,
-                has_bias=bias_of(module) is not None,
-                reads_input=of_input[j],
-                in_body=i in body,
-            )
-        )
+        has_bias = bias_of(snn.module(i)) is not None
+        if not spikes[node.inputs[0]]:
+            found.append(_Cost(multiplies=_synapses(snn, i, shapes), once=once[i]))
+        if i in body:
+            adds.append(has_bias or once[i])
+        else:
+            adds.append(False)
+            found.append(_Cost(adds=has_bias * shapes[i].numel(), once=True))
     return found
 
 
+def _synapses(snn: SpikingNetwork, i: int, shapes: Sequence[torch.Size]) -> float:
+    """Multiply-accumulates of a layer with weights, at one step."""
+    node, device = snn.graph.nodes[i], next(snn.parameters()).device
+    ones = torch.ones(shapes[i], dtype=torch.float64, device=device)
+    return float(node.operator.fan_out(snn.module(i), ones, 0, shapes[node.inputs[0]]).sum())
+
+
+@torch.no_grad()
 def ann_energy(ann: nn.Module, image_shape: Sequence[int]) -> float:
     """Picojoules per image of an ANN: a multiply-accumulate at every synapse."""
     snn = convert(ann, DirectEncoder(), example=torch.zeros(1, *image_shape))
     synapses = sum(float(reached.sum()) for reached in fan_out(snn, image_shape).values())
-    synapses += sum(layer.multiplies for layer in _layers(snn, image_shape))
+    shapes, spikes = snn.shapes(image_shape), _are_spikes(snn)
+    synapses += sum(
+        _synapses(snn, i, shapes)
+        for i, node in enumerate(snn.graph.nodes)
+        if node.operator.learns and not spikes[node.inputs[0]]
+    )
     return MULTIPLY_ACCUMULATE_PJ * synapses

@@ -18,7 +18,7 @@ from pipeline.learning.evaluation import (
     fitting_logit_scale,
     spike_metrics,
 )
-from pipeline.learning.fit import BackwardPasses, Task, fit, order
+from pipeline.learning.fit import BackwardPasses, Losses, Task, cross_entropy, fit, order
 from pipeline.learning.networks import (
     build_ann,
     build_snn,
@@ -26,7 +26,7 @@ from pipeline.learning.networks import (
     load_weights,
     use_threads,
 )
-from pipeline.params import StdbParams
+from pipeline.params import DistilParams, StdbParams
 
 SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 90.0
 BATCH = 128  # images presented at once where nothing is learned
@@ -82,6 +82,7 @@ def fine_tune(
         params.clip,
         params.micro_batch,
         snn.constrain,
+        losses=fine_tuning_losses(worker, train),
     )
     state = fit(worker, task, train, params)
     snn.net.load_state_dict(state["best_network"])
@@ -109,9 +110,9 @@ def starting_network(
         load_handed_on(snn, worker.root)
     snn.scale_thresholds(scale)
     factor = params.logit_scale
-    if factor == "auto":  # random weights are not sure of anything
+    if factor == "auto":  # random weights are not sure of anything; U_t/t needs no scale
         factor = 1.0
-        if not params.from_scratch:
+        if not params.from_scratch and params.distil is None:
             factor = fitting_logit_scale(worker, snn, validation, params.timesteps, BATCH)
             worker.say(f"logit scale {factor:.3g}")
     snn.scale_output(factor)
@@ -121,16 +122,59 @@ def starting_network(
 def backward_passes(
     snn: stdb.SpikingNetwork, model: nn.Module, params: StdbParams, chunk: int
 ) -> BackwardPasses:
-    """One backward pass over all T, or one for each window of truncated BPTT (§2.2)."""
+    """One backward pass over all T, or one for each window of truncated BPTT (§2.2).
+
+    What a pass gives is U_t after its steps, or U_t/t where the ANN is a teacher.
+    """
+
+    def mean(presentation: stdb.Presentation, steps: int) -> Tensor:
+        summed: Tensor = model(presentation, steps)
+        return summed / presentation.t  # t is known after the steps
+
+    present = model if params.distil is None else mean
 
     def passes(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
         presentation = snn.present(images, sample_ids=ids, epoch=epoch, chunk=chunk)
         size = params.truncate or params.timesteps
         for start in range(0, params.timesteps, size):
             steps = min(size, params.timesteps - start)
-            yield partial(model, presentation, steps)
+            yield partial(present, presentation, steps)
 
     return passes
+
+
+def fine_tuning_losses(worker: Worker, train: Samples) -> Losses:
+    """Cross-entropy, or with ``stdb.distil`` that and the divergence from the ANN."""
+    params = worker.params.stdb
+    if params.distil is None:
+        return cross_entropy
+    return distilling(load_teacher(worker, train), params.distil, params.precision)
+
+
+def load_teacher(worker: Worker, train: Samples) -> nn.Module:
+    """The trained ANN as it is, in evaluation mode and without gradient."""
+    ann = build_ann(worker.params.network, train)
+    load_weights(ann, worker.path(ANN))
+    ann.to(worker.device).to(memory_format=torch.channels_last)
+    return ann.eval().requires_grad_(False)
+
+
+def distilling(teacher: nn.Module, params: DistilParams, precision: str) -> Losses:
+    """``stdb.distillation_loss`` against what the ANN makes of the same images, once for each."""
+
+    def losses(images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        lowered = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
+        with torch.no_grad(), lowered:
+            logits = teacher(images.contiguous(memory_format=torch.channels_last))
+        return partial(
+            stdb.distillation_loss,
+            teacher=logits.to(images.dtype),
+            weight=params.weight,
+            temperature=params.temperature,
+            reduction="sum",
+        )
+
+    return losses
 
 
 def balance_random(snn: stdb.SpikingNetwork, train: Samples, params: StdbParams) -> None:

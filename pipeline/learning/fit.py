@@ -12,6 +12,7 @@ groups, see :mod:`pipeline.learning.norms`.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,16 @@ from pipeline.params import Schedule
 # images (B, C, H, W), ids, epoch → a function that gives logits for each backward pass; several
 # with truncated BPTT
 BackwardPasses = Callable[[Tensor, Tensor, int], Iterator[Callable[[], Tensor]]]
+# images (B, C, H, W) → a function of their logits and labels: the sum of their losses
+Losses = Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]
 
 # seconds between progress lines of epochs, and of steps
 SAY_EPOCH_EVERY, SAY_STEP_EVERY = 2.0, 10.0
+
+
+def cross_entropy(_: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of images that say nothing of it themselves."""
+    return partial(F.cross_entropy, reduction="sum")
 
 
 @dataclass
@@ -46,6 +54,7 @@ class Task:
         micro_batch: images that a worker presents at once; None for its whole share.
         constrain: called after every step of the optimiser.
         norm_images: images in a group, where the network has batch norms.
+        losses: gives the loss of images that are presented.
     """
 
     network: nn.Module
@@ -57,6 +66,7 @@ class Task:
     micro_batch: int | None = None
     constrain: Callable[[], None] | None = None
     norm_images: int = 32
+    losses: Losses = cross_entropy
 
 
 def learning_rate(params: Schedule, epoch: int) -> float:
@@ -276,13 +286,14 @@ def backward(
     losses = torch.zeros((), device=images.device, dtype=images.dtype)
     correct = torch.zeros((), device=images.device, dtype=torch.int64)
     for number, (images_, labels_, ids_) in enumerate(parts, start=1):
+        loss_of = task.losses(images_)
         passes = list(task.passes(images_, ids_, epoch))
         for position, present in enumerate(passes, start=1):
             if isinstance(task.model, DistributedDataParallel):  # average once, after all else
                 last = number == len(parts) and position == len(passes)
                 task.model.require_backward_grad_sync = last
             logits = present()
-            loss = F.cross_entropy(logits, labels_, reduction="sum")
+            loss = loss_of(logits, labels_)
             (loss * weight).backward()
         losses += loss.detach()
         correct += (logits.argmax(1) == labels_).sum()

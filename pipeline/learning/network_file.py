@@ -4,7 +4,7 @@ from pathlib import Path
 
 import stdb
 from pipeline.data import Samples
-from pipeline.learning.networks import recipe
+from pipeline.learning.networks import described, recipe
 from pipeline.params import Params
 
 
@@ -19,6 +19,6 @@ def write_network(snn: stdb.SpikingNetwork, params: Params, train: Samples, path
         timesteps=params.stdb.timesteps,
         classes=train.classes,
         normalisation=prepared.normalisation,
-        stdb=params.stdb.model_dump(),
+        stdb=described(params.stdb),
         **resize,
     )

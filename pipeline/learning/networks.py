@@ -36,9 +36,10 @@ __all__ = [
 ]
 
 
-def described(params: NetworkParams) -> dict[str, Any]:
-    """How a network is built, for a file; what 0.1.0 did not know is there where it is chosen."""
-    optional = {n: f.default for n, f in NetworkParams.model_fields.items() if not f.is_required()}
+def described(params: NetworkParams | StdbParams) -> dict[str, Any]:
+    """A section as a file has it; what 0.1.0 did not know is there where it is chosen."""
+    fields = type(params).model_fields
+    optional = {n: f.default for n, f in fields.items() if not f.is_required()}
     return {n: v for n, v in params.model_dump().items() if n not in optional or v != optional[n]}
 
 

@@ -17,7 +17,7 @@ from pipeline.files import REPORT, SNN
 from pipeline.handed_on import read_runs
 from pipeline.params import Params
 from pipeline.reporting.paper import nearest
-from pipeline.reporting.results import Results
+from pipeline.reporting.results import CurvePoint, Results
 from pipeline.stage import Stage
 from pipeline.tracking.origin import provenance
 
@@ -29,6 +29,7 @@ overflow-x: auto; } th, td { padding: .25rem .75rem; border-bottom: 1px solid #d
 th { border-bottom: 2px solid #888; } code { font-size: .9em; }
 """
 ROWS = ("converted", "converted, scaled", "STDB")  # of the tables
+MOST_COLUMNS = 16  # steps that a table shows one by one
 
 
 def gist(params: Params, results: Results) -> str:
@@ -61,6 +62,8 @@ brackets: 95 % confidence intervals (Wilson) for the test images drawn, seeds no
 ![Accuracy against T](accuracy_by_timestep.png)
 
 One simulation gives the accuracy at every t: the output layer only accumulates.
+
+{by_timestep(results)}
 
 ## Spikes (Fig. 3)
 
@@ -162,6 +165,27 @@ def gain(results: Results) -> str:
         f"ANN, with the threshold scale ({reduced.threshold_scale:g}) that is best on "
         f"validation; STDB {back}."
     )
+
+
+def by_timestep(results: Results) -> str:
+    """Accuracy after t = 1 … T, the converted network's at the best scale and the fine-tuned one's.
+
+    Of a large T, powers of two and T itself.
+    """
+    scale, last = results.converted.reduced.threshold_scale, results.finetuned.timesteps
+    shown = [t for t in range(1, last + 1) if t & (t - 1) == 0 or t == last or last <= MOST_COLUMNS]
+    before = [row for row in results.plots.converted_accuracy if row.threshold_scale == scale]
+    rows = [
+        [name, *_accuracies(curve, shown)]
+        for name, curve in zip(ROWS[1:], (before, results.plots.finetuned_accuracy), strict=True)
+    ]
+    return markdown_table(["t", *map(str, shown)], rows)
+
+
+def _accuracies(curve: Sequence[CurvePoint], steps: Sequence[int]) -> list[str]:
+    """Those after some steps; empty where a curve has none."""
+    known = {row.timesteps: f"{row.accuracy:.2%}" for row in curve}
+    return [known.get(t, "") for t in steps]
 
 
 def fewer_spikes(results: Results) -> str:

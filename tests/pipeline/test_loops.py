@@ -17,7 +17,7 @@ from pipeline.learning.evaluation import evaluate_ann, evaluate_snn, fitting_log
 from pipeline.learning.finetuning import fitting_chunk
 from pipeline.learning.fit import order
 from pipeline.learning.networks import build_ann, load_weights, save_weights
-from pipeline.params import StdbParams
+from pipeline.params import DistilParams, StdbParams
 from tests.pipeline.support import NETWORK, PARAMS, STDB, make_files, starting, worker
 
 
@@ -231,6 +231,7 @@ UNTRACKED_BY_BALANCING = {
     "micro_batch": 2,
     "threshold_scale": 0.3,
     "logit_scale": 0.5,
+    "distil": DistilParams(weight=0.7, temperature=2),
     "dropout": 0.9,
     "seed": 7,
 }

@@ -71,7 +71,8 @@ def test_what_is_not_allowed_is_refused(tmp_path, before, after, message):
     assert message in str(caught.value)
 
 
-NEW = ("  normalisation: ", "  pooling: ", "  norm_images: ")  # keys that 0.1.0 did not have
+# keys that 0.1.0 did not have
+NEW = ("  normalisation: ", "  pooling: ", "  norm_images: ", "  distil: ")
 
 
 def test_a_file_of_0_1_0_is_read_as_it_was_meant(tmp_path):

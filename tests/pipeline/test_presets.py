@@ -74,7 +74,7 @@ def test_one_preset_after_another_leaves_nothing_of_the_first(here):
 def test_a_preset_applies_to_a_file_of_0_1_0(here):
     """Which lacks keys that presets have; they are added."""
     path = here / "params.yaml"
-    new = ("  normalisation: ", "  pooling: ", "  norm_images: ")
+    new = ("  normalisation: ", "  pooling: ", "  norm_images: ", "  distil: ")
     lines = [line for line in path.read_text().splitlines(True) if not line.startswith(new)]
     path.write_text("".join(lines))
     assert main(["vgg5-cifar10"]) == 0

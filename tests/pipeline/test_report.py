@@ -3,13 +3,15 @@
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from pipeline.params import load_params
-from pipeline.reporting.page import as_html, markdown_table, with_interval
+from pipeline.reporting.page import as_html, by_timestep, markdown_table, with_interval
 from pipeline.reporting.paper import TABLE_1, nearest
+from pipeline.reporting.results import CurvePoint
 from tests.pipeline.support import ROOT
 
 FIGURES = [
@@ -85,6 +87,46 @@ def test_every_parameter_and_where_it_comes_from_is_there(finished):
     for stage in ("prepare_data", "train_ann", "balance_thresholds", "finetune_stdb"):
         assert re.search(rf"- {stage}: \d+ s, ended \d{{4}}-", text), stage
     assert re.search(r"machine: .*cores.*torch", text)
+
+
+def curve(accuracies, scale=1.0):
+    return [
+        CurvePoint(timesteps=t, accuracy=a, threshold_scale=scale)
+        for t, a in enumerate(accuracies, start=1)
+    ]
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(3, [1, 2, 3]), (20, [1, 2, 4, 8, 16, 20])])
+def test_the_accuracy_after_every_step_is_a_table(steps, shown):
+    """Up to T, of the scale that was chosen; of a large T powers of two, and T itself."""
+    found = SimpleNamespace(
+        converted=SimpleNamespace(reduced=SimpleNamespace(threshold_scale=0.35)),
+        finetuned=SimpleNamespace(timesteps=steps),
+        plots=SimpleNamespace(
+            converted_accuracy=[
+                *curve([0.3 + t / 100 for t in range(1, 31)], 0.35),
+                *curve([0.1] * 30, 1.0),
+            ],
+            finetuned_accuracy=curve([0.6 + t / 100 for t in range(1, 31)]),
+        ),
+    )
+    head, _, before, after = by_timestep(found).splitlines()
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in (head, before, after)]
+    assert cells == [
+        ["t", *map(str, shown)],
+        ["converted, scaled", *(f"{30 + t}.00%" for t in shown)],
+        ["STDB", *(f"{60 + t}.00%" for t in shown)],
+    ]
+
+
+def test_the_accuracy_at_t_is_the_last_of_the_table(finished):
+    """As Table 1's row has it."""
+    text = (finished.root / "report/README.md").read_text()
+    table = text.partition("(accuracy_by_timestep.png)")[2].partition("##")[0]
+    (before,) = re.findall(r"\| converted, scaled \|.* ([\d.]+%) \|\n", table)
+    (after,) = re.findall(r"\| STDB \|.* ([\d.]+%) \|\n", table)
+    assert before == f"{measured(finished, 'evaluate_converted')['reduced']['accuracy']:.2%}"
+    assert after == f"{measured(finished, 'finetune_stdb')['accuracy']['test']:.2%}"
 
 
 def test_leaving_early_is_reported(finished):

@@ -9,6 +9,7 @@ import stdb
 from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
 from pipeline.data import Split
 from pipeline.learning.fit import Task, backward
+from pipeline.params import DistilParams
 from tests.pipeline.support import (
     NETWORK,
     NORMED,
@@ -71,6 +72,8 @@ def work(rank: int, world: int, files, folder) -> None:
         results[f"drawn {seed}"] = drawn
         ann = ANN.model_copy(update={"seed": seed})
         job(f"ann {seed}", train_ann.train_loop, train_ann=ann)
+    teaching = {"distil": DistilParams(weight=0.7, temperature=2), "logit_scale": "auto"}
+    job("distil", finetune_stdb.train_loop, stdb=TRAINING.model_copy(update=teaching))
     normed = ANN.model_copy(update={"norm_images": 4})
     job("norms", train_ann.train_loop, network=NORMED, train_ann=normed)
     still = normed.model_copy(update={"learning_rate": 1e-30})  # weights stay, to the last bit
@@ -236,6 +239,18 @@ def test_losses_differ_less_than_seeds(found, world, job):
         spread = max(values) - min(values)
         assert abs(loss - values[0]) < 0.5 * spread, epoch
     assert several[0] == pytest.approx(seeds[0][0], rel=1e-3)
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_teacher_teaches_as_with_one_worker(found, world):
+    """Each worker asks it about its share; the first epoch's loss is that of one worker."""
+    one, several = found[1][0]["distil"], [report["distil"] for report in found[world]]
+    loss = one["history"][0]["loss/train"]
+    assert several[0]["history"][0]["loss/train"] == pytest.approx(loss, rel=1e-3)
+    assert loss != pytest.approx(found[1][0]["finetune 0"]["history"][0]["loss/train"], rel=1e-2)
+    for report in several[1:]:
+        for name, value in several[0]["network"].items():
+            assert torch.equal(report["network"][name], value), name
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])

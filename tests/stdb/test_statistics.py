@@ -324,6 +324,111 @@ def test_what_costs_without_spikes_by_hand():
     assert statistics.energy() == pytest.approx(4.6 * multiplies + 0.9 * (accumulates + biases))
 
 
+class Part(nn.Module):
+    """A network of parts, as a function of them."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.run, self.relu = run, nn.ReLU()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def biased(i, o, kernel=3, padding=1):
+    """A convolution with a bias."""
+    return nn.Conv2d(i, o, kernel, 1, padding)
+
+
+# network → MACs once, MACs at every step, places that are added to at every step and once; of an
+# image of 1×4×4. A 3×3 convolution with padding has (3·4 − 2)² = 100 synapses for each pair of
+# channels at 4×4, (3·2 − 2)² = 16 at 2×2; the output layer, of spikes, has accumulates only.
+FIRST, OUT = 2 * 100, 3  # of conv(1, 2), and the places of the output
+CLOSED = {
+    "a bias": (
+        lambda: nn.Sequential(biased(1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)),
+        (FIRST, 0, 32, OUT),
+    ),
+    "pooled pixels": (
+        lambda: nn.Sequential(
+            nn.AvgPool2d(2), conv(1, 2), nn.ReLU(), nn.Flatten(), linear(8, 3)
+        ),
+        (2 * 16, 0, 8, 0),
+    ),
+    "a layer behind a layer": (
+        lambda: nn.Sequential(
+            biased(1, 2), nn.AvgPool2d(2), conv(2, 5), nn.ReLU(), nn.Flatten(), linear(20, 3)
+        ),
+        (FIRST + 10 * 16, 0, 20, 0),
+    ),
+    "branches": (
+        lambda: Part(
+            lambda net, x: net.out(net.relu(net.one(x) + net.two(x)).flatten(1)),
+            one=biased(1, 2), two=biased(1, 2, 1, 0), out=linear(32, 3),
+        ),
+        (FIRST + 2 * 16, 0, 32, 0),
+    ),
+    "a bias that is pooled": (
+        lambda: nn.Sequential(
+            conv(1, 2), nn.ReLU(), biased(2, 3), nn.AvgPool2d(2), nn.ReLU(), nn.Flatten(),
+            linear(12, 3),
+        ),
+        (FIRST, 0, 32 + 12, 0),
+    ),
+    "a bias that is max-pooled": (
+        lambda: nn.Sequential(
+            conv(1, 2), nn.ReLU(), biased(2, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(),
+            linear(12, 3),
+        ),
+        (FIRST, 0, 32 + 48, 0),
+    ),
+    "a bias below another layer": (
+        lambda: nn.Sequential(
+            conv(1, 2), nn.ReLU(), biased(2, 3), biased(3, 2), nn.ReLU(), nn.Flatten(),
+            linear(32, 3),
+        ),
+        (FIRST, 6 * 100, 32 + 48 + 32, 0),
+    ),
+    "pixels to neurons": (
+        lambda: nn.Sequential(nn.ReLU(), nn.Flatten(), linear(16, 5), nn.Linear(5, 3)),
+        (5 * 3, 0, 16, OUT),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLOSED)
+def test_energy_in_closed_form(case):
+    """4.6 pJ a multiply-accumulate, 0.9 pJ an accumulate: what a direct input computes once."""
+    make, (once, always, places, last) = CLOSED[case]
+    torch.manual_seed(0)
+    snn = convert(make())
+    with stdb.record_spikes(snn) as statistics, torch.no_grad():
+        snn(torch.rand(2, 1, 4, 4), 7)
+    spikes = statistics.synaptic_operations()
+    del spikes["input"]
+    expected = 4.6 * (once + 7 * always) + 0.9 * (sum(spikes.values()) + 7 * places + last)
+    assert statistics.energy() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("case", ["a bias", "branches", "pooled pixels"])
+def test_energy_of_other_inputs_in_closed_form(case):
+    """Of spikes only biases are added; a changing analogue input multiplies at every step."""
+    make, (multiplied, _, places, last) = CLOSED[case]
+    added = 0 if case == "pooled pixels" else places
+    for encoder, factor in ((stdb.PoissonEncoder(), 0), (Noise(), 7)):
+        snn = convert(make(), encoder)
+        with stdb.record_spikes(snn) as statistics, torch.no_grad():
+            snn(torch.rand(2, 1, 4, 4), 7)
+        spikes = statistics.synaptic_operations()
+        if factor:
+            del spikes["input"]
+        adds = sum(spikes.values()) + 7 * added + last
+        expected = 4.6 * factor * multiplied + 0.9 * adds
+        assert statistics.energy() == pytest.approx(expected, rel=1e-12)
+
+
 def test_an_anns_energy_counts_each_of_its_synapses():
     """Also behind a sum and behind another layer; the unit of the shortcut is one, too."""
     synapses = 4 * 3 + 3 * 3 + 3 + 3 + 3 * 6 + 6 * 2
