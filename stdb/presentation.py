@@ -145,10 +145,8 @@ class Presentation:
         self.real = next(network.parameters()).dtype
         self.t = 0
         self.logits: Tensor | None = None
-        self.sites = [
-            _Site(network.module(i), network.precision, limit)
-            for i, limit in enumerate(network.density_limits())
-        ]
+        limits = network.density_limits()
+        self.sites = [_Site(network.module(i), network.precision, n) for i, n in enumerate(limits)]
         self.constants = ConstantValues(graph, network.encoder, self.sites, images)
         self.membrane: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
