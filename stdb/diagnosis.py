@@ -37,8 +37,8 @@ class LayerDiagnosis:
         layer: its name.
         threshold: V.
         rate: spikes per neuron and step.
-        correlation: Pearson's, of the ANN's activations with the spike counts, over images and
-            neurons; 0 where either is constant.
+        correlation: Pearson's, of the ANN's activations with the spike counts, times A where each
+            channel has its own, over images and neurons; 0 where either is constant.
         dead: share of the neurons that spiked for no image.
         saturated: share of (image, neuron) that spiked in nearly every step.
         residual: mean of max(U_T − V·O_T, 0) / V: spikes' worth of potential that T steps left
@@ -84,18 +84,28 @@ class _Sums:
     """What has been seen of one layer: sums over images and neurons, in float64."""
 
     def __init__(self) -> None:
-        self.count, self.sums = 0, torch.zeros(5, dtype=torch.float64)
+        self.count, self.sums = 0, torch.zeros(6, dtype=torch.float64)
         self.map: Tensor | None = None
         self.saturated, self.residual = 0, 0.0
 
-    def add(self, activation: Tensor, counts: Tensor, potential: Tensor, steps: int) -> None:
-        """A batch, each (B, …); ``potential`` is U_T / V − O_T."""
-        x, y = activation.double(), counts.double()
-        parts = (x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum())
+    def add(
+        self,
+        activation: Tensor,
+        counts: Tensor,
+        potential: Tensor,
+        steps: int,
+        amplitude: Tensor | None,
+    ) -> None:
+        """A batch, each (B, C, …); ``potential`` is U_T / V − O_T, ``amplitude`` (C,) or None."""
+        spikes = counts.double()
+        x, y = activation.double(), spikes
+        if amplitude is not None:
+            y = spikes * amplitude.double().view(-1, *[1] * (spikes.dim() - 2))
+        parts = (x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum(), spikes.sum())
         self.sums += torch.stack(parts).cpu()
-        total = y.sum(0)
+        total = spikes.sum(0)
         self.map = total if self.map is None else self.map + total
-        self.saturated += int((y >= NEARLY_EVERY * steps).sum())
+        self.saturated += int((spikes >= NEARLY_EVERY * steps).sum())
         self.residual += float(potential.clamp(min=0).double().sum())
         self.count += x.numel()
 
@@ -103,12 +113,12 @@ class _Sums:
         """The layer's diagnosis."""
         assert self.map is not None
         n = self.count
-        x, y, xx, yy, xy = self.sums.tolist()
+        x, y, xx, yy, xy, spikes = self.sums.tolist()
         spread = (n * xx - x * x) * (n * yy - y * y)
         return LayerDiagnosis(
             layer,
             threshold,
-            rate=y / n / steps,
+            rate=spikes / n / steps,
             correlation=(n * xy - x * y) / spread**0.5 if spread > 0 else 0.0,
             dead=float((self.map == 0).double().mean()),
             saturated=self.saturated / n,
@@ -178,7 +188,8 @@ def diagnose(
                 membrane = from_matrix(presentation.membrane[i][None], shape)[0]
                 potential = membrane / presentation.threshold[i]
                 potential = potential - (potential > 1).to(potential.dtype)
-                sums[label].add(values[label], counts[label], potential, timesteps)
+                amplitude = snn.neurons[label].amplitude
+                sums[label].add(values[label], counts[label], potential, timesteps, amplitude)
     finally:
         snn.observers.remove(count)
         snn.train(was_training)

@@ -80,6 +80,26 @@ def test_an_exact_conversion_correlates_fully():
     assert row.hint == ""
 
 
+def test_channels_that_stand_for_different_amounts_are_weighed():
+    """Spikes of a channel of A = 100 say more than those of one of A = 1; all neurons count."""
+    torch.manual_seed(0)
+    ann = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(108, 2),
+    )  # fmt: skip
+    with torch.no_grad():
+        ann[0].weight.mul_(torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1, 1))
+    snn, images = stdb.convert(ann, stdb.DirectEncoder()), torch.rand(8, 1, 8, 8)
+    stdb.balance_thresholds(snn, images, 256, method="mse", per="channel")
+    assert snn.neurons["0"].amplitude.max() > 10 * snn.neurons["0"].amplitude.min()
+    first, second = stdb.diagnose(ann, snn, images, 256)
+    assert first.correlation > 0.999
+    assert second.correlation > 0.99
+    with torch.no_grad(), stdb.record_spikes(snn) as statistics:
+        snn(images, 256)
+    assert first.rate == pytest.approx(statistics.spikes_per_neuron()["0"] / 256)
+
+
 def test_a_layer_that_is_silenced_is_named(converted):
     """Its threshold is out of reach: it is dead, and what helps is said in words."""
     ann, snn, images = converted
