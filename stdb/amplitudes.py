@@ -205,7 +205,7 @@ def squared_errors(rows: Tensor, candidates: Tensor, timesteps: int, share: floa
 
 def _squared_errors(rows: Tensor, candidates: Tensor, timesteps: int, share: float) -> Tensor:
     """The same of so many as are sorted at once."""
-    ordered = rows.sort(1).values.double()
+    ordered = rows.contiguous().sort(1).values.double()
     count = ordered.shape[1]
     sums = torch.nn.functional.pad(ordered.flip(1).cumsum(1).flip(1), (0, 1))  # of a[n] and above
     squares = (ordered * ordered).sum(1)

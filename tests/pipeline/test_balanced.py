@@ -75,7 +75,7 @@ def balanced_here(files) -> stdb.SpikingNetwork:
     train = files[1]["train"]
     chosen = train.take(torch.randperm(len(train), generator=generator)[:20])
     images = chosen.pixels()
-    stdb.balance_thresholds(snn, images, 10, sample_ids=chosen.ids)
+    stdb.balance_thresholds(snn, images, 10, method="maximum", sample_ids=chosen.ids)
     return snn
 
 
