@@ -13,6 +13,7 @@ from pipeline.errors import ParamsError
 from pipeline.learning.published import PREFIX, unknown
 from pipeline.typed import Section, load, one_of, shown
 from stdb import (
+    ACTIVATIONS,
     ARCHITECTURES,
     ENCODERS,
     NORMALISATIONS,
@@ -144,6 +145,12 @@ class NetworkParams(Section):
     or a batch norm, which the conversion folds into the weights."""
     pooling: Literal["average", "max"] = "average"
     """The pooling of a name of ``stdb.ARCHITECTURES``; the paper's is the average."""
+    activation: Annotated[str, AfterValidator(one_of(ACTIVATIONS))] = "relu"
+    """The activation of a name of ``stdb.ARCHITECTURES``: ``relu``, the paper's, or for few steps
+    one whose bound A learns, one for each layer: ``clip``, y = clamp(x, 0, A), or ``qcfs``, the
+    same in as many steps as ``levels`` says."""
+    levels: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """L of ``qcfs``, 1 to 65536: 4 for T of 1 to 4, 8 for T from 8 on; None for the others."""
 
     @model_validator(mode="after")
     def _known(self) -> "NetworkParams":
@@ -158,6 +165,23 @@ class NetworkParams(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _levels_are_of_qcfs(self) -> "NetworkParams":
+        if self.activation == "qcfs" and self.levels is None:
+            raise ValueError("levels is null with activation: qcfs; allowed: 1 to 65536")
+        if self.activation != "qcfs" and self.levels is not None:
+            raise ValueError(
+                f"levels is {self.levels} with activation: {self.activation}; allowed: null, or "
+                "a number with activation: qcfs"
+            )
+        if self.activation != "relu" and self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"activation is {self.activation} with architecture {shown(self.architecture)}; "
+                f"allowed: relu, or one of {', '.join(ARCHITECTURES)}; a network of your own may "
+                "hold stdb.Clip and stdb.QCFS"
+            )
+        return self
+
 
 class Schedule(Section):
     """What both trainings have in common."""
@@ -167,9 +191,13 @@ class Schedule(Section):
     batch_size: BatchSize
     """Images per optimiser step, over all workers together."""
     learning_rate: Positive
-    """Learning rate of the first epoch, above 0."""
+    """Learning rate of the first epoch, above 0; the largest one of other schedules."""
     weight_decay: NonNegative
     """L2 coefficient, 0 or more."""
+    schedule: Literal["milestones", "onecycle", "cosine"] = "milestones"
+    """How the learning rate goes on: divided at milestones, the paper's way; up and down along
+    cosines, ``onecycle``; or down to 0 along a cosine, behind a rise over a twentieth of the steps.
+    With one of the latter two, train_ann leaves batch norms out of the weight decay."""
     milestones: Annotated[list[Share], Field(max_length=1000)]
     """Fractions of the epochs after which the learning rate is divided."""
     decay: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)]
@@ -190,9 +218,21 @@ class TrainAnnParams(Schedule):
     """Precision of convolutions and matrix products; TF32 is a GPU's."""
     momentum: Rate
     """Momentum of SGD, in [0, 1)."""
+    nesterov: bool = False
+    """Whether the momentum is Nesterov's, which looks ahead."""
+    label_smoothing: Rate = 0.0
+    """Share of a label that all classes have in equal parts, in [0, 1)."""
+    cutout: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Side in pixels of a square of every image that is made grey, by (seed, epoch, sample)."""
     norm_images: Annotated[int, Field(ge=2, le=65536)] = 32
     """Number of images, about, that a batch norm takes its statistics of: a batch is divided into
     groups of so many, which go whole to a worker. Nothing to networks without batch norm."""
+
+    @model_validator(mode="after")
+    def _looks_ahead_of_something(self) -> "TrainAnnParams":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov is true with momentum: 0; allowed: false, or a momentum")
+        return self
 
 
 class BalanceThresholdsParams(Section):
