@@ -14,6 +14,7 @@ Out: models/ann.safetensors, metrics/train_ann.json, plots/train_ann.csv.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning import published
 from pipeline.learning.checks import check_norms, check_randomness
+from pipeline.learning.compiling import compiled
 from pipeline.learning.dropout import SampleDropout
 from pipeline.learning.evaluation import evaluate_ann
 from pipeline.learning.fit import Task, fit, order
@@ -80,7 +82,7 @@ def train_loop(worker: Worker) -> None:
     train, validation, test = (worker.split(name) for name in ("train", "validation", "test"))
     torch.manual_seed(params.seed)
     ann = build_ann(worker.params.network, train).to(worker.device)
-    use_threads(worker, ann, train, params.batch_size)
+    work = use_threads(worker, ann, train, params.batch_size)
     ann.to(memory_format=torch.channels_last)  # faster convolutions, on a CPU by a sixth
     other = None  # number of classes, of a file for others
     if params.weights is not None:
@@ -97,21 +99,33 @@ def train_loop(worker: Worker) -> None:
     else:
         if params.weights is None:
             start_bounds(worker, ann, train)
-        state = train_ann(worker, ann, train, validation)
+        with compiled(worker, ann, train, work) as fast:
+            state = train_ann(worker, ann, train, validation, fast)
         ann.load_state_dict(state["best_network"])
     state["test"] = evaluate_ann(worker, ann, test, params.batch_size)
     worker.checkpoint(state)
 
 
-def train_ann(worker: Worker, ann: nn.Module, train: Samples, validation: Samples) -> State:
-    """SGD with momentum on the training split; the state of :func:`fit`."""
+def train_ann(
+    worker: Worker, ann: nn.Module, train: Samples, validation: Samples, fast: bool = False
+) -> State:
+    """SGD with momentum on the training split; the state of :func:`fit`.
+
+    Args:
+        worker: that this process is.
+        ann: the network.
+        train: the images to learn from.
+        validation: the images that choose the epoch.
+        fast: the network is compiled, and has no dropout.
+    """
     params = worker.params.train_ann
     model = worker.data_parallel(ann)
 
     def present(images: Tensor, keys: Tensor) -> Tensor:
         lowered = params.precision == "bf16"
         lower = torch.autocast(worker.device.type, torch.bfloat16, enabled=lowered)
-        with lower, SampleDropout(params.seed, keys):
+        dropout = nullcontext() if fast else SampleDropout(params.seed, keys)
+        with lower, dropout:
             logits: Tensor = model(images.contiguous(memory_format=torch.channels_last))
             return logits.float()
 

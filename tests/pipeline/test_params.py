@@ -65,6 +65,7 @@ def test_the_defaults_are_valid_and_complete():
             "train_ann.schedule is 'step'; allowed: 'mile",
         ),
         ("label_smoothing: 0.0", "label_smoothing: 1", "train_ann.label_smoothing is 1; allowed: "),
+        ("compile: auto", "compile: fast", "train_ann.compile is 'fast'; allowed: true, false or"),
         ("cutout: 0 ", "cutout: -1 ", "train_ann.cutout is -1; allowed: greater than or equal to"),
         ("norm_images: 32", "norm_images: 1", "train_ann.norm_images is 1; allowed: greater than"),
         ("width: 0.25", "width: 0", "network.width is 0; allowed: greater than 0"),
@@ -102,7 +103,7 @@ NEW = [  # keys that 0.1.0 did not have
     f"  {key}: "
     for key in (
         *("normalisation", "pooling", "activation", "levels", "norm_images", "schedule"),
-        *("nesterov", "label_smoothing", "cutout"),
+        *("nesterov", "label_smoothing", "cutout", "compile"),
     )
 ]
 
