@@ -52,9 +52,24 @@ def compiled(worker: Worker, ann: nn.Module, train: Samples, work: float) -> Ite
     worker.say("the training is compiled, which takes a minute or two at its first step")
     plain = ann.forward
     fast = torch.compile(plain, dynamic=False)
+    works: bool | None = None  # not tried yet
 
     def forward(images: Tensor) -> Tensor:
-        logits: Tensor = fast(images) if ann.training else plain(images)
+        nonlocal works
+        logits: Tensor
+        if ann.training and works is not False:
+            try:
+                logits = fast(images)
+            except Exception as error:
+                if works:
+                    raise
+                works = False
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                worker.say(f"the training is not compiled: torch.compile failed: {said}")
+            else:
+                works = True
+                return logits
+        logits = plain(images)
         return logits
 
     ann.forward = forward

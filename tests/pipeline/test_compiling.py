@@ -115,6 +115,25 @@ def test_only_steps_are_compiled(files, calls):
         assert torch.equal(worker.states[-1]["network"][name], value), name
 
 
+def test_a_compiler_that_fails_is_said_and_the_training_goes_on(files, monkeypatch, capsys):
+    """Once; as if it had not been asked for."""
+
+    def failing(function, **settings):
+        def fast(images):
+            raise RuntimeError("g++: fatal error\nmuch more")
+
+        return fast
+
+    monkeypatch.setattr(torch, "compile", failing)
+    worker, plain = worker_of(files, compile=True), worker_of(files, compile=False)
+    train_ann.train_loop(worker)
+    said = capsys.readouterr().out
+    assert said.count("is not compiled: torch.compile failed: g++: fatal error\n") == 1
+    train_ann.train_loop(plain)
+    for name, value in plain.states[-1]["network"].items():
+        assert torch.equal(worker.states[-1]["network"][name], value), name
+
+
 @pytest.mark.slow
 def test_an_interrupted_compiled_training_ends_as_a_whole_one(files):
     """Bit for bit; and to rounding, of which a level makes a step, as one that is not compiled."""
