@@ -4,6 +4,7 @@
 
 A worker gets whole batches, so that products round alike and thresholds are the same, whatever the
 number of workers: a threshold that differs in its last digit would change spikes above it.
+With ``method: learned`` V is the bound that the layer's activation was trained with, and U_0 = V/2.
 Out: models/thresholds.json, layer by layer the largest weighted input, unscaled, and
 models/balanced.safetensors: of a network with biases or batch norm all of it, of others nothing.
 """
@@ -49,6 +50,14 @@ def balance_loop(worker: Worker) -> None:
     load_weights(ann, worker.path(ANN))
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
     snn = build_snn(ann, worker.params.stdb, params.seed, train).to(worker.device)
+    method = params.method
+    if method == "auto":
+        method = "maximum" if params.percentile == 100 else "percentile"
+    if method == "learned" and not snn.has_units:
+        raise StageError(
+            "balance_thresholds.method is learned, of a network without biases or batch norm; "
+            "allowed: maximum, percentile, or network.normalisation: batch"
+        )
     in_blocks = params.residual_blocks or snn.has_units  # V = 1 there is the paper's, §4.2
     generator = torch.Generator().manual_seed(params.seed)
     chosen = torch.randperm(len(train), generator=generator)[: params.images]
@@ -60,14 +69,15 @@ def balance_loop(worker: Worker) -> None:
             share.pixels(),
             params.timesteps,
             batch_size=params.batch_size,
-            method="maximum" if params.percentile == 100 else "percentile",
+            method=method,
+            bias_correction=False,
             percentile=params.percentile,
             residual_blocks=in_blocks,
             sample_ids=share.ids,
             reduce=worker.all_reduce,
             progress=lambda layer, threshold: worker.say(f"{layer:24} V = {threshold:.4f}"),
         )
-    except ValueError as error:  # of a layer that is dead or has diverged
+    except ValueError as error:  # of a layer that is dead, has diverged or has no bound
         raise StageError(str(error)) from error
     kept = [] if in_blocks else sorted(stdb.residual_layers(snn))
     found = {"thresholds": thresholds, "kept": kept, "balanced": balanced_state(snn)}

@@ -18,14 +18,14 @@ from torch import nn
 
 import stdb
 from pipeline.data import Samples, load_split, subset
-from pipeline.files import DATA, METRICS, PLOTS, SNN, write_csv, write_json, writing
+from pipeline.files import ANN, DATA, METRICS, PLOTS, SNN, write_csv, write_json, writing
 from pipeline.handed_on import read_conversion
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import Evaluation, collapse, diagnose, evaluate_snn, longest
 from pipeline.learning.finetuning import BATCH, fine_tune
 from pipeline.learning.network_file import write_network
-from pipeline.learning.networks import build_ann, load_converted
+from pipeline.learning.networks import build_ann, load_converted, load_weights
 from pipeline.params import DataParams, StdbParams
 from pipeline.stage import Stage, stage_command
 from pipeline.tracking.messages import About
@@ -141,8 +141,12 @@ def learned_ann(worker: Worker, snn: stdb.SpikingNetwork, train: Samples) -> nn.
         twin.set_thresholds(dict.fromkeys(twin.thresholds, 1.0))
         return twin
     ann = build_ann(worker.params.network, train)
-    learned = snn.net.state_dict()
-    ann.load_state_dict({name: learned[name] for name in ann.state_dict()})
+    layers = ann.named_modules()
+    bounds = {f"{name}.bound" for name, module in layers if isinstance(module, stdb.Clip)}
+    if bounds and not worker.params.stdb.from_scratch:
+        load_weights(ann, worker.path(ANN))  # the neurons have none that learn
+    own, learned = ann.state_dict(), snn.net.state_dict()
+    ann.load_state_dict({n: own[n] if n in bounds else learned[n] for n in own})
     return ann
 
 

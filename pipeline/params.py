@@ -7,12 +7,26 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.data.images import LARGEST, Preparation, Size
+from pipeline.data.images import LARGEST, Preparation, Size, known_pixels
 from pipeline.data.sources import NEEDS_PATH, SOURCES, path_is_missing
 from pipeline.errors import ParamsError
 from pipeline.learning.published import PREFIX, unknown
-from pipeline.typed import Section, load, one_of, shown
+from pipeline.typed import (
+    BatchSize,
+    Count,
+    NonNegative,
+    Pixels,
+    Positive,
+    Rate,
+    Section,
+    Share,
+    Steps,
+    load,
+    one_of,
+    shown,
+)
 from stdb import (
+    ACTIVATIONS,
     ARCHITECTURES,
     ENCODERS,
     EVENTS,
@@ -26,34 +40,10 @@ __all__ = ["Params", "ParamsError", "load_params"]
 
 PARAMS_FILE = Path("params.yaml")
 
-MOST_STEPS = 32767  # T of a presentation: spike times are 16 bits
-
-Pixels = Annotated[int, Field(ge=1, le=4096)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-BatchSize = Annotated[int, Field(ge=1, le=65536)]
-Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
-Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal["auto", "float32", "tf32", "bf16"]
 Workers = Annotated[int, Field(ge=1, le=10_000)]
 Range = Annotated[list[Workers], Field(min_length=2, max_length=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-def known_pixels(value: Any) -> Any:
-    """A pydantic validator: a name of ``stdb.NORMALISATIONS``, mean and std by channel, or None."""
-    name = isinstance(value, str) and value in NORMALISATIONS
-    numbers = isinstance(value, dict) and set(value) == {"mean", "std"} and value["mean"]
-    if not (value is None or name or numbers):
-        names = ", ".join(NORMALISATIONS)
-        raise PydanticCustomError(
-            "normalise", "null, {names}, or {mean: …, std: …} with a list each", {"names": names}
-        )
-    if numbers:
-        Normalisation(**value)  # refuses numbers that no channel has
-    return value
 
 
 class DataParams(Section):
@@ -145,6 +135,12 @@ class NetworkParams(Section):
     or a batch norm, which the conversion folds into the weights."""
     pooling: Literal["average", "max"] = "average"
     """The pooling of a name of ``stdb.ARCHITECTURES``; the paper's is the average."""
+    activation: Annotated[str, AfterValidator(one_of(ACTIVATIONS))] = "relu"
+    """The activation of a name of ``stdb.ARCHITECTURES``: ``relu``, the paper's, or for few steps
+    one whose bound A learns, one for each layer: ``clip``, y = clamp(x, 0, A), or ``qcfs``, the
+    same in as many steps as ``levels`` says."""
+    levels: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """L of ``qcfs``, 1 to 65536: 4 for T of 1 to 4, 8 for T from 8 on; None for the others."""
 
     @model_validator(mode="after")
     def _known(self) -> "NetworkParams":
@@ -159,6 +155,23 @@ class NetworkParams(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _levels_are_of_qcfs(self) -> "NetworkParams":
+        if self.activation == "qcfs" and self.levels is None:
+            raise ValueError("levels is null with activation: qcfs; allowed: 1 to 65536")
+        if self.activation != "qcfs" and self.levels is not None:
+            raise ValueError(
+                f"levels is {self.levels} with activation: {self.activation}; allowed: null, or "
+                "a number with activation: qcfs"
+            )
+        if self.activation != "relu" and self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"activation is {self.activation} with architecture {shown(self.architecture)}; "
+                f"allowed: relu, or one of {', '.join(ARCHITECTURES)}; a network of your own may "
+                "hold stdb.Clip and stdb.QCFS"
+            )
+        return self
+
 
 class Schedule(Section):
     """What both trainings have in common."""
@@ -168,9 +181,13 @@ class Schedule(Section):
     batch_size: BatchSize
     """Images per optimiser step, over all workers together."""
     learning_rate: Positive
-    """Learning rate of the first epoch, above 0."""
+    """Learning rate of the first epoch, above 0; the largest one of other schedules."""
     weight_decay: NonNegative
     """L2 coefficient, 0 or more."""
+    schedule: Literal["milestones", "onecycle", "cosine"] = "milestones"
+    """How the learning rate goes on: divided at milestones, the paper's way; up and down along
+    cosines, ``onecycle``; or down to 0 along a cosine, behind a rise over a twentieth of the steps.
+    With one of the latter two, train_ann leaves batch norms out of the weight decay."""
     milestones: Annotated[list[Share], Field(max_length=1000)]
     """Fractions of the epochs after which the learning rate is divided."""
     decay: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)]
@@ -188,17 +205,31 @@ class TrainAnnParams(Schedule):
     """A weights file that stands in for the training. Of a ``torchvision:`` network with another
     number of classes it is where the training begins, with an output layer of its own."""
     precision: Precision = "auto"
-    """Precision of convolutions and matrix products; TF32 is a GPU's. auto: bf16 where the CPU or
-    GPU has it in hardware, as the job's first worker finds; a job that goes on keeps it."""
+    """Precision of products; TF32 is a GPU's. auto: bf16 where the job's device has it."""
     momentum: Rate
     """Momentum of SGD, in [0, 1)."""
+    nesterov: bool = False
+    """Whether the momentum is Nesterov's, which looks ahead."""
+    label_smoothing: Rate = 0.0
+    """Share of a label that all classes have in equal parts, in [0, 1)."""
+    cutout: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Side in pixels of a square of every image that is made grey, by (seed, epoch, sample)."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether training steps are compiled by torch.compile; auto: on a CPU with a C++ compiler,
+    of a long training of a network whose activations have bounds, where it halves the time."""
     norm_images: Annotated[int, Field(ge=2, le=65536)] = 32
     """Number of images, about, that a batch norm takes its statistics of: a batch is divided into
     groups of so many, which go whole to a worker. Nothing to networks without batch norm."""
 
+    @model_validator(mode="after")
+    def _looks_ahead_of_something(self) -> "TrainAnnParams":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov is true with momentum: 0; allowed: false, or a momentum")
+        return self
+
 
 class BalanceThresholdsParams(Section):
-    """Algorithm 1."""
+    """Algorithm 1, or the bounds that the ANN's activations were trained with."""
 
     timesteps: Steps
     """Time steps T of the calibration."""
@@ -206,6 +237,9 @@ class BalanceThresholdsParams(Section):
     """Number of calibration images, from the training split."""
     batch_size: BatchSize
     """Number of images that are presented at once."""
+    method: Literal["auto", "maximum", "percentile", "learned"] = "auto"
+    """What V is: the largest weighted input, a percentile of them, or the bound of the layer's
+    activation, with U_0 = V/2; auto: the first or second, as ``percentile`` says."""
     percentile: Annotated[float, Field(gt=0, le=100)]
     """V is this percentile of a layer's weighted inputs; 100, the paper's way, is the maximum."""
     residual_blocks: bool
@@ -266,10 +300,9 @@ class StdbParams(Schedule):
     learn_leaks: bool
     """Whether λ of every layer learns too (DIET-SNN)."""
     precision: Precision = "auto"
-    """Precision of convolutions and matrix products; membranes stay float32. As train_ann's."""
+    """Precision of products, as train_ann's; membranes stay float32."""
     events: Annotated[str, AfterValidator(one_of(("auto", *EVENTS)))] = "auto"
-    """The CPU whose measured densities decide where a product takes events and where the dense
-    form, which changes results in their last bits; auto: the job's first worker's."""
+    """CPU whose measured densities decide between events and dense products; auto: this one's."""
     from_scratch: bool
     """Whether random weights replace the ANN's: the baseline of Appendix B."""
     truncate: Count | None
@@ -279,9 +312,8 @@ class StdbParams(Schedule):
     threshold_scale: Positive | None
     """V ← scale · V_balanced; None takes what evaluate_converted found."""
     logit_scale: Positive | Literal["auto"]
-    """The output layer's weights are multiplied by it before the fine-tuning, which changes no
-    decision; 1: the paper's; auto: so that softmax(U_T) is as sure as it is right on validation,
-    and 1 with ``distil``."""
+    """Factor of the output layer's weights before the fine-tuning, which changes no decision; 1:
+    the paper's; auto: so that softmax(U_T) is as sure as right on validation, or 1 with distil."""
     distil: Annotated[DistilParams | None, BeforeValidator(known_teacher)] = None
     """{weight: 0.7, temperature: 2}: the loss is that of U_t/t, and the trained ANN is a teacher
     beside the labels; None: the labels alone, the paper's way."""

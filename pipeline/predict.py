@@ -25,7 +25,7 @@ import stdb
 from pipeline.command import command, parser
 from pipeline.data import DataError, Preparation, Size, read_image
 from pipeline.files import SNN, writing
-from pipeline.params import MOST_STEPS
+from pipeline.typed import MOST_STEPS
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 60  # of the line of bars

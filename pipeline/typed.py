@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from pipeline import reading
@@ -12,6 +12,16 @@ from pipeline.errors import ParamsError, StageError
 
 LONGEST = 400  # characters of the problems that a message names
 WIDEST = 80  # characters of a value in a message
+MOST_STEPS = 32767  # T of a presentation: spike times are 16 bits
+
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+BatchSize = Annotated[int, Field(ge=1, le=65536)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):

@@ -13,6 +13,7 @@ import os
 # it when it makes its first tensor; whoever has set it is left alone.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from .activations import ACTIVATIONS, QCFS, Clip, start_bounds
 from .architectures import ARCHITECTURES, ResidualBlock, build, build_network
 from .balancing import balance_thresholds, residual_layers
 from .calibration import logit_scale, scaled_losses
@@ -40,13 +41,16 @@ from .surrogate import STDB, SURROGATES, Exponential, Linear, Rectangle, Surroga
 from .traced import Rewrite
 
 __all__ = [
+    "ACTIVATIONS",
     "ARCHITECTURES",
     "ENCODERS",
     "EVENTS",
     "NORMALISATIONS",
+    "QCFS",
     "STDB",
     "SURROGATES",
     "AuthorsNetwork",
+    "Clip",
     "ConversionError",
     "Decision",
     "DirectEncoder",
@@ -95,6 +99,7 @@ __all__ = [
     "save",
     "scaled_losses",
     "simulate_neuron",
+    "start_bounds",
     "to_nir",
     "training_memory",
     "uniform",

@@ -3,17 +3,21 @@
 Every convolution is 3×3 with padding 1; no layer has a bias. An integer in a table is a convolution
 of that many channels followed by ReLU and dropout; ``A`` is 2×2 average pooling in the place of the
 dropout before it (paper §4.1, §4.2), ``R`` a basic block of as many channels as there are. Batch
-norm behind every convolution and max-pooling in the place of the average are options, which the
-paper does without.
+norm behind every convolution, max-pooling in the place of the average and activations with a bound
+that learns are options, which the paper does without.
 """
 
 import importlib
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+from .activations import activation_of
 
 A, R = "A", "R"
 VGG: dict[str, list[int | str]] = {
@@ -44,7 +48,8 @@ class ResidualBlock(nn.Module):
     """Basic block: conv–ReLU–dropout–conv, plus the shortcut, then ReLU (paper Fig. 2c).
 
     The shortcut is the identity, or a 1×1 projection where the shape changes. With ``normalised`` a
-    batch norm follows every convolution. (N, in, H, W) → (N, planes, H/stride, W/stride).
+    batch norm follows every convolution; ``activation`` makes what stands for ReLU.
+    (N, in, H, W) → (N, planes, H/stride, W/stride).
     """
 
     def __init__(
@@ -54,11 +59,12 @@ class ResidualBlock(nn.Module):
         stride: int = 1,
         dropout: float = 0.2,
         normalised: bool = False,
+        activation: Callable[[], nn.Module] = nn.ReLU,
     ):
         super().__init__()
         self.normalised = normalised
         self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, 1, bias=False)
-        self.relu1 = nn.ReLU()
+        self.relu1 = activation()
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
         same_shape = in_channels == planes and stride == 1
@@ -67,7 +73,7 @@ class ResidualBlock(nn.Module):
             if same_shape
             else nn.Conv2d(in_channels, planes, 1, stride, 0, bias=False)
         )
-        self.relu2 = nn.ReLU()
+        self.relu2 = activation()
         if normalised:
             self.norm1, self.norm2 = nn.BatchNorm2d(planes), nn.BatchNorm2d(planes)
             if not same_shape:
@@ -83,7 +89,7 @@ class ResidualBlock(nn.Module):
         return y
 
 
-def build(
+def build(  # noqa: PLR0913 (each with a default, by keyword)
     name: str,
     in_channels: int = 3,
     image_size: int | tuple[int, int] = 32,
@@ -95,6 +101,8 @@ def build(
     classifier_dropout: float = 0.5,
     normalisation: str = "none",
     pooling: str = "average",
+    activation: str = "relu",
+    levels: int | None = None,
 ) -> nn.Sequential:
     """Build an ANN that can be converted: (N, in_channels, image_size, image_size) → (N, classes).
 
@@ -110,6 +118,9 @@ def build(
         classifier_dropout: probability after a VGG's hidden linear layers.
         normalisation: ``none``, the paper's, or ``batch``: a batch norm behind every convolution.
         pooling: ``average``, the paper's, or ``max``; a global pooling is always an average.
+        activation: ``relu``, the paper's; ``clip`` or ``qcfs``, which are for few steps
+            (:class:`stdb.Clip`, :class:`stdb.QCFS`).
+        levels: L of ``qcfs``; None for others.
 
     Weights are drawn from torch's global generator: convolutions N(0, √(2/(k²·out))), linear
     layers N(0, 0.01) in the paper's size. A narrower linear layer gets the larger of 0.01 and
@@ -122,14 +133,16 @@ def build(
     _check_name("pooling", pooling, tuple(POOLINGS))
     normalised = normalisation == "batch"
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    body = _Body(in_channels, size, width, dropout, normalised, POOLINGS[pooling])
+    activation_of(activation, levels)  # refuses what there is not
+    neurons = partial(activation_of, activation, levels)
+    body = _Body(in_channels, size, width, dropout, normalised, POOLINGS[pooling], neurons)
     layers = body.layers
     if name in VGG:
         body.add(VGG[name] + ([A] if name == "vgg16" and min(size) >= 128 else []))
         layers["flatten"], features = nn.Flatten(), body.features
         for index in (1, 2):
             layers[f"fc{index}"] = nn.Linear(features, hidden, bias=False)
-            layers[f"fc{index}_relu"] = nn.ReLU()
+            layers[f"fc{index}_relu"] = neurons()
             layers[f"fc{index}_drop"] = nn.Dropout(classifier_dropout)
             features = hidden
     elif name in RESNET or name in RESIDUAL:
@@ -212,6 +225,7 @@ class _Body:
         dropout: probability after convolutions.
         normalised: whether a batch norm follows every convolution.
         pool: the kind of pooling.
+        neurons: makes what stands for ReLU.
         layers: by name.
         convolutions: how many there are, outside of blocks.
         blocks: how many ``R`` of a table there are.
@@ -223,6 +237,7 @@ class _Body:
     dropout: float
     normalised: bool
     pool: type[nn.Module]
+    neurons: Callable[[], nn.Module]
     layers: OrderedDict[str, nn.Module] = field(default_factory=OrderedDict)
     convolutions: int = 0
     blocks: int = 0
@@ -262,12 +277,14 @@ class _Body:
         self.layers[name] = nn.Conv2d(self.channels, planes, 3, 1, 1, bias=False)
         if self.normalised:
             self.layers[f"{name}_norm"] = nn.BatchNorm2d(planes)
-        self.layers[f"{name}_relu"] = nn.ReLU()
+        self.layers[f"{name}_relu"] = self.neurons()
         self.layers[f"{name}_drop"] = nn.Dropout(self.dropout)
         self.channels = planes
 
     def _add_block(self, name: str, planes: int, stride: int) -> None:
-        block = ResidualBlock(self.channels, planes, stride, self.dropout, self.normalised)
+        block = ResidualBlock(
+            self.channels, planes, stride, self.dropout, self.normalised, self.neurons
+        )
         self.layers[name] = block
         height, width = self.size
         self.channels, self.size = planes, (-(-height // stride), -(-width // stride))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .activations import Clip
 from .graph import Node
-from .operators.table import kind_of
+from .operators.table import is_operation, kind_of
 from .rewriting import rewrite
 from .traced import ConversionError, Rewriting
 from .tracing import place, unwrapped
@@ -76,6 +77,9 @@ def activations(
 
 def _activation(node: Node, net: nn.Module, below: Sequence[Tensor]) -> Tensor:
     module: Any = None if node.path is None else net.get_submodule(node.path)
+    if isinstance(module, Clip):  # with its levels
+        y: Tensor = module(below[0])
+        return y
     if node.operator.fires:
         bound = getattr(module, "bound", getattr(module, "max_val", None))
         return below[0].clamp(min=0, max=bound)
@@ -83,7 +87,7 @@ def _activation(node: Node, net: nn.Module, below: Sequence[Tensor]) -> Tensor:
 
 
 def _recorded(net: nn.Module, images: Tensor) -> tuple[dict[tuple[str, int], Tensor], Tensor]:
-    """(path, which of its calls) → what a layer of torch gave; and what the network gave."""
+    """(path, which of its calls) → what an operation gave; and what the network gave."""
     seen: dict[tuple[str, int], Tensor] = {}
     calls: Counter[str] = Counter()
 
@@ -99,7 +103,7 @@ def _recorded(net: nn.Module, images: Tensor) -> tuple[dict[tuple[str, int], Ten
     handles = [
         module.register_forward_hook(record(path))
         for path, module in layers.items()
-        if kind_of(module).__module__.startswith("torch.nn.")
+        if is_operation(kind_of(module))
     ]
     try:
         result: Tensor = net(images)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from .activations import Clip, bound_of
 from .checking import check_rewriting
 from .encoding import Encoder, limits_of
 from .graph import Graph, Node
@@ -78,12 +79,14 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
     parameter = next(ann.parameters())
     for i in graph.neurons:
         activation = net.get_submodule(graph.nodes[i].name)
-        bound = getattr(activation, "max_val", None)  # of ReLU6 and Hardtanh
-        neuron = SpikingNeuron(1.0, leak, surrogate, temporal_gradient, bound=bound)
+        neuron = SpikingNeuron(1.0, leak, surrogate, temporal_gradient, bound=bound_of(activation))
         neuron.threshold.requires_grad_(learn_thresholds)
         neuron.leak.requires_grad_(learn_leaks)
         neuron.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
         net.set_submodule(graph.nodes[i].name, neuron)
+    for name, module in list(net.named_modules(remove_duplicate=False)):
+        if isinstance(module, Clip):  # its neurons are elsewhere, and its bound learns no more
+            net.set_submodule(name, nn.Identity())
     if limits is not None:
         change_unit(graph, net, INPUT, torch.tensor(limits, dtype=torch.float64))
     snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed, precision)

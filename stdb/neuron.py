@@ -25,7 +25,8 @@ class SpikingNeuron(nn.Module):
             literally has none).
         initial_membrane: f in [0, 1): U_0 = f·V. With ½ the floor of a spike count becomes a
             rounding.
-        bound: the largest A that the ANN's activation has, such as 6 of ReLU6; None: no bound.
+        bound: the largest A that the ANN's activation has, such as 6 of ReLU6, or the A that
+            ``Clip`` and ``QCFS`` have learned; None: no bound.
         unit: A, what a spike stands for; the weights above hold it (:mod:`stdb.units`).
         channels: C, where calibration keeps something of each channel; see :meth:`keep`.
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .activations import QCFS, Clip
 from .exported import trace_by_export
 from .graph import INPUT, Node
 from .operators import Operator
@@ -262,7 +263,7 @@ def check_module(name: str, module: nn.Module, operator: Operator) -> None:
 
 
 MODULES: dict[type[nn.Module], Rule] = {
-    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh), neurons.relu),
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, Clip, QCFS), neurons.relu),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), layers.batch_norm),
     **dict.fromkeys((nn.Softmax, nn.LogSoftmax), neurons.softmax),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d), neurons.max_pool),

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from .graph import Node
-from .operators.table import operator_for
+from .operators.table import kind_of, operator_for
 from .tracing import BATCH, place
 
 
@@ -135,7 +135,7 @@ class Rewriting:
         while name in known or hasattr(self.net, name):
             name += "_"
         self.net.add_module(name, module)
-        operator = operator_for(type(module))
+        operator = operator_for(kind_of(module))
         assert operator is not None
         return Node(name, operator, inputs, path=name)
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from .architectures import ResidualBlock
-from .operators.table import kind_of
+from .operators.table import is_operation, kind_of
 
 BATCH = 499  # images that are traced: no network's width, so it is known again in a shape
 SIZES = (32, 28, 224, 64, 8, 16, 96, 128, 48, 256, 299, *range(1, 225))  # tried in this order
@@ -38,8 +38,8 @@ def trace(net: nn.Module, example: Tensor | None = None) -> list[fx.Node]:
     """The operations of a network, in order; ``value`` of a node's ``meta`` has its shape.
 
     Args:
-        net: the network; it stays as it is. Modules of torch are operations of their own, all
-            others are traced into.
+        net: the network; it stays as it is. Modules of torch, and the activations here, are
+            operations of their own, all others are traced into.
         example: a batch of images, of which the shape counts; None tries usual sizes.
 
     Raises:
@@ -231,10 +231,10 @@ class _Tracer(fx.Tracer):
         self.running = False  # what is inside of an operation is not traced
 
     def is_leaf_module(self, module: nn.Module, _: str) -> bool:
-        """Whether what a module does is one operation: those of torch are."""
+        """Whether what a module does is one operation."""
         if isinstance(module, nn.Sequential | ResidualBlock | Entry):
             return False
-        return kind_of(module).__module__.partition(".")[0] == "torch"
+        return is_operation(kind_of(module))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

@@ -1,6 +1,6 @@
 """Data sets: where they come from, their splits, images and augmentation."""
 
-from pipeline.data.augmentation import augment
+from pipeline.data.augmentation import augment, cut_out
 from pipeline.data.images import Preparation, Size, read_image
 from pipeline.data.splits import (
     Files,
@@ -21,6 +21,7 @@ __all__ = [
     "Size",
     "Split",
     "augment",
+    "cut_out",
     "load_split",
     "read_image",
     "save_split",

@@ -1,4 +1,4 @@
-"""Augmentation: random crops and flips, a function of (seed, epoch, sample)."""
+"""Augmentation: random crops, flips and cutouts, a function of (seed, epoch, sample)."""
 
 import math
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stdb import derive, sample_keys, uniform
 
-CROP_STREAM, FLIP_STREAM = 0xC0, 0xF1
+CROP_STREAM, FLIP_STREAM, CUTOUT_STREAM = 0xC0, 0xF1, 0xCD
+GREY = 128  # of uint8: 0 to a network, by the default normalisation
 PHOTOGRAPH = 128  # pixels, from which on a network and its augmentation are ImageNet's
 AREA, ASPECT = (0.08, 1.0), 4 / 3  # of a random crop of a photograph; the ratio is 1/ASPECT to that
 
@@ -31,6 +32,30 @@ def augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
     flip = uniform(derive(keys, FLIP_STREAM), 1) < 0.5
     cropped = crop(images, keys)
     return torch.where(flip[:, :, None, None], cropped.flip(-1), cropped)
+
+
+def cut_out(images: Tensor, ids: Tensor, seed: int, epoch: int, side: int) -> Tensor:
+    """Cutout (DeVries and Taylor, 2017): a square of every image, at a random place, made grey.
+
+    Its middle is anywhere in the image, so that a part of it may lie outside. It is what
+    torchvision.transforms.v2.functional.erase does, for all images at once.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        ids: (B,) names of the samples.
+        seed: of the training.
+        epoch: of the training.
+        side: of the square, in pixels.
+    """
+    keys = derive(derive(sample_keys(ids, epoch), seed), CUTOUT_STREAM)
+    within = []
+    for length, number in zip(images.shape[-2:], uniform(keys, 2).unbind(1), strict=True):
+        first = (number * length).long()[:, None] - side // 2  # (B, 1)
+        pixel = torch.arange(length, device=images.device)  # (H,) or (W,)
+        within.append((pixel >= first) & (pixel < first + side))
+    rows, columns = within
+    square = rows[:, None, :, None] & columns[:, None, None, :]  # (B, 1, H, W)
+    return images.masked_fill(square, GREY)
 
 
 def _padded_crop(images: Tensor, keys: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import PydanticCustomError
 
 from pipeline.data.checks import shown
 from pipeline.errors import DataError
-from stdb import Normalisation, normalisation_of
+from stdb import NORMALISATIONS, Normalisation, normalisation_of
 
 Size = tuple[int, int]  # (H, W)
 
@@ -202,3 +203,17 @@ def _grey_levels(image: Any) -> np.ndarray:
     if (transparent := image.info.get("transparency")) is not None:
         levels[pixels == transparent] = 255  # the background
     return levels
+
+
+def known_pixels(value: Any) -> Any:
+    """A pydantic validator: a name of ``stdb.NORMALISATIONS``, mean and std by channel, or None."""
+    name = isinstance(value, str) and value in NORMALISATIONS
+    numbers = isinstance(value, dict) and set(value) == {"mean", "std"} and value["mean"]
+    if not (value is None or name or numbers):
+        names = ", ".join(NORMALISATIONS)
+        raise PydanticCustomError(
+            "normalise", "null, {names}, or {mean: …, std: …} with a list each", {"names": names}
+        )
+    if numbers:
+        Normalisation(**value)  # refuses numbers that no channel has
+    return value

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data import Samples, Split, augment
+from pipeline.data import Samples, Split, augment, cut_out
 from pipeline.errors import DivergenceError
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning.norms import GroupStatistics, group_sizes, has_norms
+from pipeline.learning.schedules import learning_rate
 from pipeline.params import Schedule
 
 # images (B, C, H, W), ids, epoch → a function that gives logits for each backward pass; several
@@ -35,9 +36,12 @@ Losses = Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]
 SAY_EPOCH_EVERY, SAY_STEP_EVERY = 2.0, 10.0
 
 
-def cross_entropy(_: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of images that say nothing of it themselves."""
-    return partial(F.cross_entropy, reduction="sum")
+def cross_entropy(_: Tensor, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of images that say nothing of it themselves.
+
+    ``label_smoothing`` is the share of a label that all classes have in equal parts.
+    """
+    return partial(F.cross_entropy, reduction="sum", label_smoothing=label_smoothing)
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Task:
         constrain: called after every step of the optimiser.
         norm_images: images in a group, where the network has batch norms.
         losses: gives the loss of images that are presented.
+        cutout: side of the square that is made grey in every image; 0: none.
     """
 
     network: nn.Module
@@ -67,12 +72,7 @@ class Task:
     constrain: Callable[[], None] | None = None
     norm_images: int = 32
     losses: Losses = cross_entropy
-
-
-def learning_rate(params: Schedule, epoch: int) -> float:
-    """Divided by ``decay`` at each milestone, a fraction of the epochs."""
-    passed = sum(epoch - 1 >= round(m * params.epochs) for m in params.milestones)
-    return params.learning_rate / params.decay**passed
+    cutout: int = 0
 
 
 def order(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
@@ -157,9 +157,7 @@ class _Fit:
     def _epoch(self, epoch: int) -> Row:
         """All steps of an epoch, or those that are left of it; its metrics."""
         worker, params, task = self.worker, self.params, self.task
-        rate = learning_rate(params, epoch)
-        for group in task.optimizer.param_groups:
-            group["lr"] = rate
+        rate = 0.0
         task.model.train()  # all of it: a spiking network is more than its layers
         batches = order(len(self.train), params.batch_size, params.seed, epoch)
         done = self.state.pop("step", 0)  # of an epoch that was interrupted
@@ -175,6 +173,9 @@ class _Fit:
             mine = [self.norms.share(batch) for batch in batches[done:]]
         idle = self.norms is not None and self.norms.idle
         for step, share in enumerate(self.train.stream(mine, self.device), start=done + 1):
+            rate = learning_rate(params, epoch, step, len(batches))
+            for group in task.optimizer.param_groups:
+                group["lr"] = rate
             loss, correct, norm = self._step(share, epoch, step, weight * (not idle))
             if not idle:
                 sums += torch.stack([loss.double() * len(share), correct.double()])
@@ -203,6 +204,9 @@ class _Fit:
         task = self.task
         if self.params.augment:
             images = augment(share.images, share.ids, self.params.seed, epoch)
+            share = replace(share, images=images)
+        if task.cutout:
+            images = cut_out(share.images, share.ids, self.params.seed, epoch, task.cutout)
             share = replace(share, images=images)
         task.optimizer.zero_grad(set_to_none=True)
         sizes = None if self.norms is None else self.norms.mine

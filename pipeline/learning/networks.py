@@ -92,15 +92,20 @@ def example_of(data: Samples) -> Tensor:
     return data.take(torch.arange(min(2, len(data)))).pixels()
 
 
-def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) -> None:
-    """Compute with as many threads as a network's batch is worth."""
+def use_threads(worker: Worker, ann: nn.Module, data: Samples, batch_size: int) -> float:
+    """Compute with as many threads as a network's batch is worth.
+
+    Returns:
+        Multiply-accumulates of an image.
+    """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         image = torch.zeros(1, *data.shape, device=worker.device)
         training = ann.training
         ann.eval()(image)
         ann.train(training)
-    operations = counter.get_total_flops() / 2  # a multiply-accumulate counts as two
+    operations = float(counter.get_total_flops()) / 2  # a multiply-accumulate counts as two
     worker.use_threads(operations * batch_size / worker.world)
+    return operations
 
 
 def build_snn(

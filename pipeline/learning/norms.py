@@ -42,7 +42,11 @@ class GroupStatistics:
     def __init__(self, network: nn.Module, worker: Worker, sizes: list[int]) -> None:
         self.worker, self.sizes = worker, sizes
         self.found: list[list[Found]] = []  # by each of this worker's groups
-        self.hooks = [network.register_forward_pre_hook(self._begin)]
+        self.group: list[Found] = []  # the one that is presented
+        self.hooks = [
+            network.register_forward_pre_hook(self._begin),
+            network.register_forward_hook(self._end),
+        ]
         for norm in _norms(network):
             before: dict[str, Any] = {}
             self.hooks.append(norm.register_forward_pre_hook(partial(_set_aside, before)))
@@ -88,16 +92,19 @@ class GroupStatistics:
     def _mine(self, groups: list[Any]) -> list[Any]:
         return groups[self.worker.rank :: self.worker.world] or groups[:1]
 
-    def _begin(self, network: nn.Module, _: Any) -> None:
+    def _begin(self, *_: Any) -> None:
+        self.group = []  # as short for each, so that what is compiled is so once
+
+    def _end(self, network: nn.Module, *_: Any) -> None:
         if network.training:
-            self.found.append([])
+            self.found.append(self.group)
 
     def _note(self, before: dict[str, Any], norm: Norm, *_: Any) -> None:
         """After a norm's pass: its buffers hold what it found; they become what they were."""
         if before:
             assert norm.running_mean is not None
             assert norm.running_var is not None
-            self.found[-1].append((norm, norm.running_mean, norm.running_var))
+            self.group.append((norm, norm.running_mean, norm.running_var))
             for name, value in before.items():
                 setattr(norm, name, value)
             before.clear()

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import ParamsError
-from pipeline.params import Count, NonNegative, Positive, Seed, StdbParams
-from pipeline.typed import Section, load, problems, shown
+from pipeline.params import Seed, StdbParams
+from pipeline.typed import Count, NonNegative, Positive, Section, load, problems, shown
 
 Scaled = tuple[str, Callable[[float, int], float]]
 SCALED: dict[str, Scaled] = {  # name → what it stands for, and its value from this one's and T

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..activations import QCFS, Clip
 from . import Operator
 
 
@@ -18,7 +19,10 @@ class Neuron(Operator):
     """A layer of spiking neurons (Eq. 2). It has a state, so the presentation runs it."""
 
     name = "neuron"
-    kinds: ClassVar = {nn.ReLU: (), nn.ReLU6: (), nn.Hardtanh: ("min_val", "max_val")}
+    kinds: ClassVar = {
+        **{nn.ReLU: (), nn.ReLU6: (), nn.Hardtanh: ("min_val", "max_val")},
+        **{Clip: (), QCFS: ("levels",)},
+    }
     fires = True
     lowered = True
 

@@ -3,6 +3,7 @@
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from ..activations import QCFS, Clip
 from . import Operator
 from .boundary import Input, Neuron
 from .convolution import Convolution, TransposedConvolution
@@ -50,11 +51,16 @@ BATCHES: dict[tuple[type[nn.Module], ...], int] = {  # what takes batches of so 
 COMPUTING = ("forward", "_conv_forward", "__call__")  # methods of which one makes another layer
 
 
+def is_operation(kind: type) -> bool:
+    """Whether what such a module does is one operation: torch's are, and our activations."""
+    return kind.__module__.partition(".")[0] == "torch" or kind in (Clip, QCFS)
+
+
 def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The type of module that it computes as: of a subclass that changes nothing, torch's own."""
+    """The type of module that it computes as: of a subclass that changes nothing, its base."""
     own = type_before_parametrizations(module)
     for kind in own.__mro__:
-        if kind.__module__.partition(".")[0] == "torch" and issubclass(kind, nn.Module):
+        if is_operation(kind) and issubclass(kind, nn.Module):
             same = all(getattr(own, n, None) is getattr(kind, n, None) for n in COMPUTING)
             return kind if same else own
     return own

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..activations import QCFS, Clip
 from ..graph import Node
 from ..operators.joining import Concat
 from ..operators.shaping import Dropout
@@ -53,6 +54,11 @@ def _neurons(
         raise ConversionError(
             f"{where(call)} clips to {module.min_val} and {module.max_val}; allowed: 0 and a "
             "positive number, as a rate has"
+        )
+    if isinstance(module, Clip) and not 0 < module.bound.item() < float("inf"):
+        raise ConversionError(
+            f"{where(call)} has the bound {module.bound.item():.4g}; allowed: a number above 0, "
+            "which constrain() keeps in training"
         )
     if _is_positive(rewriting, source) and type(module) is nn.ReLU:
         return source
@@ -134,7 +140,8 @@ def _pooling(rewriting: Rewriting, call: fx.Node) -> nn.MaxPool1d | nn.MaxPool2d
 
 def _is_relu(rewriting: Rewriting, call: fx.Node) -> bool:
     if call.op == "call_module":
-        return kind_of(rewriting.net.get_submodule(place(call))) in (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+        kinds = (nn.ReLU, nn.ReLU6, nn.Hardtanh, Clip, QCFS)
+        return kind_of(rewriting.net.get_submodule(place(call))) in kinds
     return call.target in RELUS
 
 

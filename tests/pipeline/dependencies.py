@@ -33,7 +33,8 @@ def imports(file: str) -> set[str]:
             module = ".".join([*base, *(node.module.split(".") if node.module else [])])
             names = [alias.name for alias in node.names]
             if module == "stdb" and not file.startswith("stdb/"):
-                found |= {f for name in names for f in files_of(getattr(stdb, name).__module__)}
+                owners = (getattr(getattr(stdb, name), "__module__", "stdb") for name in names)
+                found |= {f for owner in owners if owner != "stdb" for f in files_of(owner)}
             elif module.startswith(("stdb", "pipeline")):
                 found |= files_of(module)
                 found |= {f for name in names for f in files_of(f"{module}.{name}")}

@@ -191,6 +191,34 @@ def test_an_interrupted_fine_tuning_ends_as_a_whole_one(files):
     assert end["test"] == again.states[-1]["test"]
 
 
+def test_learned_bounds_are_handed_on(files, tmp_path):
+    """V and A are the ANN's bounds, U_0 = V/2: the levels of QCFS are spike counts at T = L."""
+    folder, parts = make_files(tmp_path)
+    network = NORMED.model_copy(update={"activation": "qcfs", "levels": 4})
+    ann = seen(network, parts["train"]).eval()
+    stdb.start_bounds(ann, [parts["train"].pixels()])
+    save_weights(ann.state_dict(), folder / ANN)
+    learned = BALANCING.model_copy(update={"method": "learned"})
+    one = worker(folder, DIRECT, network=network, balance_thresholds=learned)
+    balance_thresholds.balance_loop(one)
+    hand_on(one.states[-1], folder)
+    _, snn = load_converted(network, DIRECT, parts["train"], folder)
+    bounds = [m.bound.item() for m in ann.modules() if isinstance(m, stdb.QCFS)]
+    assert list(snn.thresholds.values()) == pytest.approx(bounds)
+    assert [neuron.unit for neuron in snn.neurons.values()] == pytest.approx(bounds)
+    assert {neuron.initial_membrane for neuron in snn.neurons.values()} == {0.5}
+
+
+def test_bounds_are_learned_with_biases_alone(files, tmp_path):
+    """Said before anything is computed, with what is allowed."""
+    plain, _ = make_files(tmp_path)
+    learned = BALANCING.model_copy(update={"method": "learned"})
+    with pytest.raises(StageError, match="without biases or batch norm; allowed: maximum, per"):
+        balance_thresholds.balance_loop(worker(plain, balance_thresholds=learned))
+    with pytest.raises(StageError, match="bound"):  # of a ReLU
+        run(files[0], balance_thresholds.balance_loop, balance_thresholds=learned)
+
+
 @pytest.mark.parametrize("content", [b"", b"text", "tensors", "another", "units", "nan"])
 def test_a_file_of_something_else_is_refused(copied, files, content):
     """The message names it, and what to do; of a stage's own making it never is."""

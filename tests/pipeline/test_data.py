@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.transforms.v2.functional import erase
 
 import pipeline.data.archives
 import pipeline.data.sources
@@ -21,6 +22,7 @@ from pipeline.data import (
     DataError,
     Files,
     augment,
+    cut_out,
     load_split,
     save_split,
     subset,
@@ -387,6 +389,36 @@ def test_augmentation_depends_on_the_sample_only():
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     windows = [padded[0, :, r : r + 8, c : c + 8] for r in range(9) for c in range(9)]
     assert any(torch.equal(whole[0], w) or torch.equal(whole[0], w.flip(-1)) for w in windows)
+
+
+@pytest.mark.parametrize("side", [1, 4, 5, 8, 30])
+def test_a_cutout_is_torchvisions_erase_at_a_place_of_the_sample(side):
+    """A grey square, its middle anywhere in the image; the same in any batch; another epoch's."""
+    images = torch.randint(0, 100, (300, 2, 9, 7), generator=torch.Generator().manual_seed(0))
+    images, ids = images.to(torch.uint8), torch.arange(300)
+    found = cut_out(images, ids, 0, 1, side)
+    assert torch.equal(cut_out(images[5:9], ids[5:9], 0, 1, side), found[5:9])
+    for before, after in zip(images, found, strict=True):
+        rows, columns = (after != before).any(0).nonzero().unbind(1)
+        square = [int(rows.min()), int(columns.min())]
+        sizes = [int(rows.max()) - square[0] + 1, int(columns.max()) - square[1] + 1]
+        wanted = erase(before, *square, *sizes, torch.tensor(128, dtype=torch.uint8))
+        assert torch.equal(after, wanted)
+        for first, size, length in zip(square, sizes, (9, 7), strict=True):
+            inside = first > 0 and first + size < length
+            assert size == side if inside else size <= side
+    if side < 9:
+        assert not torch.equal(cut_out(images, ids, 0, 2, side), found)
+        assert not torch.equal(cut_out(images, ids, 1, 1, side), found)
+
+
+def test_the_middle_of_a_cutout_is_anywhere():
+    """Each pixel as often."""
+    images = torch.zeros(6300, 1, 9, 7, dtype=torch.uint8)
+    counts = (cut_out(images, torch.arange(6300), 0, 1, 1) == 128).sum((0, 1))
+    assert int(counts.sum()) == 6300
+    assert counts.min() > 60
+    assert counts.max() < 140
 
 
 def test_photographs_are_cropped_at_any_size():

@@ -1,5 +1,6 @@
 """params.yaml: every parameter typed, documented and checked before anything starts."""
 
+import re
 from pathlib import Path
 
 import pydantic
@@ -39,6 +40,33 @@ def test_the_defaults_are_valid_and_complete():
         ("resnet12 ", "torchvision:resnet19 ", "allowed: torchvision:resnet18"),
         ("normalisation: none", "normalisation: layer", "network.normalisation is 'layer'"),
         ("pooling: average", "pooling: min", "network.pooling is 'min'; allowed: 'average' or"),
+        ("activation: relu", "activation: gelu", "network.activation is 'gelu'; allowed: 'relu', "),
+        (
+            "activation: relu",
+            "activation: qcfs",
+            "network.levels is null with activation: qcfs; allowed: 1 to 65536",
+        ),
+        (
+            "levels: null",
+            "levels: 4",
+            "network.levels is 4 with activation: relu; allowed: null, or a number with "
+            "activation: qcfs",
+        ),
+        ("levels: null", "levels: 0", "network.levels is 0; allowed: greater than or equal to 1"),
+        ("nesterov: false", "nesterov: 1", "train_ann.nesterov is 1; allowed: true, false"),
+        (
+            "momentum: 0.9\n  nesterov: false",
+            "momentum: 0\n  nesterov: true",
+            "train_ann.nesterov is true with momentum: 0; allowed: false, or a momentum",
+        ),
+        (
+            "schedule: milestones ",
+            "schedule: step ",
+            "train_ann.schedule is 'step'; allowed: 'mile",
+        ),
+        ("label_smoothing: 0.0", "label_smoothing: 1", "train_ann.label_smoothing is 1; allowed: "),
+        ("compile: auto", "compile: fast", "train_ann.compile is 'fast'; allowed: true, false or"),
+        ("cutout: 0 ", "cutout: -1 ", "train_ann.cutout is -1; allowed: greater than or equal to"),
         ("norm_images: 32", "norm_images: 1", "train_ann.norm_images is 1; allowed: greater than"),
         ("width: 0.25", "width: 0", "network.width is 0; allowed: greater than 0"),
         ("hidden: 128", "hidden: true", "network.hidden is True; allowed: integer"),
@@ -71,17 +99,33 @@ def test_what_is_not_allowed_is_refused(tmp_path, before, after, message):
     assert message in str(caught.value)
 
 
-# keys that 0.1.0 did not have
-NEW = ("  normalisation: ", "  pooling: ", "  norm_images: ", "  distil: ")
+NEW = [  # keys that 0.1.0 did not have
+    f"  {key}: "
+    for key in (
+        *("normalisation", "pooling", "activation", "levels", "norm_images", "schedule"),
+        *("nesterov", "label_smoothing", "cutout", "compile", "distil", "events", "method"),
+    )
+]
 
 
 def test_a_file_of_0_1_0_is_read_as_it_was_meant(tmp_path):
     """Without the keys that came later, which then have the paper's values."""
     path = tmp_path / "params.yaml"
-    lines = [line for line in TEXT.splitlines(True) if not line.startswith(NEW)]
-    assert len(TEXT.splitlines()) - len(lines) == len(NEW)
+    lines = [line for line in TEXT.splitlines(True) if not line.startswith(tuple(NEW))]
+    assert len(TEXT.splitlines()) - len(lines) == len(NEW) + 1  # schedule: of both trainings
     path.write_text("".join(lines))
     assert load_params(path) == load_params(ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "my_networks:small"])
+def test_activations_are_of_built_in_networks(tmp_path, name):
+    """Another network has its own, which the message says."""
+    path = tmp_path / "params.yaml"
+    text = TEXT.replace("resnet12 ", f"{name} ").replace("activation: relu", "activation: clip")
+    path.write_text(text)
+    said = f"network.activation is clip with architecture '{name}'; allowed: relu, or one of vgg5"
+    with pytest.raises(ParamsError, match=re.escape(said)):
+        load_params(path)
 
 
 def test_all_mistakes_are_said_at_once(tmp_path):

@@ -74,7 +74,17 @@ def test_one_preset_after_another_leaves_nothing_of_the_first(here):
 def test_a_preset_applies_to_a_file_of_0_1_0(here):
     """Which lacks keys that presets have; they are added."""
     path = here / "params.yaml"
-    new = ("  normalisation: ", "  pooling: ", "  norm_images: ", "  distil: ")
+    keys = (
+        "normalisation",
+        "pooling",
+        "norm_images",
+        "activation",
+        "schedule",
+        "distil",
+        "events",
+        "method",
+    )
+    new = tuple(f"  {key}: " for key in keys)
     lines = [line for line in path.read_text().splitlines(True) if not line.startswith(new)]
     path.write_text("".join(lines))
     assert main(["vgg5-cifar10"]) == 0
@@ -85,12 +95,20 @@ def test_a_preset_applies_to_a_file_of_0_1_0(here):
 
 
 def test_a_preset_takes_back_what_the_paper_does_without(here):
-    """Batch norm and max-pooling of an earlier experiment."""
+    """Batch norm and max-pooling of an earlier experiment; levels and their schedule."""
     (here / "mine.yaml").write_text("network: {normalisation: batch, pooling: max}")
     assert main(["mine.yaml"]) == 0
     assert main(["vgg5-cifar10"]) == 0
     network = load_params().network
     assert (network.normalisation, network.pooling) == ("none", "average")
+    assert main(["qcfs-resnet9-cifar10-t4"]) == 0
+    params = load_params()
+    assert (params.network.activation, params.network.levels) == ("qcfs", 4)
+    assert (params.train_ann.schedule, params.stdb.schedule) == ("onecycle", "cosine")
+    assert main(["vgg5-cifar10"]) == 0
+    params = load_params()
+    assert (params.network.activation, params.network.levels) == ("relu", None)
+    assert (params.train_ann.schedule, params.stdb.schedule) == ("milestones", "milestones")
 
 
 def test_presets_are_listed_and_an_unknown_one_is_refused(here, capsys):

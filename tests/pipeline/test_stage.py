@@ -157,6 +157,8 @@ def test_a_stage_knows_what_dvc_yaml_says(project):
         "network.classifier_dropout": 0.5,
         "network.normalisation": "none",
         "network.pooling": "average",
+        "network.activation": "relu",
+        "network.levels": None,
         "stdb.alpha": 0.3,
     }
     assert stage.inputs == {"inputs/a.txt": digest(Path("inputs/a.txt"))}

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from pipeline.data import Files, Split, augment
+from pipeline.data import Files, Split, augment, cut_out
 from pipeline.errors import DivergenceError
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.worker import Worker
 from pipeline.learning.dropout import SampleDropout
-from pipeline.learning.fit import Task, backward, fit, learning_rate, order
+from pipeline.learning.fit import Task, backward, cross_entropy, fit, order
+from pipeline.learning.schedules import learning_rate
 from pipeline.params import Schedule
 from stdb import sample_keys
 from tests.pipeline.support import PARAMS
@@ -285,6 +287,82 @@ def test_augmentation_reaches_the_training(job):
     cropped = replace(batch, images=augment(batch.images, batch.ids, 5, 1))
     assert torch.equal(seen[0], cropped.pixels())
     assert not torch.equal(seen[0], batch.pixels())
+
+
+def test_cutout_reaches_the_training_behind_crops_and_flips(job):
+    """The images are those of augment() and cut_out() for this seed and epoch."""
+    split, network, seen = images(), tiny(), []
+
+    def passes(pixels, ids, epoch):
+        seen.append(pixels)
+        yield lambda: network(pixels)
+
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    task = Task(network, network, passes, optimizer, half, cutout=3)
+    fit(job, task, split, schedule(epochs=1, augment=True, seed=5))
+    batch = split.take(order(20, 8, 5, 1)[0])
+    cropped = augment(batch.images, batch.ids, 5, 1)
+    expected = replace(batch, images=cut_out(cropped, batch.ids, 5, 1, 3))
+    assert torch.equal(seen[0], expected.pixels())
+    assert not torch.equal(expected.images, cropped)
+
+
+def test_smoothed_labels_are_what_is_learned():
+    """The loss by hand: a share of the label is spread over all classes."""
+    network, split = tiny().eval(), images(6)
+
+    def passes(pixels, ids, epoch):
+        yield lambda: network(pixels)
+
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    task = Task(
+        network,
+        network,
+        passes,
+        optimizer,
+        half,
+        losses=partial(cross_entropy, label_smoothing=0.3),
+    )
+    loss, _ = backward(task, split.pixels(), split, 1, 1 / 6)
+    found = network[1].weight.grad.clone()
+    network.zero_grad()
+    target = F.one_hot(split.labels, 3) * 0.7 + 0.3 / 3
+    expected = -(target * network(split.pixels()).log_softmax(1)).sum(1).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(found, network[1].weight.grad)
+
+
+def test_a_rate_of_every_step_reaches_the_optimiser(job, monkeypatch):
+    """And the last of an epoch its row."""
+    network = tiny()
+    optimizer = torch.optim.SGD(network.parameters(), lr=99.0)
+    used = []
+    step = optimizer.step
+    monkeypatch.setattr(
+        optimizer, "step", lambda: (used.append(optimizer.param_groups[0]["lr"]), step())
+    )
+
+    def passes(pixels, ids, epoch):
+        yield lambda: network(pixels)
+
+    params = schedule(schedule="cosine", batch_size=4)
+    state = fit(job, Task(network, network, passes, optimizer, half), images(), params)
+    expected = [learning_rate(params, e, s, 5) for e in range(1, 5) for s in range(1, 6)]
+    assert used == expected
+    assert len(set(used)) == 20
+    assert [row["learning_rate"] for row in state["history"]] == expected[4::5]
+
+
+@pytest.mark.parametrize("report", [0, 3, 7])
+def test_an_interrupted_cosine_goes_on_at_its_step(tmp_path, report):
+    """Within an epoch: the rate is the step's, whatever the optimiser was left with."""
+    params = schedule(batch_size=4, schedule="cosine")
+    whole = copy.deepcopy(train(Job(tmp_path), tiny(), params))
+    job = Job(tmp_path, checkpoint_steps=2)
+    train(job, tiny(), params)
+    job.start = [state for state in job.reports if "step" in state][report]
+    assert_ends_as(whole, job, job.start["epoch"], params)
 
 
 def test_clip_bounds_the_gradient_and_the_log_has_it_unclipped(job):

@@ -78,6 +78,12 @@ def work(rank: int, world: int, files, folder) -> None:
     job("norms", train_ann.train_loop, network=NORMED, train_ann=normed)
     still = normed.model_copy(update={"learning_rate": 1e-30})  # weights stay, to the last bit
     job("still norms", train_ann.train_loop, network=NORMED, train_ann=still)
+    few = NORMED.model_copy(update={"activation": "qcfs", "levels": 4})
+    recipe = {"schedule": "onecycle", "nesterov": True, "cutout": 3, "label_smoothing": 0.1}
+    modern = normed.model_copy(update=recipe)
+    job("few steps", train_ann.train_loop, network=few, train_ann=modern)
+    still = still.model_copy(update=recipe)
+    job("still few steps", train_ann.train_loop, network=few, train_ann=still)
     results["gradients"] = gradients(rank, world, files)
     torch.save(results, folder / f"{world}-{rank}.pt")
     dist.destroy_process_group()
@@ -226,6 +232,24 @@ def test_networks_with_norms_learn_as_with_one_worker(found, world):
     assert one["network"]["conv1_norm.weight"].std() > 0
     for name, value in statistics(one).items():
         torch.testing.assert_close(several[0]["network"][name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_networks_for_few_steps_start_and_learn_as_with_one_worker(found, world):
+    """Bounds start bit for bit the same; a level is a step, so losses differ by a few of them."""
+    one, several = found[1][0]["few steps"], [report["few steps"] for report in found[world]]
+    bounds = [name for name in one["network"] if name.endswith(".bound")]
+    assert len(bounds) == 5
+    for name in bounds:
+        start = found[1][0]["still few steps"]["network"][name]
+        assert float(start) != float(one["network"][name])
+        for report in found[world]:
+            assert torch.equal(report["still few steps"]["network"][name], start), name
+    for report in several:
+        for name, value in several[0]["network"].items():
+            assert torch.equal(report["network"][name], value), name
+    losses = [row["loss/train"] for row in one["history"]]
+    assert [row["loss/train"] for row in several[0]["history"]] == pytest.approx(losses, rel=2e-2)
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
