@@ -80,7 +80,7 @@ def balance_loop(worker: Worker) -> None:
     except ValueError as error:  # of a layer that is dead, has diverged or has no bound
         raise StageError(str(error)) from error
     kept = [] if in_blocks else sorted(stdb.residual_layers(snn))
-    found = {"thresholds": thresholds, "kept": kept, "balanced": balanced_state(snn)}
+    found = {"thresholds": dict(thresholds), "kept": kept, "balanced": balanced_state(snn)}
     worker.checkpoint(found)
 
 

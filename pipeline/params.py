@@ -300,7 +300,7 @@ class StdbParams(Schedule):
     learn_leaks: bool
     """Whether λ of every layer learns too (DIET-SNN)."""
     precision: Precision = "auto"
-    """Precision of products, as train_ann's; membranes stay float32."""
+    """Precision of products; membranes stay float32. auto: float32, on a GPU tf32."""
     events: Annotated[str, AfterValidator(one_of(("auto", *EVENTS)))] = "auto"
     """CPU whose measured densities decide between events and dense products; auto: this one's."""
     from_scratch: bool
