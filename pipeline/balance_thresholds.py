@@ -18,6 +18,7 @@ from pipeline.files import ANN, BALANCED, DATA, PLOTS, THRESHOLDS, write_csv, wr
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.balanced import balanced_state, save_balanced
+from pipeline.learning.checks import check_method
 from pipeline.learning.networks import build_ann, build_snn, load_weights, use_threads
 from pipeline.stage import Stage, stage_command
 
@@ -50,14 +51,10 @@ def balance_loop(worker: Worker) -> None:
     load_weights(ann, worker.path(ANN))
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
     snn = build_snn(ann, worker.params.stdb, params.seed, train).to(worker.device)
+    check_method(worker.params, snn)
     method = params.method
     if method == "auto":
         method = "maximum" if params.percentile == 100 else "percentile"
-    if method == "learned" and not snn.has_units:
-        raise StageError(
-            "balance_thresholds.method is learned, of a network without biases or batch norm; "
-            "allowed: maximum, percentile, or network.normalisation: batch"
-        )
     in_blocks = params.residual_blocks or snn.has_units  # V = 1 there is the paper's, §4.2
     generator = torch.Generator().manual_seed(params.seed)
     chosen = torch.randperm(len(train), generator=generator)[: params.images]

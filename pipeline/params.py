@@ -204,7 +204,7 @@ class TrainAnnParams(Schedule):
     weights: str | None
     """A weights file that stands in for the training. Of a ``torchvision:`` network with another
     number of classes it is where the training begins, with an output layer of its own."""
-    precision: Precision = "auto"
+    precision: Precision
     """Precision of products; TF32 is a GPU's. auto: bf16 where the job's device has it."""
     momentum: Rate
     """Momentum of SGD, in [0, 1)."""
@@ -299,7 +299,7 @@ class StdbParams(Schedule):
     """Whether V of every layer learns too (DIET-SNN)."""
     learn_leaks: bool
     """Whether λ of every layer learns too (DIET-SNN)."""
-    precision: Precision = "auto"
+    precision: Precision
     """Precision of products; membranes stay float32. auto: float32, on a GPU tf32."""
     events: Annotated[str, AfterValidator(one_of(("auto", *EVENTS)))] = "auto"
     """CPU whose measured densities decide between events and dense products; auto: this one's."""
@@ -313,7 +313,8 @@ class StdbParams(Schedule):
     """V ← scale · V_balanced; None takes what evaluate_converted found."""
     logit_scale: Positive | Literal["auto"]
     """Factor of the output layer's weights before the fine-tuning, which changes no decision; 1:
-    the paper's; auto: so that softmax(U_T) is as sure as right on validation, or 1 with distil."""
+    the paper's; auto: so that softmax(U_T) is as sure as it is right on validation, or with distil
+    the one that brings U_T/T to the ANN's units."""
     distil: Annotated[DistilParams | None, BeforeValidator(known_teacher)] = None
     """{weight: 0.7, temperature: 2}: the loss is that of U_t/t, and the trained ANN is a teacher
     beside the labels; None: the labels alone, the paper's way."""
@@ -337,8 +338,8 @@ class StdbParams(Schedule):
             )
         if self.logit_scale != "auto":
             raise ValueError(
-                f"logit_scale is {self.logit_scale} beside distil, whose loss takes U_t/t as it "
-                "is; allowed: auto, which is 1 then, or distil: null"
+                f"logit_scale is {self.logit_scale} beside distil, whose loss takes U_t/t in the "
+                "ANN's units; allowed: auto, which finds them, or distil: null"
             )
         return self
 

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 import stdb
 from pipeline.data import Samples, load_split
+from pipeline.errors import StageError
 from pipeline.files import ANN, DATA, METRICS, PLOTS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning import published
-from pipeline.learning.checks import check_norms, check_randomness
+from pipeline.learning.checks import check_method, check_norms, check_randomness
 from pipeline.learning.compiling import compiled
 from pipeline.learning.dropout import SampleDropout
 from pipeline.learning.evaluation import evaluate_ann
@@ -52,9 +53,15 @@ def main(stage: Stage) -> None:
     params = stage.params
     train = load_split(DATA / "train.safetensors")
     ann = build_ann(params.network, train)
+    side = min(train.shape[1:])
+    if params.train_ann.cutout >= side:
+        raise StageError(
+            f"train_ann.cutout is {params.train_ann.cutout}, and the images' shorter side {side}; "
+            f"allowed: 0 to {side - 1}"
+        )
     check_norms(ann)
     # refuses now what could not be converted after the training
-    stdb.convert(ann, stdb.PoissonEncoder(), example=example_of(train))
+    check_method(params, stdb.convert(ann, stdb.PoissonEncoder(), example=example_of(train)))
     given = params.train_ann.weights
     if given is None or load_given(ann, params.network, Path(given)) is not None:  # is trained
         check_randomness(ann, train.shape)

@@ -101,7 +101,7 @@ def survey(ann: Ann, workers: Workers) -> Activations:
     values = 0
     for batch in ann.batches():
         for label, value in batch:
-            rows = _rows(value)
+            rows = rows_of(value)
             sums[label].append(rows.sum(1, dtype=torch.float64))
             if label:
                 torch.maximum(largest[label], rows.amax(1), out=largest[label])
@@ -125,7 +125,7 @@ def survey(ann: Ann, workers: Workers) -> Activations:
     return found
 
 
-def _rows(value: Tensor) -> Tensor:
+def rows_of(value: Tensor) -> Tensor:
     """(B, C, …) → (C, B·…)."""
     return value.movedim(1, 0).flatten(1)
 
@@ -167,7 +167,7 @@ def fit_amplitudes(
             if not label:
                 continue
             candidates = tops[label].double()[:, None] * shares
-            rows = _rows(value)
+            rows = rows_of(value)
             parts = []
             if label in by_channel:
                 parts.append(squared_errors(rows, candidates[:-1], ann.steps, share))

@@ -47,8 +47,9 @@ def balance_thresholds(  # noqa: PLR0913 (each with a default, by keyword)
 ) -> Balance:
     """Set what each spike of ``snn`` stands for, by Algorithm 1 or by what few steps want.
 
-    A second call gives what the first gave, whatever method came between. ``mse`` and ``learned``
-    change weights and biases too: a network of the paper's kind is none any more afterwards.
+    A second call gives what the first gave, whatever method came between; only U_0 stays, where the
+    second does not set it. ``mse`` and ``learned`` change weights and biases too: a network of the
+    paper's kind is none any more afterwards.
 
     Args:
         snn: a converted network; its thresholds are replaced.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .amplitudes import Activations, Ann, agreement
+from .amplitudes import Activations, Ann, agreement, rows_of
 from .fronts import bias_in_front, place_of
 from .layerwise import LayerwiseRun
 from .network import SpikingNetwork
@@ -58,12 +58,14 @@ def correct_biases(
         bias_in_front(snn, label).add_(neuron.correction)
 
     corrected = _logits(snn, present(), ann.steps, correct)
-    sums = [(z.double() / ann.steps).sum(0) for z in corrected]
-    missing = found.mean[""] - workers.in_order(sums, found.mean[""]) / images
+    sums = [rows_of(z.double() / ann.steps).sum(1) for z in corrected]
+    decisions = images * ann.pixels[""]
+    missing = found.mean[""] - workers.in_order(sums, found.mean[""]) / decisions
     bias = bias_in_front(snn, "")
     shift = missing.to(bias)
     bias.add_(shift)
-    now = agreement(found.decisions, [z + shift * ann.steps for z in corrected], workers)
+    moved = [rows_of(z).t() + shift * ann.steps for z in corrected]
+    now = agreement([d.flatten() for d in found.decisions], moved, workers)
     if now > agreed:
         snn.output_correction = shift
     else:
@@ -72,7 +74,7 @@ def correct_biases(
         for neuron in snn.neurons.values():
             if neuron.correction is not None:
                 neuron.correction.zero_()
-    return now > agreed, (agreed / images, now / images)
+    return now > agreed, (agreed / decisions, now / decisions)
 
 
 def _logits(

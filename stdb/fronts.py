@@ -23,7 +23,7 @@ from .operators.pooling import AdaptiveAveragePool, AveragePool, SignalAveragePo
 from .operators.resizing import PixelShuffle
 from .operators.shaping import Dropout, Flatten, Sum
 from .units import INPUT, change_unit, origins
-from .weights import bias_of, is_computed, make_plain, scale_rows, weight_of
+from .weights import bias_of, is_computed, is_pruned, make_plain, scale_rows, weight_of
 
 # Through these a factor above 0 of each channel, and a constant, pass unchanged.
 PASSED = (Sum, MaxPool, Dropout, AveragePool, AdaptiveAveragePool, SignalAveragePool)
@@ -266,8 +266,8 @@ def _weights(snn: SpikingNetwork) -> dict[str, Tensor]:
     for i, node in enumerate(snn.graph.nodes):
         if node.operator.learns:
             module = snn.module(i)
-            leaf = getattr(module, "weight_orig", None)
-            found[f"{node.path}.weight"] = weight_of(module) if leaf is None else leaf
+            pruned = is_pruned(module)
+            found[f"{node.path}.weight"] = module.weight_orig if pruned else weight_of(module)
             bias = bias_of(module)
             if bias is not None:
                 found[f"{node.path}.bias"] = bias

@@ -25,7 +25,7 @@ from .randomness import sample_keys
 from .rewriting import check_module
 from .traced import Rewrite
 from .units import change_unit
-from .weights import bias_of, inner_copies, scale_bias, scale_weight, weight_of
+from .weights import bias_of, inner_copies, scale_bias, scale_weight, weight_count
 
 Observer = Callable[[Presentation, str, Value], None]
 
@@ -283,7 +283,7 @@ class SpikingNetwork(nn.Module):
         limits = []
         for i, node in enumerate(self.graph.nodes):
             kind = node.operator.product
-            weights = weight_of(self.module(i)).numel() if kind else 0
+            weights = weight_count(self.module(i)) if kind else 0
             limits.append(density_limit(kind, weights, self.precision, self.events))
         return self.graph.largest_above(limits)
 

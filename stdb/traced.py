@@ -1,5 +1,6 @@
 """A traced network on its way to a graph: what the rules of :mod:`stdb.rewriting` work on."""
 
+import operator as python
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,11 @@ from torch import fx, nn
 from .graph import Node
 from .operators.table import kind_of, operator_for
 from .tracing import BATCH, place
+
+SHIFTS = (
+    *(python.add, python.iadd, torch.add, "add", "add_"),
+    *(python.sub, python.isub, torch.sub, "sub", "sub_"),
+)
 
 
 class ConversionError(ValueError):
@@ -88,13 +94,17 @@ class Rewriting:
 
     @property
     def has_units(self) -> bool:
-        """Whether a layer that is called has a bias, or is a batch norm: no network of §2.3's."""
+        """Whether a layer that is called has a bias, or is a batch norm: no network of §2.3's.
+
+        Adding a number is a bias, too.
+        """
         called = {place(c) for c in self.calls if c.op == "call_module"}
         modules = [self.net.get_submodule(path) for path in called]
         return (
             any(getattr(module, "bias", None) is not None for module in modules)
             or any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
             or any(c.op == "get_attr" and c.meta["value"].dim() == 1 for c in self.calls)
+            or any(c.target in SHIFTS and _adds_number(c) for c in self.calls)
         )
 
     def readers(self, call: fx.Node) -> list[fx.Node]:
@@ -166,3 +176,9 @@ def where(call: fx.Node) -> str:
 def shape_of(shape: torch.Size) -> str:
     """A batch's shape, for a message."""
     return f"({', '.join('B' if n == BATCH else str(n) for n in shape)})"
+
+
+def _adds_number(call: fx.Node) -> bool:
+    """Whether an operation has a number other than 0 among what it takes."""
+    given = (*call.args[:2], *(v for name, v in call.kwargs.items() if name != "alpha"))
+    return any(isinstance(value, int | float) and value != 0 for value in given)

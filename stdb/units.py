@@ -72,7 +72,7 @@ def change_unit(graph: Graph, net: nn.Module, source: int, ratio: Tensor) -> Non
         ratio: (C,) of each channel, or (1,).
     """
     done: set[int] = set()
-    one = torch.ones(1, dtype=ratio.dtype)
+    one = ratio.new_ones(1)
     for node in graph.nodes:
         if not node.operator.learns or node.path is None:
             continue
@@ -89,7 +89,7 @@ def _scale_columns(module: nn.Module, factors: Tensor) -> None:
     factors = factors.to(weight)
     ends = [1] * (weight.dim() - 2)
     if weight.dim() == 1:  # a diagonal
-        weight.mul_(factors)
+        weight.mul_(factors.repeat_interleave(len(weight) // len(factors)))
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         rows = factors.expand(module.in_channels).view(module.groups, -1)
         rows = rows.repeat_interleave(module.out_channels // module.groups, 0)

@@ -6,6 +6,7 @@ each run of steps, so that fine-tuning reaches the leaves and what is pruned sta
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,20 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = _now(module, "weight")
     assert weight is not None
     return weight
+
+
+def is_pruned(module: nn.Module) -> bool:
+    """Whether a layer's weights are a leaf times a mask."""
+    hooks = module._forward_pre_hooks.values()
+    return any(isinstance(h, BasePruningMethod) and h._tensor_name == "weight" for h in hooks)
+
+
+def weight_count(module: Any) -> int:
+    """How many weights a layer has, without computing them."""
+    if isinstance(module, nn.Linear):
+        return int(module.in_features * module.out_features)
+    channels: int = module.in_channels * module.out_channels // module.groups
+    return channels * int(math.prod(module.kernel_size))
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
@@ -105,10 +120,10 @@ def fold(module: Any, scale: Tensor, shift: Tensor) -> None:
 
 def leaf_of(module: nn.Module) -> Tensor:
     """What to scale of a layer's weights, in place: of what is pruned the leaf, masks stay."""
-    if is_computed(module) and not hasattr(module, "weight_orig"):
+    pruned = is_pruned(module)
+    if is_computed(module) and not pruned:
         make_plain(module)
-    weight = getattr(module, "weight_orig", None)
-    weight = module.weight if weight is None else weight
+    weight = module.weight_orig if pruned else module.weight
     assert isinstance(weight, Tensor)
     return weight
 

@@ -65,7 +65,7 @@ class Job:
         import ray.train.torch
 
         print_on_any_terminal()
-        use_device(self.plan, self.params, self.stage)
+        torch.set_num_threads(self.plan.cpus)
         context = ray.train.get_context()
 
         def send(rows: list[Row]) -> None:
@@ -74,7 +74,7 @@ class Job:
             last = rows[-1] if rows else {}
             ray.train.report({"rows": rows, **last})
 
-        return with_choices(
+        worker = with_choices(
             Worker(
                 self.params,
                 self.stage,
@@ -88,13 +88,15 @@ class Job:
                 send=send,
             )
         )
+        use_precision(worker)
+        return worker
 
 
-def use_device(plan: Plan, params: Params, stage: str) -> None:
-    """Set this process's threads, and the precision of a GPU's products."""
-    torch.set_num_threads(plan.cpus)
-    if plan.use_gpu:
-        products = params.train_ann if stage == "train_ann" else params.stdb
+def use_precision(worker: Worker) -> None:
+    """Set the precision of a GPU's products, as chosen for the job."""
+    if worker.device.type == "cuda":
+        train_ann = worker.stage == "train_ann"
+        products = worker.params.train_ann if train_ann else worker.params.stdb
         tf32 = products.precision != "float32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 

@@ -86,7 +86,10 @@ def obstacle(worker: Worker, ann: nn.Module) -> str:
     if worker.world > 1:
         return "it is that of one worker alone"
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in ann.modules()):
-        return "its dropouts are drawn by sample; with network.dropout: 0 it would be"
+        return (
+            "its dropouts are drawn by sample; with network.dropout and classifier_dropout 0 it "
+            "would be"
+        )
     if worker.device.type != "cpu":
         return ""
     command = os.environ.get("CXX", "g++")

@@ -125,6 +125,28 @@ def fitting_logit_scale(
     return logit_scale(worker.all_reduce(losses))
 
 
+@torch.no_grad()
+def fitting_units(
+    worker: Worker,
+    ann: nn.Module,
+    snn: stdb.SpikingNetwork,
+    split: Samples,
+    timesteps: int,
+    batch_size: int,
+) -> float:
+    """The factor that brings U_T/T nearest to the ANN's logits: Σ u·z / Σ u², of six digits."""
+    device = next(snn.parameters()).device
+    ann.eval()
+    snn.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in split.stream(worker.batches(len(split), batch_size), device):
+        z = ann(batch.pixels()).double()
+        u = snn(batch.pixels(), timesteps, sample_ids=batch.ids).double() / timesteps
+        sums += torch.stack([(u * z).sum(), (u * u).sum()])
+    product, square = worker.all_reduce(sums).tolist()
+    return float(f"{product / square:.6g}") if product > 0 else 1.0
+
+
 def best_scale(
     worker: Worker,
     snn: stdb.SpikingNetwork,

@@ -16,6 +16,7 @@ from pipeline.learning.evaluation import (
     Evaluation,
     evaluate_snn,
     fitting_logit_scale,
+    fitting_units,
     spike_metrics,
 )
 from pipeline.learning.fit import BackwardPasses, Losses, Task, cross_entropy, fit, order
@@ -110,13 +111,27 @@ def starting_network(
         load_handed_on(snn, worker.root)
     snn.scale_thresholds(scale)
     factor = params.logit_scale
-    if factor == "auto":  # random weights are not sure of anything; U_t/t needs no scale
-        factor = 1.0
-        if not params.from_scratch and params.distil is None:
-            factor = fitting_logit_scale(worker, snn, validation, params.timesteps, BATCH)
-            worker.say(f"logit scale {factor:.3g}")
+    if factor == "auto":
+        factor = fitting_scale(worker, ann, snn, validation)
     snn.scale_output(factor)
     return snn
+
+
+def fitting_scale(
+    worker: Worker, ann: nn.Module, snn: stdb.SpikingNetwork, validation: Samples
+) -> float:
+    """The output layer's factor for a loss of U_T; with a teacher of U_T/T in the ANN's units."""
+    params = worker.params.stdb
+    if params.from_scratch:  # random weights are not sure of anything
+        return 1.0
+    if params.distil is None:
+        factor = fitting_logit_scale(worker, snn, validation, params.timesteps, BATCH)
+    elif snn.has_units:  # which the weights hold
+        return 1.0
+    else:
+        factor = fitting_units(worker, ann, snn, validation, params.timesteps, BATCH)
+    worker.say(f"logit scale {factor:.3g}")
+    return factor
 
 
 def backward_passes(

@@ -1,5 +1,6 @@
 """What a sweep found: the front of accuracy against cost, the winner, and the pictures."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ def candidates(rows: Sequence[Row], names: Sequence[str], cost: str | None) -> l
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["accuracy"] is not None:
-            key = tuple(row[name] for name in names if name != "seed")
+            key = tuple(number_or_text(row[name]) for name in names if name != "seed")
             groups.setdefault(key, []).append(row)
     return [
         Candidate(
@@ -95,6 +96,12 @@ def draw_front(
     _save(drawn, path)
 
 
+def number_or_text(value: Any) -> float | str:
+    """What a setting is told apart and put in order by, such as ``null`` or a mapping."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number or isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
 def draw_parallel(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """Parallel coordinates: a line a trial, an axis a parameter, coloured by accuracy."""
     from matplotlib import colormaps
@@ -102,12 +109,14 @@ def draw_parallel(rows: Sequence[Row], names: Sequence[str], path: Path) -> None
     shown = [row for row in rows if row["accuracy"] is not None]
     axes_of = [*names, "accuracy"]
     drawn, axes = _figure(max(6, 1.5 * len(axes_of)), 4)
-    places = {}
+    places: dict[str, dict[float | str, float]] = {}
     for name in axes_of:
-        values = sorted({row[name] for row in shown}, key=lambda v: (isinstance(v, str), v))
-        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            low, high = values[0], values[-1]
-            places[name] = {v: (v - low) / ((high - low) or 1) for v in values}
+        found = {number_or_text(row[name]) for row in shown}
+        values = sorted(found, key=lambda v: (isinstance(v, str), v))
+        numbers = [v for v in values if not isinstance(v, str)]
+        if len(numbers) == len(values):
+            low, high = numbers[0], numbers[-1]
+            places[name] = {v: (v - low) / ((high - low) or 1) for v in numbers}
         else:
             places[name] = {v: k / max(1, len(values) - 1) for k, v in enumerate(values)}
         ends = [values[0], values[-1]] if values[0] != values[-1] else [values[0]]
@@ -116,7 +125,7 @@ def draw_parallel(rows: Sequence[Row], names: Sequence[str], path: Path) -> None
             axes.annotate(text, (axes_of.index(name) + 0.04, places[name][value]), fontsize=8)
         axes.axvline(axes_of.index(name), color="black", linewidth=0.8)
     for row in sorted(shown, key=lambda row: row["accuracy"]):
-        height = [places[name][row[name]] for name in axes_of]
+        height = [places[name][number_or_text(row[name])] for name in axes_of]
         axes.plot(height, color=colormaps["viridis"](height[-1]), alpha=0.8)
     axes.set_xticks(range(len(axes_of)), axes_of)
     axes.set_yticks([])
@@ -130,7 +139,7 @@ def draw_curves(epochs: Sequence[Row], names: Sequence[str], path: Path) -> None
     settings: dict[tuple[Any, ...], dict[int, list[float]]] = {}
     others = [name for name in names if name != "seed"]
     for row in epochs:
-        key = tuple(row[name] for name in others)
+        key = tuple(number_or_text(row[name]) for name in others)
         settings.setdefault(key, {}).setdefault(row["epoch"], []).append(row["accuracy"])
     for key, by_epoch in settings.items():
         x = sorted(by_epoch)

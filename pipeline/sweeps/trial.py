@@ -16,7 +16,7 @@ from pipeline.data import subset
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.choices import with_choices
 from pipeline.jobs.plan import Plan
-from pipeline.jobs.run import Job, fit_on_ray, use_device
+from pipeline.jobs.run import Job, fit_on_ray, use_precision
 from pipeline.jobs.worker import Row, Worker
 from pipeline.learning.evaluation import Evaluation, best_scale
 from pipeline.learning.finetuning import fine_tune
@@ -66,7 +66,7 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
         job = Job(params, "trial", checkpoints, common.plan, common.root, report_every=0.0)
         fit_on_ray(loop, job, TuneReportCallback())
         return
-    use_device(common.plan, params, "trial")
+    torch.set_num_threads(common.plan.cpus)
 
     def send(rows: list[Row]) -> None:
         for row in rows:
@@ -74,7 +74,9 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
 
     device = torch.device("cuda" if common.plan.use_gpu else "cpu")
     worker = Worker(params, "trial", checkpoints, common.root, device=device, send=send)
-    loop(with_choices(worker))
+    worker = with_choices(worker)
+    use_precision(worker)
+    loop(worker)
 
 
 def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:

@@ -213,10 +213,22 @@ def test_bounds_are_learned_with_biases_alone(files, tmp_path):
     """Said before anything is computed, with what is allowed."""
     plain, _ = make_files(tmp_path)
     learned = BALANCING.model_copy(update={"method": "learned"})
-    with pytest.raises(StageError, match="without biases or batch norm; allowed: maximum, per"):
+    with pytest.raises(StageError, match="learned, and layer conv1 has no bound; allowed: "):
         balance_thresholds.balance_loop(worker(plain, balance_thresholds=learned))
-    with pytest.raises(StageError, match="bound"):  # of a ReLU
-        run(files[0], balance_thresholds.balance_loop, balance_thresholds=learned)
+    clipped = NETWORK.model_copy(update={"activation": "clip"})
+    ann = build_ann(clipped, files[1]["train"])
+    save_weights(ann.state_dict(), plain / ANN)
+    one = worker(plain, network=clipped, balance_thresholds=learned)
+    with pytest.raises(StageError, match="without biases or batch norm; allowed: method: maximum"):
+        balance_thresholds.balance_loop(one)
+    wrong = learned.model_copy(update={"percentile": 99.0})
+    with pytest.raises(StageError, match=r"percentile is 99\.0 with method: learned"):
+        balance_thresholds.balance_loop(worker(plain, network=clipped, balance_thresholds=wrong))
+    leaky = DIRECT.model_copy(update={"leak": 0.9})
+    with pytest.raises(StageError, match=r"stdb\.leak: 0\.9; allowed: leak: 1"):
+        balance_thresholds.balance_loop(
+            worker(plain, leaky, network=clipped, balance_thresholds=learned)
+        )
 
 
 @pytest.mark.parametrize("content", [b"", b"text", "tensors", "another", "units", "nan"])

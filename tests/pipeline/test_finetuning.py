@@ -35,6 +35,21 @@ def finetune(files, params: StdbParams, **sections):
     return one.states[-1]
 
 
+def in_units(files, params: StdbParams):
+    """Where it starts, with U_T/T as near to the ANN's logits as one factor brings it."""
+    snn, validation = starting(files, params), files[1]["validation"]
+    teacher = build_ann(NETWORK, validation)
+    load_weights(teacher, files[0] / ANN)
+    snn.eval()
+    with torch.no_grad():
+        u = snn(validation.pixels(), params.timesteps, sample_ids=validation.ids)
+        u, z = (u / params.timesteps).double(), teacher.eval()(validation.pixels()).double()
+    factor = float((u * z).sum() / (u * u).sum())
+    assert abs(factor - 1) > 0.1
+    snn.scale_output(float(f"{factor:.6g}"))
+    return snn
+
+
 @pytest.mark.parametrize(
     ("change", "windows"),
     [({}, [4]), ({"truncate": 3}, [3, 1]), ({"augment": True, "seed": 5}, [4])],
@@ -44,7 +59,7 @@ def test_the_steps_of_a_distillation_written_out(files, change, windows):
     """Two steps of Adam on U_t/t and the untouched ANN's logits give the stage's weights."""
     params = DISTIL.model_copy(update=change)
     state = finetune(files, params)
-    snn, train = starting(files, params), files[1]["train"]
+    snn, train = in_units(files, params), files[1]["train"]
     teacher = build_ann(NETWORK, train)
     load_weights(teacher, files[0] / ANN)
     teacher.eval()
@@ -69,7 +84,7 @@ def test_the_steps_of_a_distillation_written_out(files, change, windows):
             divergence = (taught * (taught.log() - (z / 2).log_softmax(1))).sum(1)
             (0.3 * F.cross_entropy(z, share.labels) + 0.7 * 4 * divergence.mean()).backward()
         optimizer.step()
-    start = starting(files, params).net.state_dict()
+    start = in_units(files, params).net.state_dict()
     moved = 0.0
     for name, value in snn.net.state_dict().items():
         torch.testing.assert_close(value, state["best_network"][name], rtol=0, atol=1e-5)
@@ -154,14 +169,13 @@ def test_the_teacher_computes_in_the_precision_of_the_products(files):
     assert 0 < error < 0.05
 
 
-def test_no_scale_is_fitted_beside_a_teacher(files, monkeypatch):
-    """auto is 1: U_t/t is in the units of the ANN already."""
-    monkeypatch.setattr(
-        pipeline.learning.finetuning, "fitting_logit_scale", lambda *arguments: 0.125
-    )
+def test_the_scale_beside_a_teacher_is_that_of_its_units(files, monkeypatch):
+    """And not the one at which the network is as sure as it is right."""
+    for name, factor in (("fitting_logit_scale", 0.125), ("fitting_units", 0.25)):
+        monkeypatch.setattr(pipeline.learning.finetuning, name, lambda *_, f=factor: f)
     still = DISTIL.model_copy(update={"learning_rate": 1e-30})
     start = starting(files, still).net.state_dict()["output.weight"]
-    assert torch.equal(finetune(files, still)["network"]["output.weight"], start)
+    assert torch.equal(finetune(files, still)["network"]["output.weight"], 0.25 * start)
     alone = still.model_copy(update={"distil": None})
     assert torch.equal(finetune(files, alone)["network"]["output.weight"], 0.125 * start)
 
@@ -173,7 +187,7 @@ def test_no_scale_is_fitted_beside_a_teacher(files, monkeypatch):
             {"from_scratch": True},
             r"from_scratch true, which does without the ANN .*; allowed: from",
         ),
-        ({"logit_scale": 0.5}, "logit_scale is 0.5 beside distil, .*; allowed: auto, which is 1"),
+        ({"logit_scale": 0.5}, "logit_scale is 0.5 beside distil, .*; allowed: auto, which finds"),
         ({"distil": {"weight": 0, "temperature": 2}}, "distil.weight is 0; allowed: greater than"),
         ({"distil": {"weight": 2, "temperature": 2}}, "distil.weight is 2; allowed: less than or"),
         ({"distil": {"weight": 1, "temperature": 0}}, "distil.temperature is 0; allowed: greater"),

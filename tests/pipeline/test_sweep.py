@@ -23,7 +23,7 @@ from pipeline.files import ANN
 from pipeline.overlays import apply
 from pipeline.params import load_params
 from pipeline.sweep import plan_trials
-from pipeline.sweeps.front import candidates, choose, draw_curves, front
+from pipeline.sweeps.front import candidates, choose, draw_curves, draw_parallel, front
 from pipeline.sweeps.space import BudgetParams, ResourceParams, load_sweep, settings
 from pipeline.sweeps.tuner import ACCURACY, Budget, Halving
 from tests.pipeline.dependencies import covered, needed
@@ -168,6 +168,20 @@ def test_seeds_are_one_candidate_and_failures_none():
 
 
 # -- what stops and what it costs ------------------------------------------------------------------
+
+
+def test_values_of_any_kind_can_be_drawn_and_told_apart(tmp_path):
+    """null, numbers and mappings beside each other."""
+    teacher = {"weight": 0.7, "temperature": 2}
+    values = [(None, None), (teacher, 1.0), (None, 0.5), (teacher, 1.0)]
+    rows = [
+        {"accuracy": 0.5, "timesteps": 4, "distil": d, "clip": c, "seed": 0, "epoch": 1}
+        for d, c in values
+    ]
+    assert len(candidates(rows, ["distil", "clip"], None)) == 3
+    for draw in (draw_parallel, draw_curves):
+        draw(rows, ["distil", "clip"], tmp_path / "drawn.png")
+        assert (tmp_path / "drawn.png").stat().st_size > 1000
 
 
 def test_a_budget_counts_a_trial_once_also_after_a_kill(tmp_path):

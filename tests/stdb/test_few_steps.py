@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 
 import stdb
 from stdb.spikes import Spikes
@@ -443,3 +444,66 @@ def test_a_silent_layer_is_named():
     snn = converted(net, x)
     with pytest.raises(ValueError, match=r"layer 4 is silent: .* is 0.0; allowed: above 0"):
         stdb.balance_thresholds(snn, x, 2)
+
+
+# -- kinds of networks -----------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """Biases are nowhere but in the normalisation of the pixels; a shortcut takes spikes along."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.b = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.f = nn.Linear(8, 5, bias=False)
+
+    def forward(self, x):
+        x = torch.relu(self.a((x - 0.5) / 0.25))
+        return self.f(torch.relu(self.b(x) + x).mean((2, 3)))
+
+
+KINDS = {
+    "a shift": Shifted,
+    "batch norm behind flatten": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(512),
+        nn.Linear(512, 16), nn.ReLU(), nn.Linear(16, 5),
+    ),
+    "spectral norm": lambda: nn.Sequential(
+        spectral_norm(nn.Conv2d(3, 8, 3, padding=1)), nn.ReLU(), nn.Flatten(),
+        spectral_norm(nn.Linear(512, 5)),
+    ),
+    "logits with pixels": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["mse", "maximum"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_presentations_give_the_anns_logits(kind, method):
+    """Whatever makes a network one with units; and a second calibration gives the first."""
+    torch.manual_seed(3)
+    ann = KINDS[kind]()
+    images = torch.rand(16, 3, 8, 8)
+    for _ in range(20):  # norms see something
+        ann.train()(images)
+    ann.eval()
+    snn = stdb.convert(ann, stdb.DirectEncoder(), example=images[:2]).eval()
+    first = stdb.balance_thresholds(snn, images, 128, method=method)
+    with torch.no_grad():
+        expected, found = ann(images), snn(images, 128) / 128
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    if first.agreement is not None:
+        assert max(first.agreement) <= 1
+    second = stdb.balance_thresholds(snn, images, 128, method=method)
+    assert second == pytest.approx(first, rel=1e-4)
+
+
+def test_presenting_computes_no_weights_to_count_them():
+    """A spectral norm would move on."""
+    snn = stdb.convert(KINDS["spectral norm"]().eval(), stdb.DirectEncoder()).train()
+    layer = snn.net.get_submodule("0")
+    before = layer.weight_u.clone()
+    snn.present(torch.rand(2, 3, 8, 8))
+    assert torch.equal(layer.weight_u, before)
