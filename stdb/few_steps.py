@@ -13,6 +13,7 @@ from .amplitudes import Activations, Ann, fit_amplitudes, survey
 from .correction import Present, correct_biases
 from .fronts import hold_units, prepare_front, release, remember, set_amplitude, takes_channels
 from .network import SpikingNetwork
+from .weights import bias_of
 from .workers import Workers
 
 METHODS = ("auto", "maximum", "percentile", "mse", "learned")
@@ -120,6 +121,17 @@ def settle(
     return Plan(method, per, share, correct, percentile)
 
 
+def _check_biases(snn: SpikingNetwork, what: str) -> None:
+    """Refuse a network as of another program, whose weights hold its V already."""
+    modules = (snn.module(i) for i, node in enumerate(snn.graph.nodes) if node.operator.learns)
+    if not snn.has_units and any(bias_of(module) is not None for module in modules):
+        raise ValueError(
+            f"{what} wants a network whose weights hold no thresholds, and this one has biases "
+            "that go with its V; allowed: one from stdb.convert, or the methods maximum, "
+            "percentile without correction"
+        )
+
+
 def calibrate(
     snn: SpikingNetwork,
     images: Tensor,
@@ -147,6 +159,7 @@ def calibrate(
         by_currents: Algorithm 1, where A does not come from activations: sets and returns V.
         progress: called with (layer, V), per channel with their mean A.
     """
+    _check_biases(snn, f"the method {plan.method}" if plan.of_activations else "bias_correction")
     hold_units(snn, images.shape[1:])
     release(snn)
     set_initial_membranes(snn, plan)

@@ -507,3 +507,15 @@ def test_presenting_computes_no_weights_to_count_them():
     before = layer.weight_u.clone()
     snn.present(torch.rand(2, 3, 8, 8))
     assert torch.equal(layer.weight_u, before)
+
+
+def test_a_network_of_another_program_is_refused():
+    """Its V is in weights already, so that biases would no longer fit their currents."""
+    images = torch.rand(8, 3, 8, 8)
+    ann = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    snn = stdb.convert(ann, stdb.DirectEncoder()).eval()
+    stdb.balance_thresholds(snn, images, 8, per="layer", bias_correction=False)
+    read = stdb.from_nir(stdb.to_nir(snn, (3, 8, 8)))
+    with pytest.raises(ValueError, match=r"mse wants a network .* biases that go with its V"):
+        stdb.balance_thresholds(read, images, 8, method="mse")
+    assert stdb.balance_thresholds(read, images, 8).method == "maximum"
