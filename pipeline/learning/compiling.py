@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import stdb
 from pipeline.data import Samples
+from pipeline.errors import StageError
 from pipeline.jobs.worker import Worker
 
 # Multiply-accumulates of a training's forward passes from which on it pays. Measured, resnet9 at
@@ -38,17 +39,16 @@ def compiled(worker: Worker, ann: nn.Module, train: Samples, work: float) -> Ite
     Yields:
         Whether it is compiled. Dropout is not drawn by sample there; such a network never is.
     """
-    params = worker.params.train_ann
-    wanted = params.compile
-    pays = params.epochs * len(train) * work >= PAYS and worker.device.type == "cpu"
-    bounded = any(isinstance(module, stdb.Clip) for module in ann.modules())
-    if wanted is False or (wanted == "auto" and not (pays and bounded)):
+    if not settled(worker, ann, train, work):
         yield False
         return
     if reason := obstacle(worker, ann):
         worker.say(f"the training is not compiled: {reason}")
         yield False
         return
+    from torch._dynamo.exc import TorchDynamoException  # seconds to import
+    from torch._inductor.exc import InductorError
+
     worker.say("the training is compiled, which takes a minute or two at its first step")
     plain = ann.forward
     fast = torch.compile(plain, dynamic=False)
@@ -75,8 +75,28 @@ def compiled(worker: Worker, ann: nn.Module, train: Samples, work: float) -> Ite
     ann.forward = forward
     try:
         yield True
+    except (InductorError, TorchDynamoException) as error:  # of a backward pass, or another shape
+        said = str(error).strip().splitlines()[0]
+        raise StageError(
+            f"torch.compile failed: {said}; train_ann.compile: false trains without it"
+        ) from error
     finally:
         del ann.forward
+
+
+def settled(worker: Worker, ann: nn.Module, train: Samples, work: float) -> bool:
+    """Whether the training is to be compiled; ``auto`` is settled once, and goes on as it began."""
+    params = worker.params.train_ann
+    if params.compile != "auto":
+        return params.compile
+    bounded = any(isinstance(module, stdb.Clip) for module in ann.modules())
+    pays = params.epochs * len(train) * work >= PAYS and worker.device.type == "cpu"
+    if not (bounded and pays):
+        return False
+    begun = (worker.resume() or {}).get("choices", {}).get("compile")
+    fast = not obstacle(worker, ann) if begun is None else begun == "true"
+    worker.choices["compile"] = str(fast).lower()
+    return fast or begun is None  # what is in its way is then said
 
 
 def obstacle(worker: Worker, ann: nn.Module) -> str:

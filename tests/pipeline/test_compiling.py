@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from pipeline import train_ann
+from pipeline.errors import StageError
 from pipeline.learning.compiling import PAYS, compiled, obstacle
 from pipeline.learning.networks import build_ann
 from tests.pipeline.support import NETWORK, PARAMS, KeptWorker, make_files
@@ -132,6 +134,29 @@ def test_a_compiler_that_fails_is_said_and_the_training_goes_on(files, monkeypat
     train_ann.train_loop(plain)
     for name, value in plain.states[-1]["network"].items():
         assert torch.equal(worker.states[-1]["network"][name], value), name
+
+
+@pytest.mark.parametrize("begun", ["false", "true", None])
+def test_what_auto_chose_stays_with_the_job(files, calls, begun):
+    """A training that goes on elsewhere goes on as it began."""
+    worker = worker_of(files, compile="auto")
+    if begun is not None:
+        worker.states = [{"choices": {"compile": begun}}]
+    assert enter(files, worker, PAYS) is (begun != "false")
+    assert worker.choices == {"compile": begun or "true"}
+    assert len(calls) == (begun != "false")
+
+
+def test_a_compiler_that_fails_in_the_backward_pass_is_a_mistake_to_mend(files, calls):
+    """It is compiled when it is first wanted, behind the forward pass."""
+    train = files[1]["train"]
+    worker = worker_of(files, compile=True)
+    said = "torch.compile failed: no loop; train_ann.compile: false trains without it"
+    with (
+        pytest.raises(StageError, match=said),
+        compiled(worker, build_ann(worker.params.network, train), train, PAYS),
+    ):
+        raise TorchDynamoException("no loop\nmuch more")
 
 
 @pytest.mark.slow
