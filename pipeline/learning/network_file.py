@@ -8,15 +8,17 @@ from pipeline.learning.networks import described, recipe
 from pipeline.params import Params
 
 
-def write_network(snn: stdb.SpikingNetwork, params: Params, train: Samples, path: Path) -> None:
-    """The network's file, with all that image files have to become for it."""
+def write_network(
+    snn: stdb.SpikingNetwork, params: Params, train: Samples, path: Path, timesteps: int
+) -> None:
+    """The network's file, with its T and all that image files have to become for it."""
     prepared = train.preparation
     resize = {} if prepared.resize is None else {"resize": prepared.resize}
     stdb.save(
         snn,
         path,
         network=recipe(params.network, train),
-        timesteps=params.stdb.timesteps,
+        timesteps=timesteps,
         classes=train.classes,
         normalisation=prepared.normalisation,
         stdb=described(params.stdb),

@@ -88,16 +88,16 @@ def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:
     shapes = snn.shapes(train.shape)
     neurons = sum(math.prod(shapes[i]) for i in snn.graph.labels)
     learned = sum(map(len, order(len(train), params.batch_size, params.seed, 1)))
-    steps = learned * params.timesteps * neurons
+    steps = learned * params.last_timesteps * neurons
 
     validated: list[int] = []
 
     def extra(epoch: int, evaluation: Evaluation) -> Row:
         validated.append(epoch)
         return {
-            "timesteps": params.timesteps,
+            "timesteps": params.last_timesteps,
             "neuron_steps": epoch * float(steps),
-            "energy_delay": evaluation.energy * params.timesteps,
+            "energy_delay": evaluation.energy * params.last_timesteps,
             "spikes": sum(evaluation.spikes.values()),
         }
 
@@ -105,7 +105,7 @@ def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:
     if scale is None:
         scales = worker.params.evaluate_converted
         snn = snn.to(worker.device)
-        scale = best_scale(worker, snn, validation, params.timesteps, scales)
+        scale = best_scale(worker, snn, validation, params.last_timesteps, scales)
     _, state = fine_tune(worker, scale, train, validation, extra)
     if not validated:  # killed after its last epoch, before anybody noted that it was done
         worker.checkpoint(state, state["history"][-1:])

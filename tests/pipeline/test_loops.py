@@ -346,12 +346,13 @@ def test_a_training_that_will_not_fit_is_said_before_it_starts(files, capsys):
     snn, shape = starting(files, STDB), files[1]["train"].shape
     params = STDB.model_copy(update={"timesteps": 100})
     one = worker(files[0], params)
-    assert fitting_chunk(one, snn, shape, 1 << 40) == 10  # about 256 images at once
+    (at_t,) = params.at_each()
+    assert fitting_chunk(one, snn, shape, at_t, 1 << 40) == 10  # about 256 images at once
     assert "a training step takes about 0.1 GB of 1099.5 GB free" in capsys.readouterr().out
     little = stdb.training_memory(snn, shape, 100, 24, 4)
-    assert fitting_chunk(one, snn, shape, little) in (2, 4, 5)
+    assert fitting_chunk(one, snn, shape, at_t, little) in (2, 4, 5)
     assert "warning" not in capsys.readouterr().out
-    assert fitting_chunk(one, snn, shape, 1000) == 1
+    assert fitting_chunk(one, snn, shape, at_t, 1000) == 1
     assert "warning: a training step takes about" in capsys.readouterr().out
-    small = params.model_copy(update={"micro_batch": 1, "chunk": 3})
-    assert fitting_chunk(worker(files[0], small), snn, shape, 1 << 40) == 3
+    small = at_t.model_copy(update={"micro_batch": 1, "chunk": 3})
+    assert fitting_chunk(one, snn, shape, small, 1 << 40) == 3

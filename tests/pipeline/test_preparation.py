@@ -59,7 +59,7 @@ def saved(parts, path):
     )  # fmt: skip
     example = torch.zeros(1, channels, height, width)
     snn = stdb.convert(ann, stdb.DirectEncoder(), example=example)
-    write_network(snn, params, parts["train"], path)
+    write_network(snn, params, parts["train"], path, STDB.timesteps)
     return snn
 
 
