@@ -25,7 +25,7 @@ from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import Evaluation, collapse, diagnose, evaluate_snn, longest
 from pipeline.learning.finetuning import BATCH, fine_tune
 from pipeline.learning.network_file import write_network
-from pipeline.learning.networks import build_ann, load_converted, load_weights
+from pipeline.learning.networks import build_ann, load_converted, load_weights, surrogate_of
 from pipeline.params import DataParams, StdbParams
 from pipeline.stage import Stage, stage_command
 from pipeline.tracking.messages import About
@@ -40,6 +40,10 @@ def main(stage: Stage) -> None:
     start = "random weights, " if params.stdb.from_scratch else ""
     scale = threshold_scale(params.stdb)
     stage.say(f"{start}T = {params.stdb.timesteps}, threshold scale {scale}, {images} images")
+    if params.stdb.surrogate == "auto":
+        surrogate = surrogate_of(params.stdb)
+        stage.tracker.tags({"surrogate": surrogate.name})
+        stage.say(f"auto: {surrogate}")
     state = run_job(stage, train_loop)
     test = Evaluation(**state["test"])
     snn.net.load_state_dict(state["best_network"])
