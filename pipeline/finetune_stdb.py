@@ -27,7 +27,13 @@ from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import Evaluation, collapse, diagnose, evaluate_snn, longest
 from pipeline.learning.finetuning import BATCH, fine_tune
 from pipeline.learning.network_file import write_network
-from pipeline.learning.networks import build_ann, load_converted, load_weights
+from pipeline.learning.networks import (
+    build_ann,
+    load_converted,
+    load_weights,
+    surrogate_of,
+    use_surrogate,
+)
 from pipeline.params import DataParams, Params, StdbParams
 from pipeline.stage import Stage, stage_command
 from pipeline.tracking.messages import About, child_of
@@ -43,6 +49,10 @@ def main(stage: Stage) -> None:
     scale = threshold_scale(params.stdb)
     falling = ", ".join(map(str, params.stdb.falling))
     stage.say(f"{start}T = {falling}, threshold scale {scale}, {images} images")
+    if params.stdb.surrogate == "auto":
+        used = [surrogate_of(at_t) for at_t in params.stdb.at_each()]
+        stage.tracker.tags({"surrogate": ", ".join(dict.fromkeys(one.name for one in used))})
+        stage.say(f"auto: {', '.join(dict.fromkeys(map(str, used)))}")
     state = run_job(stage, train_loop)
     tuned, test = state["tuned"], Evaluation(**state["test"])
     write_networks(snn, state, params, train)
@@ -96,7 +106,8 @@ def write_networks(
     for name, neuron in snn.neurons.items():
         neuron.unit = state["units"][name]
     paths = [network_of(one["timesteps"]) for one in state["tuned"]]
-    for path, one in zip(paths, state["tuned"], strict=True):
+    for path, one, at_t in zip(paths, state["tuned"], params.stdb.at_each(), strict=True):
+        use_surrogate(snn, at_t)
         snn.net.load_state_dict(one["network"])
         for file in (path, SNN) if path == paths[-1] else (path,):
             with writing(file) as temporary:

@@ -183,14 +183,15 @@ class StdbParams(Training):
     """Name of the encoder, of ``stdb.ENCODERS``: how pixels become input."""
     leak: Annotated[float, Field(gt=0, le=1)]
     """Leak λ of every neuron, in (0, 1]; 1 is the IF neuron."""
-    surrogate: Annotated[str, AfterValidator(one_of(SURROGATES))]
-    """Name of the surrogate gradient, of ``stdb.SURROGATES``: Eq. 11, 13 or 14, or a rectangle."""
-    alpha: Positive
-    """Factor α of the surrogate gradient, above 0."""
-    beta: NonNegative
-    """Decay β of the surrogate gradient, 0 or more."""
-    over_threshold: bool
-    """Whether the spike is differentiated with respect to U/V instead of U."""
+    surrogate: Annotated[str, AfterValidator(one_of(SURROGATES))] | Literal["auto"]
+    """Name of the surrogate gradient, of ``stdb.SURROGATES``: Eq. 11, 13 or 14, or a rectangle;
+    auto: the one for T (``stdb.surrogate_of``), where alpha, beta, over_threshold are null."""
+    alpha: Positive | None
+    """Factor α of the surrogate gradient, above 0; None: the surrogate's own."""
+    beta: NonNegative | None
+    """Decay β of the surrogate gradient, 0 or more; None: the surrogate's own."""
+    over_threshold: bool | None
+    """Whether the spike is taken over U/V instead of U; None: by one that looks at membranes."""
     temporal_gradient: bool
     """Whether the backward pass keeps the leak path ∂U_t/∂U_{t−1} = λ."""
     learn_thresholds: bool
@@ -210,9 +211,8 @@ class StdbParams(Training):
     threshold_scale: Positive | None
     """V ← scale · V_balanced; None takes what evaluate_converted found."""
     logit_scale: Positive | Literal["auto"]
-    """Factor of the output layer's weights before the fine-tuning, which changes no decision; 1:
-    the paper's; auto: so that softmax(U_T) is as sure as it is right on validation, or with distil
-    the one that brings U_T/T to the ANN's units."""
+    """Factor of the output layer's weights, which changes no decision; 1: the paper's; auto: that
+    softmax(U_T) is as sure as it is right on validation, or with distil U_T/T in ANN units."""
     distil: Annotated[DistilParams | None, BeforeValidator(known_teacher)] = None
     """{weight: 0.7, temperature: 2}: the loss is that of U_t/t, and the trained ANN is a teacher
     beside the labels; None: the labels alone, the paper's way."""
@@ -224,6 +224,13 @@ class StdbParams(Training):
     """Number of images that a worker presents at once; their gradients add up to the batch's."""
     chunk: Count | None
     """Time steps that are computed at once; changes memory, not results. None chooses."""
+
+    @model_validator(mode="after")
+    def _auto_chooses_all(self) -> "StdbParams":
+        for name in ("alpha", "beta", "over_threshold"):
+            if self.surrogate == "auto" and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name} is {value} with surrogate: auto; allowed: null")
+        return self
 
     @model_validator(mode="after")
     def _has_a_teacher(self) -> "StdbParams":

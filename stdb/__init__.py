@@ -37,7 +37,7 @@ from .normalisation import NORMALISATIONS, Normalisation, normalisation_of
 from .presentation import Presentation
 from .randomness import derive, dropout_mask, sample_keys, uniform
 from .statistics import SpikeStatistics, ann_energy, fan_out, record_spikes
-from .surrogate import STDB, SURROGATES, Exponential, Linear, Rectangle, Surrogate
+from .surrogate import STDB, SURROGATES, Exponential, Linear, Rectangle, Surrogate, surrogate_of
 from .traced import Rewrite
 
 __all__ = [
@@ -100,6 +100,7 @@ __all__ = [
     "scaled_losses",
     "simulate_neuron",
     "start_bounds",
+    "surrogate_of",
     "to_nir",
     "training_memory",
     "uniform",

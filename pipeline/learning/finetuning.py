@@ -25,6 +25,7 @@ from pipeline.learning.networks import (
     build_snn,
     load_handed_on,
     load_weights,
+    use_surrogate,
     use_threads,
 )
 from pipeline.params import DistilParams, StdbAtT, StdbParams
@@ -77,6 +78,7 @@ def fine_tune(
             snn.net.load_state_dict(tuned[-1]["network"])
         if params.progressive:
             worker.say(f"T = {at_t.timesteps}, {at_t.epochs} epoch(s)")
+        use_surrogate(snn, at_t)
         available = free_memory(worker.device, worker.world)
         chunk = fitting_chunk(worker, snn, train.shape, at_t, available)
         task = Task(

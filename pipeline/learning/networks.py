@@ -32,6 +32,8 @@ __all__ = [
     "load_weights",
     "recipe",
     "save_weights",
+    "surrogate_of",
+    "use_surrogate",
     "use_threads",
 ]
 
@@ -126,11 +128,10 @@ def build_snn(
         limits = data.preparation.normalisation.largest
         if max(limits) > 1:
             encoder = replace(encoder, limits=limits)
-    surrogate = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
     snn = stdb.convert(
         ann,
         encoder,
-        surrogate,
+        surrogate_of(params),
         params.leak,
         temporal_gradient=params.temporal_gradient,
         learn_thresholds=params.learn_thresholds,
@@ -145,6 +146,19 @@ def build_snn(
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             snn.net.set_submodule(name, nn.Identity())
     return snn
+
+
+def surrogate_of(params: StdbParams) -> stdb.Surrogate:
+    """The surrogate that ``stdb`` asks for, at its first T."""
+    return stdb.surrogate_of(
+        params.surrogate, params.first_timesteps, params.alpha, params.beta, params.over_threshold
+    )
+
+
+def use_surrogate(snn: stdb.SpikingNetwork, params: StdbParams) -> None:
+    """Give a network the surrogate of another T."""
+    for neuron in snn.neurons.values():
+        neuron.surrogate = surrogate_of(params)
 
 
 def load_thresholds(snn: stdb.SpikingNetwork, path: Path) -> None:
