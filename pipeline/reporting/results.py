@@ -102,7 +102,7 @@ class Finetuned(Spiking):
 class FinetunedResults(Finetuned):
     """metrics/finetune_stdb.json."""
 
-    by_timesteps: dict[str, Finetuned] = {}
+    by_timesteps: dict[str, Finetuned] = Field(default_factory=dict)
     """T → the network at it, where there are several."""
 
     @property

@@ -35,7 +35,7 @@ def register(client: Any, run_id: str, model: Model, source: dict[str, str], com
     """
     earlier = client.search_model_versions(f"run_id = '{run_id}'")  # where the answer was lost
     if earlier:
-        model_id, version = earlier[0].source.removeprefix("models:/"), earlier[0].version
+        model_id, version = str(earlier[0].source).removeprefix("models:/"), earlier[0].version
     else:
         model_id, version = _log(run_id, model)
     name, about = model.name, model.about
