@@ -21,6 +21,7 @@ from pipeline.files import ANN, BALANCED, DATA, THRESHOLDS
 from pipeline.learning.balanced import balanced_state, keep_fixed, load_balanced, save_balanced
 from pipeline.learning.networks import build_ann, build_snn, load_converted, recipe, save_weights
 from pipeline.learning.weights import load_weights
+from pipeline.sweeps import trial
 from tests.pipeline.support import NETWORK, NORMED, PARAMS, STDB, make_files, worker
 
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]
@@ -374,6 +375,57 @@ def test_a_calibrated_network_goes_through_the_stages(tmp_path, network):
     for name, value in end["network"].items():
         assert torch.equal(value, again.states[-1]["network"][name]), name
     start.net.load_state_dict(end["best_network"])  # as the stage's main does
+
+
+def test_the_metrics_are_those_of_the_validation_split(tmp_path):
+    """At the T that is wanted, before the correction of biases and after it; dead channels."""
+    folder, parts = make_files(tmp_path)
+    params = DIRECT.model_copy(update={"timesteps": 2})
+    snn, state, ann = handed_on(folder, parts, NORMED, params=params)
+    found, validation = state["metrics"], parts["validation"]
+    pixels = validation.pixels()
+    networks = {"after": snn.eval()}
+    if found["corrected"]:
+        networks["before"] = stdb.uncorrected(snn)
+    with torch.no_grad():
+        decisions = {name: one(pixels, 2).argmax(1) for name, one in networks.items()}
+        decisions["ann"] = ann(pixels).argmax(1)
+    right = {n: (d == validation.labels).double().mean().item() for n, d in decisions.items()}
+    assert found["accuracy"] == pytest.approx(right)
+    assert (found["method"], found["per"], found["timesteps"]) == ("mse", "channel", 2)
+    before, after = found["agreement"].values()
+    assert found["corrected"] is (after > before)
+    dead = {"conv1": 2, "conv3": 1}
+    line = balance_thresholds.summary(found | {"dead_channels": dead})
+    assert f"{found['accuracy']['after']:.2%}; ANN {right['ann']:.2%}" in line
+    assert line.endswith("3 channels never fire, in conv1, conv3")
+
+
+def test_algorithm_1_has_no_accuracy_of_its_own(files):
+    """Thresholds for many steps say nothing at few; evaluate_converted scales them first."""
+    state = run(files[0], balance_thresholds.balance_loop, balance_thresholds=BALANCING)
+    found = state["metrics"]
+    assert found["accuracy"] is None
+    assert found["agreement"] is None
+    assert balance_thresholds.summary(found) == "maximum per layer"
+
+
+def test_a_trial_calibrates_for_its_own_steps(tmp_path, monkeypatch):
+    """With mse the network depends on T; by Algorithm 1 what was handed on does for any."""
+    folder, parts = make_files(tmp_path)
+    handed, _, _ = handed_on(folder, parts, NORMED)
+    few = DIRECT.model_copy(update={"timesteps": 2})
+    one = worker(folder, few, network=NORMED, balance_thresholds=MSE)
+    own = trial.starting_point(one, parts["train"])
+    expected, _, _ = handed_on(folder, parts, NORMED, params=few)
+    images = parts["test"].pixels()
+    assert torch.equal(own.eval()(images, 3), expected.eval()(images, 3))
+    assert not torch.equal(own(images, 3), handed.eval()(images, 3))
+    monkeypatch.setattr(trial, "calibrate", None)  # is not called any more
+    again = trial.starting_point(one, parts["train"])
+    assert torch.equal(again.eval()(images, 3), expected(images, 3))
+    handed_on(folder, parts, NORMED, BALANCING)
+    trial.starting_point(one, parts["train"])
 
 
 class Together:
