@@ -2,9 +2,9 @@
 
     python -m pipeline.evaluate_converted
 
-At the long T with balanced thresholds, and at the reduced T of ``stdb.timesteps`` with the
-threshold scale that is best on the validation split. The output layer only accumulates, so one
-presentation gives the accuracy at every t.
+At the long T with balanced thresholds, and at the reduced T of ``stdb.timesteps``, the first of
+several, with the threshold scale that is best on the validation split. The output layer only
+accumulates, so one presentation gives the accuracy at every t.
 Out: models/conversion.json (the scale), metrics/evaluate_converted.json, plots/converted_*.csv;
 among them a diagnosis of every layer, which the stage ends with where accuracy is at chance level.
 """
@@ -38,7 +38,7 @@ def main(stage: Stage) -> None:
     ann_accuracy = read_ann_results().accuracy.test
     state = run_job(stage, evaluate_loop)
     long, reduced = Evaluation(**state["long"]), Evaluation(**state["reduced"])
-    write_json(CONVERSION, {"timesteps": params.stdb.timesteps, "scale": state["scale"]})
+    write_json(CONVERSION, {"timesteps": params.stdb.first_timesteps, "scale": state["scale"]})
     metrics = {
         "ann": {"accuracy": ann_accuracy, "energy_pj": stdb.ann_energy(ann, train.shape)},
         "long": _summary(long),
@@ -96,7 +96,7 @@ def _summary(result: Evaluation) -> dict[str, Any]:
 
 def evaluate_loop(worker: Worker) -> None:
     """What each worker does: its share of every split."""
-    params, timesteps = worker.params.evaluate_converted, worker.params.stdb.timesteps
+    params, timesteps = worker.params.evaluate_converted, worker.params.stdb.first_timesteps
     validation, test = worker.split("validation"), worker.split("test")
     ann, snn = load_converted(worker.params.network, worker.params.stdb, test, worker.root)
     use_threads(worker, ann.to(worker.device), test, params.batch_size)

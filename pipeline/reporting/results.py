@@ -90,13 +90,25 @@ class ConversionResults(Section):
     """What the conversion costs."""
 
 
-class FinetunedResults(Spiking):
-    """metrics/finetune_stdb.json."""
+class Finetuned(Spiking):
+    """The fine-tuned network at a T."""
 
     accuracy: Accuracies
     """Accuracies of the best epoch."""
     epoch: Annotated[int, Field(ge=0)]
     """The best epoch."""
+
+
+class FinetunedResults(Finetuned):
+    """metrics/finetune_stdb.json."""
+
+    by_timesteps: dict[str, Finetuned] = Field(default_factory=dict)
+    """T → the network at it, where there are several."""
+
+    @property
+    def at_each(self) -> list[Finetuned]:
+        """The network at each T that was fine-tuned at, the last one too."""
+        return [*self.by_timesteps.values()] or [self]
 
 
 class CurvePoint(_Record):
