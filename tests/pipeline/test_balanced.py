@@ -5,6 +5,7 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import stdb
-from pipeline import balance_thresholds, evaluate_converted, finetune_stdb
+from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
 from pipeline.data import load_split
 from pipeline.errors import StageError
 from pipeline.files import ANN, BALANCED, DATA, THRESHOLDS
@@ -296,6 +297,17 @@ def test_what_a_method_cannot_do_is_refused(files, tmp_path):
     refused(plain, message, per="channel")
 
 
+def test_the_ann_is_not_trained_for_what_cannot_be_balanced(tmp_path, monkeypatch):
+    """train_ann says it at its start."""
+    folder, _ = make_files(tmp_path)
+    monkeypatch.chdir(folder)
+    leaky = DIRECT.model_copy(update={"leak": 0.9})
+    sections = {"network": NORMED, "stdb": leaky, "balance_thresholds": MSE}
+    stage = SimpleNamespace(params=PARAMS.model_copy(update=sections))
+    with pytest.raises(StageError, match=r"method is mse with stdb\.leak: 0\.9; allowed: leak: 1"):
+        train_ann.main(stage)
+
+
 # -- calibration for few steps ---------------------------------------------------------------------
 
 
@@ -426,6 +438,18 @@ def test_a_trial_calibrates_for_its_own_steps(tmp_path, monkeypatch):
     assert torch.equal(again.eval()(images, 3), expected(images, 3))
     handed_on(folder, parts, NORMED, BALANCING)
     trial.starting_point(one, parts["train"])
+
+
+def test_random_weights_do_without_what_was_handed_on(tmp_path):
+    """Their layers are a fresh conversion's, without what a calibration added."""
+    folder, parts = make_files(tmp_path)
+    handed_on(folder, parts, RESNET)
+    params = DIRECT.model_copy(update={"from_scratch": True, "threshold_scale": 1.0})
+    one = worker(folder, params, network=RESNET)
+    finetune_stdb.train_loop(one)
+    snn = build_snn(build_ann(RESNET, parts["train"]), params, params.seed, parts["train"])
+    snn.net.load_state_dict(one.states[-1]["best_network"])
+    assert one.states[-1]["correction"] is None
 
 
 class Together:
