@@ -24,7 +24,14 @@ from pipeline.files import ANN, DATA, METRICS, PLOTS, SNN, SNNS, write_csv, writ
 from pipeline.handed_on import read_conversion
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
-from pipeline.learning.evaluation import Evaluation, collapse, diagnose, evaluate_snn, longest
+from pipeline.learning.evaluation import (
+    Evaluation,
+    collapse,
+    diagnose,
+    evaluate_snn,
+    fitting_logit_scale,
+    longest,
+)
 from pipeline.learning.finetuning import BATCH, fine_tune
 from pipeline.learning.network_file import write_network
 from pipeline.learning.networks import (
@@ -108,11 +115,12 @@ def write_networks(
     """A file for each T, and that of the last one in its usual place; no other T's is left."""
     for name, neuron in snn.neurons.items():
         neuron.unit = state["units"][name]
-    snn.output_correction = state["correction"]
     paths = [network_of(one["timesteps"]) for one in state["tuned"]]
     for path, one, at_t in zip(paths, state["tuned"], params.stdb.at_each(), strict=True):
         use_surrogate(snn, at_t)
         snn.net.load_state_dict(one["network"])
+        snn.output_correction = state["correction"]
+        snn.scale_output(one["logit_scale"])
         for file in (path, SNN) if path == paths[-1] else (path,):
             with writing(file) as temporary:
                 write_network(snn, params, train, temporary, one["timesteps"])
@@ -190,15 +198,31 @@ def train_loop(worker: Worker) -> None:
     train, validation, test = (worker.split(name) for name in ("train", "validation", "test"))
     few = subset(train, params.images, params.seed)
     snn, state = fine_tune(worker, threshold_scale(params, worker.root), few, validation)
+    correction = snn.output_correction
     for one in state["tuned"]:
         snn.net.load_state_dict(one["network"])
+        snn.output_correction = correction
+        one["logit_scale"] = sure_scale(worker, snn, validation, one["timesteps"])
+        snn.scale_output(one["logit_scale"])
         one["test"] = vars(evaluate_snn(worker, snn, test, one["timesteps"], BATCH))
     last = params.last_timesteps
     longer = evaluate_snn(worker, snn, test, longest(last), BATCH)
     rows = diagnose(learned_ann(worker, snn, train), snn, validation, last)
     units = {name: neuron.unit for name, neuron in snn.neurons.items()}
     found = {"test": one["test"], "curve": longer.accuracy, "diagnosis": rows, "units": units}
-    worker.checkpoint(state | found | {"correction": snn.output_correction})
+    worker.checkpoint(state | found | {"correction": correction})
+
+
+def sure_scale(
+    worker: Worker, snn: stdb.SpikingNetwork, validation: Samples, timesteps: int
+) -> float:
+    """The output's factor with which softmax(U_T) is as sure as it is right; 1 where it learned so.
+
+    Where U_t/t was trained, in the ANN's units, U_T is T times that: far too sure to leave early.
+    """
+    if not worker.params.stdb.in_units:
+        return 1.0
+    return fitting_logit_scale(worker, snn, validation, timesteps, BATCH)
 
 
 def learned_ann(worker: Worker, snn: stdb.SpikingNetwork, train: Samples) -> nn.Module:

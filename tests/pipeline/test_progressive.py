@@ -155,6 +155,34 @@ def test_the_first_t_is_that_alone_beside_a_teacher(files):
         assert torch.equal(value, several[0]["network"][name]), name
 
 
+def test_what_learned_in_the_anns_units_is_written_as_sure_as_it_is_right(
+    files, monkeypatch, tmp_path
+):
+    """U_T is T times U_T/t; a factor found on validation stands before it, and decides nothing."""
+    fitted = []
+
+    def fitting(worker, snn, split, timesteps, batch_size):
+        fitted.append((split.ids.tolist(), timesteps))
+        return 0.25
+
+    monkeypatch.setattr(finetune_stdb, "fitting_logit_scale", fitting)
+    monkeypatch.setattr(finetune_stdb, "SNNS", tmp_path)
+    monkeypatch.setattr(finetune_stdb, "SNN", tmp_path / "last.safetensors")
+    state = finetune(files, FALLING).states[-1]
+    validation, test = files[1]["validation"], files[1]["test"]
+    assert fitted == [(validation.ids.tolist(), steps) for steps in (3, 2)]
+    params = PARAMS.model_copy(update={"network": NETWORK, "stdb": FALLING})
+    snn = starting(files, FALLING)
+    finetune_stdb.write_networks(starting(files, FALLING), state, params, files[1]["train"])
+    for one in state["tuned"]:
+        snn.net.load_state_dict(one["network"])
+        written, _ = stdb.load(finetune_stdb.network_of(one["timesteps"]))
+        shown = test.pixels(), one["timesteps"]
+        mine = snn.eval()(*shown, sample_ids=test.ids)
+        torch.testing.assert_close(written(*shown, sample_ids=test.ids), mine * 0.25)
+        assert one["test"]["accuracy"][-1] == (mine.argmax(1) == test.labels).double().mean()
+
+
 def test_a_t_starts_from_the_best_epoch_of_the_one_before(files, monkeypatch):
     """And not from its last one; no scale of the logits is fitted at it."""
     starts, judged, scales = [], [], []
