@@ -47,11 +47,19 @@ def main(stage: Stage) -> None:
     metrics = state["metrics"]
     write_json(METRICS / "balance_thresholds.json", metrics)
     stage.log({f"thresholds/{row['layer']}": row["threshold"] for row in shown})
-    for name in ("accuracy", "agreement"):
-        stage.log({f"{name}/{part}": value for part, value in (metrics[name] or {}).items()})
-    stage.log({f"dead_channels/{layer}": n for layer, n in metrics["dead_channels"].items()})
+    stage.log(logged(metrics))
     stage.say(summary(metrics))
     forget_job(stage)
+
+
+def logged(metrics: dict[str, Any]) -> dict[str, float]:
+    """What the MLflow run has of them."""
+    found = {f"dead_channels/{layer}": float(n) for layer, n in metrics["dead_channels"].items()}
+    for name in ("accuracy", "agreement"):
+        for part, word in (("before", "uncorrected"), ("after", "calibrated")):
+            if part in (metrics[name] or {}):
+                found[f"{name}/{word}"] = metrics[name][part]
+    return found
 
 
 def summary(metrics: dict[str, Any]) -> str:

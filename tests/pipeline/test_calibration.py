@@ -157,6 +157,10 @@ def test_the_metrics_are_those_of_the_validation_split(tmp_path):
     line = balance_thresholds.summary(found | {"dead_channels": dead})
     assert f"{found['accuracy']['after']:.2%}; ANN {right['ann']:.2%}" in line
     assert line.endswith("3 channels never fire, in conv1, conv3")
+    logged = balance_thresholds.logged(found | {"dead_channels": dead})
+    assert logged["accuracy/calibrated"] == found["accuracy"]["after"]
+    assert logged["agreement/uncorrected"] == before
+    assert logged["dead_channels/conv1"] == 2
 
 
 def test_algorithm_1_has_no_accuracy_of_its_own(tmp_path):

@@ -226,7 +226,7 @@ def test_the_page_replaces_no_setting(committed, tmp_path):
 def test_an_experiment_runs_what_its_parameter_touches(experiment):
     """Only these stages, with the value; the commit stays as it was."""
     ran = re.findall(r"Running stage '(\w+)'", experiment.output)
-    assert ran == ["evaluate_converted", "finetune_stdb", "report"]
+    assert ran == ["balance_thresholds", "evaluate_converted", "finetune_stdb", "report"]
     assert read(experiment, "finetune_stdb")["timesteps"] == 5
     params = yaml.safe_load((experiment.root / "params.yaml").read_text())
     before = yaml.safe_load(experiment.run("git", "show", "HEAD:params.yaml").stdout)
