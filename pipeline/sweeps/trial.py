@@ -5,7 +5,7 @@ never reads the test split.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Common:
         plan: the workers of each.
         train_images: training images of each; None: as many as ``stdb.images`` says.
         seed: draws them.
+        scales: T → threshold scale, where ``stdb.threshold_scale`` is None; what it lacks is found.
     """
 
     params: Params
@@ -45,6 +46,7 @@ class Common:
     plan: Plan
     train_images: int | None
     seed: int
+    scales: dict[int, float] = field(default_factory=dict)
 
 
 def run_trial(sample: dict[str, Any], common: Common) -> None:
@@ -61,7 +63,8 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
     checkpoints = Checkpoints(common.storage, "trial", name)
     stdb_params = settings(sample, common.params.stdb)
     params = common.params.model_copy(update={"stdb": stdb_params})
-    loop = partial(run_trial_training, images=common.train_images, seed=common.seed)
+    known = common.scales.get(stdb_params.timesteps)
+    loop = partial(run_trial_training, images=common.train_images, seed=common.seed, known=known)
     if common.plan.workers > 1:
         job = Job(params, "trial", checkpoints, common.plan, common.root, report_every=0.0)
         fit_on_ray(loop, job, TuneReportCallback())
@@ -79,8 +82,17 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
     loop(worker)
 
 
-def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:
-    """Fine-tune at the trial's parameters, and at the threshold scale that is best for its T."""
+def run_trial_training(
+    worker: Worker, images: int | None, seed: int, known: float | None = None
+) -> None:
+    """Fine-tune at the trial's parameters, and at the threshold scale that is best for its T.
+
+    Args:
+        worker: that this process is.
+        images: training images, drawn by ``seed``; None: as many as ``stdb.images`` says.
+        seed: draws them.
+        known: the scale, where the parameters have none and it was found before.
+    """
     params = worker.params.stdb
     train, validation = worker.split("train"), worker.split("validation")
     train = subset(train, images or params.images, seed)
@@ -102,6 +114,8 @@ def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:
         }
 
     scale = 1.0 if params.from_scratch else params.threshold_scale
+    if scale is None and known is not None:
+        scale = known
     if scale is None:
         scales = worker.params.evaluate_converted
         snn = snn.to(worker.device)
