@@ -10,6 +10,7 @@ was killed goes on, trial by trial.
 Out, in FOLDER/results: ENCODER.csv, a row a cell, and surrogates.png, of all kinds that are there.
 """
 
+import copy
 import shutil
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.handed_on import read_ann_results
 from pipeline.jobs.run import run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import best_scale, evaluate_snn
-from pipeline.learning.networks import load_converted, use_threads
+from pipeline.learning.networks import load_converted
 from pipeline.params import StdbParams
 from pipeline.stage import Stage, run_stage
 from pipeline.sweeps.search import Room, room_for_trials, search, work_folder
@@ -40,6 +41,7 @@ from pipeline.sweeps.surrogates import (
     width,
     width_search,
 )
+from pipeline.sweeps.trial import starting_point
 
 
 def main(stage: Stage, folder: Path) -> None:
@@ -86,12 +88,14 @@ def converted_loop(worker: Worker, timesteps: list[int]) -> None:
     params, scales = worker.params.stdb, worker.params.evaluate_converted
     found = (worker.resume() or {"converted": {}})["converted"]
     validation = worker.split("validation")
-    ann, snn = load_converted(worker.params.network, params, validation, worker.root)
-    use_threads(worker, ann.to(worker.device), validation, scales.batch_size)
-    snn = snn.to(worker.device)
     for t in timesteps:
         if t in found:
             continue
+        at_t = copy.copy(worker)  # a calibration for few steps is one for its T
+        at_t.params = worker.params.model_copy(
+            update={"stdb": params.model_copy(update={"timesteps": t})}
+        )
+        snn = starting_point(at_t, validation)
         scale = params.threshold_scale
         if scale is None:
             scale = best_scale(worker, snn, validation, t, scales)

@@ -25,7 +25,13 @@ from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import Evaluation, collapse, diagnose, evaluate_snn, longest
 from pipeline.learning.finetuning import BATCH, fine_tune
 from pipeline.learning.network_file import write_network
-from pipeline.learning.networks import build_ann, load_converted, load_weights, surrogate_of
+from pipeline.learning.networks import (
+    build_ann,
+    build_snn,
+    load_converted,
+    load_weights,
+    surrogate_of,
+)
 from pipeline.params import DataParams, StdbParams
 from pipeline.stage import Stage, stage_command
 from pipeline.tracking.messages import About
@@ -35,7 +41,9 @@ def main(stage: Stage) -> None:
     """Check the inputs, run the job, write weights, metrics and curves."""
     params = stage.params
     train = load_split(DATA / "train.safetensors")
-    _, snn = load_converted(params.network, params.stdb, train)  # refuses another network's files
+    ann, snn = load_converted(params.network, params.stdb, train)  # refuses another network's files
+    if params.stdb.from_scratch:
+        snn = build_snn(ann, params.stdb, params.stdb.seed, train)
     images = min(params.stdb.images or len(train), len(train))
     start = "random weights, " if params.stdb.from_scratch else ""
     scale = threshold_scale(params.stdb)
@@ -49,6 +57,7 @@ def main(stage: Stage) -> None:
     snn.net.load_state_dict(state["best_network"])
     for name, neuron in snn.neurons.items():
         neuron.unit = state["units"][name]
+    snn.output_correction = state["correction"]
     with writing(SNN) as temporary:
         write_network(snn, params, train, temporary)
     write_json(
@@ -135,14 +144,14 @@ def train_loop(worker: Worker) -> None:
     rows = diagnose(learned_ann(worker, snn, train), snn, validation, params.timesteps)
     units = {name: neuron.unit for name, neuron in snn.neurons.items()}
     found = {"test": vars(tuned), "curve": longer.accuracy, "diagnosis": rows, "units": units}
-    worker.checkpoint(state | found)
+    worker.checkpoint(state | found | {"correction": snn.output_correction})
 
 
 def learned_ann(worker: Worker, snn: stdb.SpikingNetwork, train: Samples) -> nn.Module:
     """The ANN with the weights that were learned, which hold no units."""
     if snn.has_units:  # and no batch norm, so that the ANN that was trained has no place for them
         twin = copy.deepcopy(snn)
-        twin.set_thresholds(dict.fromkeys(twin.thresholds, 1.0))
+        stdb.release(twin)
         return twin
     ann = build_ann(worker.params.network, train)
     layers = ann.named_modules()

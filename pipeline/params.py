@@ -229,17 +229,24 @@ class TrainAnnParams(Schedule):
 
 
 class BalanceThresholdsParams(Section):
-    """Algorithm 1, or the bounds that the ANN's activations were trained with."""
+    """What a spike stands for: by Algorithm 1, or by the ANN's activations; docs/networks.md."""
 
     timesteps: Steps
-    """Time steps T of the calibration."""
+    """Time steps T of Algorithm 1; the other methods, and a correction, take ``stdb.timesteps``."""
     images: Count
     """Number of calibration images, from the training split."""
     batch_size: BatchSize
     """Number of images that are presented at once."""
-    method: Literal["auto", "maximum", "percentile", "learned"] = "auto"
-    """What V is: the largest weighted input, a percentile of them, or the bound of the layer's
-    activation, with U_0 = V/2; auto: the first or second, as ``percentile`` says."""
+    method: Literal["auto", "maximum", "percentile", "mse", "learned"] = "auto"
+    """What V is: the largest weighted input, a percentile of them, of least error at
+    ``stdb.timesteps``, or the activation's bound; auto: mse for networks with biases at λ = 1, else
+    one of the first two, as ``percentile`` says."""
+    per: Literal["layer", "channel"] | None = None
+    """Whether V is one of each layer or channel; None: channel with mse, layer with others."""
+    initial_membrane: Rate | None = None
+    """U_0/V of every layer, in [0, 1); None: ½ with mse and learned, 0 with others."""
+    bias_correction: bool | None = None
+    """Whether mean rates are brought to the ANN's means; None: with mse and learned."""
     percentile: Annotated[float, Field(gt=0, le=100)]
     """V is this percentile of a layer's weighted inputs; 100, the paper's way, is the maximum."""
     residual_blocks: bool

@@ -39,6 +39,7 @@ def fine_tune(
     train: Samples,
     validation: Samples,
     extra: Callable[[int, Evaluation], Row] = lambda _epoch, _evaluation: {},
+    start: stdb.SpikingNetwork | None = None,
 ) -> tuple[stdb.SpikingNetwork, State]:
     """Algorithms 2 and 3 on the converted network, or on random weights.
 
@@ -48,12 +49,13 @@ def fine_tune(
         train: the images to learn from.
         validation: the images that choose the epoch.
         extra: further metrics of an epoch, from its evaluation.
+        start: the converted network; None: what balance_thresholds handed on.
 
     Returns:
         The network with the weights of its best epoch, and the state of :func:`fit`.
     """
     params = worker.params.stdb
-    snn = starting_network(worker, scale, train, validation)
+    snn = starting_network(worker, scale, train, validation, start)
     model = worker.data_parallel(snn)
 
     def validate(epoch: int) -> Row:
@@ -91,24 +93,34 @@ def fine_tune(
 
 
 def starting_network(
-    worker: Worker, scale: float, train: Samples, validation: Samples
+    worker: Worker,
+    scale: float,
+    train: Samples,
+    validation: Samples,
+    start: stdb.SpikingNetwork | None = None,
 ) -> stdb.SpikingNetwork:
-    """The converted network at its scaled thresholds, or random weights; its output scaled."""
+    """The converted network at its scaled thresholds, or random weights; its output scaled.
+
+    ``start`` as for :func:`fine_tune`.
+    """
     params = worker.params.stdb
     torch.manual_seed(params.seed)
     ann = build_ann(worker.params.network, train)
     if not params.from_scratch:
         load_weights(ann, worker.path(ANN))
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
-    snn = build_snn(ann, params, params.seed, train).to(worker.device)
+    if params.from_scratch:
+        snn = build_snn(ann, params, params.seed, train).to(worker.device)
+        balance_random(snn, train, params)
+    elif start is not None:
+        snn = start
+    else:
+        snn = load_handed_on(ann, worker.params.network, params, train, worker.root)
+        snn = snn.to(worker.device)
     if params.dropout is not None:
         for module in snn.net.modules():
             if isinstance(module, nn.Dropout):
                 module.p = params.dropout
-    if params.from_scratch:
-        balance_random(snn, train, params)
-    else:
-        load_handed_on(snn, worker.root)
     snn.scale_thresholds(scale)
     factor = params.logit_scale
     if factor == "auto":

@@ -21,9 +21,10 @@ import yaml
 
 from pipeline.data import save_split
 from pipeline.data.sources import read_source
-from pipeline.files import ANN, DATA, THRESHOLDS
+from pipeline.files import ANN, BALANCED, DATA, THRESHOLDS
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.worker import Worker
+from pipeline.learning.balanced import save_balanced
 from pipeline.learning.networks import build_ann, build_snn, load_weights, save_weights
 from pipeline.overlays import apply
 from pipeline.params import NetworkParams, StdbParams, load_params
@@ -280,6 +281,7 @@ def make_files(folder: Path):
     save_weights(ann.state_dict(), folder / ANN)
     rows = [{"layer": n, "threshold": v, "balanced": True} for n, v in LAYER_THRESHOLDS.items()]
     (folder / THRESHOLDS).write_text(json.dumps({"layers": rows}))
+    save_balanced(torch.empty(0, dtype=torch.uint8), folder / BALANCED)
     return folder, parts
 
 

@@ -3,23 +3,35 @@
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import prune
 
 import stdb
-from pipeline import balance_thresholds, evaluate_converted, finetune_stdb
+from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
+from pipeline.data import load_split
 from pipeline.errors import StageError
-from pipeline.files import ANN, BALANCED, THRESHOLDS
-from pipeline.learning.balanced import balanced_state, load_balanced, save_balanced
-from pipeline.learning.networks import build_ann, build_snn, load_converted, save_weights
+from pipeline.files import ANN, BALANCED, DATA, THRESHOLDS
+from pipeline.learning.balanced import balanced_state, keep_fixed, load_balanced, save_balanced
+from pipeline.learning.networks import build_ann, build_snn, load_converted, recipe, save_weights
 from pipeline.learning.weights import load_weights
+from pipeline.sweeps import trial
 from tests.pipeline.support import NETWORK, NORMED, PARAMS, STDB, make_files, worker
 
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]
 DIRECT = STDB.model_copy(update={"encoder": "direct", "timesteps": 12, "threshold_scale": 0.2})
-BALANCING = PARAMS.balance_thresholds.model_copy(update={"timesteps": 10, "images": 20})
+BALANCING = PARAMS.balance_thresholds.model_copy(
+    update={"timesteps": 10, "images": 20, "method": "maximum"}
+)
+MSE = BALANCING.model_copy(update={"method": "mse", "batch_size": 7})
+RESNET = NORMED.model_copy(update={"architecture": "resnet8", "width": 0.1})
 
 
 def run(folder, loop, params=DIRECT, **sections):
@@ -90,33 +102,84 @@ def test_the_whole_network_is_handed_on(files):
     assert torch.equal(snn.eval()(images, 9), expected.eval()(images, 9))
     kept = load_file(files[0] / BALANCED)
     assert {"conv1.bias", "conv2.weight", "output.weight", "fc1_relu.threshold"} <= set(kept)
-    assert not any("norm" in name or "leak" in name for name in kept)
+    assert not any("norm" in name for name in kept)
 
 
-def test_what_is_loaded_is_the_file(copied, files):
-    """Whatever a later method does to biases and U_0, evaluation and fine-tuning start from it."""
-    tensors = load_file(copied / BALANCED)
-    tensors["conv1.bias"] += 0.25
-    about = {"units": dict.fromkeys(LAYERS, 2.5), "initial_membranes": dict.fromkeys(LAYERS, 0.5)}
-    save_file(tensors, copied / BALANCED, {"config": json.dumps(about)})
-    _, snn = load_converted(NORMED, DIRECT, files[1]["train"], copied)
-    assert torch.equal(snn.net.get_parameter("conv1.bias"), tensors["conv1.bias"])
-    assert {n.initial_membrane for n in snn.neurons.values()} == {0.5}
-    assert {n.unit for n in snn.neurons.values()} == {2.5}
+def test_what_is_loaded_is_the_file(files):
+    """Weights, biases, V and U_0 are the file's; what drives the network is the parameters'."""
+    snn = balanced_here(files)
+    for neuron in snn.neurons.values():
+        neuron.initial_membrane = 0.5
+    train, path = files[1]["train"], files[0] / "another.safetensors"
+    network = recipe(NORMED, train)
+    save_balanced(balanced_state(snn, train, network, 10, None), path)
+    loaded = load_balanced(path, network)
+    assert {n.initial_membrane for n in loaded.neurons.values()} == {0.5}
+    images = train.pixels()[:4]
+    assert torch.equal(loaded(images, 5), snn.eval()(images, 5))
+
+
+def test_the_parameters_say_how_a_loaded_network_is_driven(files):
+    """Encoder, surrogate, λ, what learns, chunk, precision, whose densities decide, seeds."""
+    changed = {
+        **{"encoder": "poisson", "surrogate": "linear", "alpha": 0.7, "over_threshold": True},
+        **{"leak": 0.9, "temporal_gradient": False, "learn_thresholds": True, "learn_leaks": True},
+        **{"chunk": 3, "precision": "bf16", "events": "never", "seed": 5},
+    }
+    params = DIRECT.model_copy(update=changed)
+    _, snn = load_converted(NORMED, params, files[1]["train"], files[0])
+    expected = build_snn(trained(files), params, 5, files[1]["train"])
+    names = ("encoder", "limits", "chunk", "precision", "events", "dropout_seed")
+    for name in names:
+        assert getattr(snn, name) == getattr(expected, name), name
+    for neuron, other in zip(snn.neurons.values(), expected.neurons.values(), strict=True):
+        assert neuron.surrogate == other.surrogate
+        assert neuron.leak == other.leak
+        assert not neuron.temporal_gradient
+        assert neuron.threshold.requires_grad
+        assert neuron.leak.requires_grad
+
+
+def test_the_file_holds_nothing_that_the_stage_does_not_track(files):
+    """The same bytes whatever surrogate, chunk and seed are, which DVC would not see."""
+    changed = {"surrogate": "linear", "chunk": 2, "learn_leaks": True, "seed": 9, "alpha": 9.0}
+    params = DIRECT.model_copy(update=changed)
+    state = run(files[0], balance_thresholds.balance_loop, params, balance_thresholds=BALANCING)
+    written = (files[0] / BALANCED).read_bytes()
+    assert bytes(state["balanced"].tolist()) == written
 
 
 def test_the_leak_is_that_of_the_parameters(files):
-    """Balancing does not track stdb.leak, so that its file does not have it."""
+    """Also where the file was written at another."""
     params = DIRECT.model_copy(update={"leak": 0.9})
     _, snn = load_converted(NORMED, params, files[1]["train"], files[0])
     assert {round(n.leak.item(), 4) for n in snn.neurons.values()} == {0.9}
 
 
 def test_a_network_of_the_papers_kind_hands_on_its_thresholds_alone(files, tmp_path):
-    """Its weights are the ANN's; the file is there and has nothing."""
-    snn = build_snn(build_ann(NETWORK, files[1]["train"]), STDB, 0)
-    save_balanced(balanced_state(snn), tmp_path / "balanced.safetensors")
-    assert load_file(tmp_path / "balanced.safetensors") == {}
+    """Its weights are the ANN's; the file is there and has nothing, in the bytes of ever."""
+    train = files[1]["train"]
+    snn = build_snn(build_ann(NETWORK, train), STDB, 0)
+    state = balanced_state(snn, train, recipe(NETWORK, train), 10, None)
+    path = tmp_path / "balanced.safetensors"
+    save_balanced(state, path)
+    assert load_file(path) == {}
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"config": '{"units": {}, "initial_membranes": {}}'}
+    assert load_balanced(path, recipe(NETWORK, train)) is None
+
+
+def test_an_initial_membrane_is_handed_on_of_any_network(tmp_path):
+    """Thresholds alone do not say U_0."""
+    folder, parts = make_files(tmp_path)
+    started = BALANCING.model_copy(update={"initial_membrane": 0.25})
+    one = worker(folder, balance_thresholds=started)
+    balance_thresholds.balance_loop(one)
+    hand_on(one.states[-1], folder)
+    _, snn = load_converted(NETWORK, STDB, parts["train"], folder)
+    assert {neuron.initial_membrane for neuron in snn.neurons.values()} == {0.25}
+    assert not snn.has_units
+    assert snn.thresholds == one.states[-1]["thresholds"]
 
 
 def test_all_layers_of_basic_blocks_are_balanced(files):
@@ -209,45 +272,322 @@ def test_learned_bounds_are_handed_on(files, tmp_path):
     assert {neuron.initial_membrane for neuron in snn.neurons.values()} == {0.5}
 
 
-def test_bounds_are_learned_with_biases_alone(files, tmp_path):
+def refused(folder, message, network=NETWORK, params=STDB, **changes) -> None:
+    """The stage's loop ends with the message before anything is computed."""
+    balancing = BALANCING.model_copy(update=changes)
+    one = worker(folder, params, network=network, balance_thresholds=balancing)
+    with pytest.raises(StageError, match=message):
+        balance_thresholds.balance_loop(one)
+
+
+def test_what_a_method_cannot_do_is_refused(files, tmp_path):
     """Said before anything is computed, with what is allowed."""
     plain, _ = make_files(tmp_path)
-    learned = BALANCING.model_copy(update={"method": "learned"})
-    with pytest.raises(StageError, match="learned, and layer conv1 has no bound; allowed: "):
-        balance_thresholds.balance_loop(worker(plain, balance_thresholds=learned))
-    clipped = NETWORK.model_copy(update={"activation": "clip"})
-    ann = build_ann(clipped, files[1]["train"])
-    save_weights(ann.state_dict(), plain / ANN)
-    one = worker(plain, network=clipped, balance_thresholds=learned)
-    with pytest.raises(StageError, match="without biases or batch norm; allowed: method: maximum"):
-        balance_thresholds.balance_loop(one)
-    wrong = learned.model_copy(update={"percentile": 99.0})
-    with pytest.raises(StageError, match=r"percentile is 99\.0 with method: learned"):
-        balance_thresholds.balance_loop(worker(plain, network=clipped, balance_thresholds=wrong))
+    refused(plain, "learned, and layer conv1 has no bound; allowed: ", method="learned")
+    for method in ("learned", "mse", "maximum"):
+        message = rf"percentile is 99\.0 with method: {method}; allowed: 100, or method: percentile"
+        refused(plain, message, method=method, percentile=99.0)
     leaky = DIRECT.model_copy(update={"leak": 0.9})
-    with pytest.raises(StageError, match=r"stdb\.leak: 0\.9; allowed: leak: 1"):
-        balance_thresholds.balance_loop(
-            worker(plain, leaky, network=clipped, balance_thresholds=learned)
-        )
+    for method in ("learned", "mse"):
+        message = rf"method is {method} with stdb\.leak: 0\.9; allowed: leak: 1"
+        refused(plain, message, params=leaky, method=method)
+    message = r"bias_correction is true with stdb\.leak: 0\.9; allowed: leak: 1"
+    refused(plain, message, params=leaky, bias_correction=True)
+    message = "balance_thresholds: per is channel with the method maximum; allowed: layer"
+    refused(plain, message, per="channel")
 
 
-@pytest.mark.parametrize("content", [b"", b"text", "tensors", "another", "units", "nan"])
-def test_a_file_of_something_else_is_refused(copied, files, content):
+def test_the_ann_is_not_trained_for_what_cannot_be_balanced(tmp_path, monkeypatch):
+    """train_ann says it at its start."""
+    folder, _ = make_files(tmp_path)
+    monkeypatch.chdir(folder)
+    leaky = DIRECT.model_copy(update={"leak": 0.9})
+    sections = {"network": NORMED, "stdb": leaky, "balance_thresholds": MSE}
+    stage = SimpleNamespace(params=PARAMS.model_copy(update=sections))
+    with pytest.raises(StageError, match=r"method is mse with stdb\.leak: 0\.9; allowed: leak: 1"):
+        train_ann.main(stage)
+
+
+# -- calibration for few steps ---------------------------------------------------------------------
+
+
+def handed_on(folder, parts, network, balancing=MSE, params=DIRECT):
+    """An ANN that has seen the images, calibrated; what is loaded of it, and the state."""
+    ann = seen(network, parts["train"])
+    save_weights(ann.state_dict(), folder / ANN)
+    one = worker(folder, params, network=network, balance_thresholds=balancing)
+    balance_thresholds.balance_loop(one)
+    hand_on(one.states[-1], folder)
+    _, snn = load_converted(network, params, parts["train"], folder)
+    return snn, one.states[-1], ann.eval()
+
+
+@pytest.mark.parametrize("network", [NORMED, RESNET, NETWORK], ids=["normed", "resnet", "paper"])
+def test_a_network_calibrated_for_few_steps_is_handed_on(tmp_path, network):
+    """What the engine finds at the T that is wanted, bit for bit, whatever it added."""
+    folder, parts = make_files(tmp_path)
+    snn, state, ann = handed_on(folder, parts, network)
+    train = load_split(folder / DATA / "train.safetensors")  # in the stage's own memory order
+    expected = stdb.convert(ann, stdb.DirectEncoder())
+    generator = torch.Generator().manual_seed(MSE.seed)
+    chosen = train.take(torch.randperm(len(train), generator=generator)[:20])
+    found = stdb.balance_thresholds(
+        expected, chosen.pixels(), DIRECT.timesteps, method="mse", batch_size=7,
+        sample_ids=chosen.ids,
+    )  # fmt: skip
+    assert state["thresholds"] == dict(found)
+    amplitudes = [neuron.amplitude for neuron in expected.neurons.values()]
+    assert list(state["means"].values()) == pytest.approx([float(a.mean()) for a in amplitudes])
+    for neuron, amplitude in zip(snn.neurons.values(), amplitudes, strict=True):
+        assert torch.equal(neuron.amplitude, amplitude)
+        assert neuron.initial_membrane == 0.5
+    images = parts["test"].pixels()
+    assert torch.equal(snn.eval()(images, 9), expected.eval()(images, 9))
+
+
+def test_auto_is_mse_for_networks_with_biases_at_no_leak(tmp_path):
+    """As the engine's: per channel; with a leak, or at a percentile, Algorithm 1."""
+    folder, parts = make_files(tmp_path)
+    auto = BALANCING.model_copy(update={"method": "auto"})
+    snn, _, _ = handed_on(folder, parts, NORMED, auto)
+    assert all(neuron.amplitude is not None for neuron in snn.neurons.values())
+    leaky = DIRECT.model_copy(update={"leak": 0.99})
+    snn, _, _ = handed_on(folder, parts, NORMED, auto, leaky)
+    assert all(neuron.amplitude is None for neuron in snn.neurons.values())
+    snn, _, _ = handed_on(folder, parts, NORMED, auto.model_copy(update={"percentile": 99.0}))
+    assert all(neuron.amplitude is None for neuron in snn.neurons.values())
+
+
+@pytest.mark.parametrize("network", [NORMED, RESNET], ids=["normed", "resnet"])
+def test_a_calibrated_network_goes_through_the_stages(tmp_path, network):
+    """Evaluated, diagnosed beside its ANN, fine-tuned; an interrupted one ends as a whole one."""
+    folder, parts = make_files(tmp_path)
+    start, _, ann = handed_on(folder, parts, network)
+    own = PARAMS.evaluate_converted.model_copy(update={"timesteps": 40, "scales": [1.0]})
+    one = worker(folder, DIRECT, network=network, evaluate_converted=own)
+    evaluate_converted.evaluate_loop(one)
+    rows = one.states[-1]["diagnosis"]
+    assert min(row["correlation"] for row in rows) > 0.8
+    train = parts["train"]
+    twin = finetune_stdb.learned_ann(one, start, train)
+    plain = stdb.convert(ann, stdb.DirectEncoder())
+    images = train.pixels()[:8]
+    assert {neuron.amplitude for neuron in twin.neurons.values()} == {None}
+    shown = stdb.diagnose(twin, start, images, 30)
+    expected = stdb.diagnose(plain, start, images, 30)
+    for row, other in zip(shown, expected, strict=True):
+        assert row.correlation == pytest.approx(other.correlation, abs=1e-4)
+    params = DIRECT.model_copy(update={"epochs": 2, "threshold_scale": 1.0})
+    whole = worker(folder, params, network=network)
+    finetune_stdb.train_loop(whole)
+    again = worker(folder, params, network=network)
+    again.states = whole.states[:1]
+    finetune_stdb.train_loop(again)
+    end = whole.states[-1]
+    for name, value in end["network"].items():
+        assert torch.equal(value, again.states[-1]["network"][name]), name
+    start.net.load_state_dict(end["best_network"])  # as the stage's main does
+
+
+def test_the_metrics_are_those_of_the_validation_split(tmp_path):
+    """At the T that is wanted, before the correction of biases and after it; dead channels."""
+    folder, parts = make_files(tmp_path)
+    params = DIRECT.model_copy(update={"timesteps": 2})
+    snn, state, ann = handed_on(folder, parts, NORMED, params=params)
+    found, validation = state["metrics"], parts["validation"]
+    pixels = validation.pixels()
+    networks = {"after": snn.eval()}
+    if found["corrected"]:
+        networks["before"] = stdb.uncorrected(snn)
+    with torch.no_grad():
+        decisions = {name: one(pixels, 2).argmax(1) for name, one in networks.items()}
+        decisions["ann"] = ann(pixels).argmax(1)
+    right = {n: (d == validation.labels).double().mean().item() for n, d in decisions.items()}
+    assert found["accuracy"] == pytest.approx(right)
+    assert (found["method"], found["per"], found["timesteps"]) == ("mse", "channel", 2)
+    before, after = found["agreement"].values()
+    assert found["corrected"] is (after > before)
+    dead = {"conv1": 2, "conv3": 1}
+    line = balance_thresholds.summary(found | {"dead_channels": dead})
+    assert f"{found['accuracy']['after']:.2%}; ANN {right['ann']:.2%}" in line
+    assert line.endswith("3 channels never fire, in conv1, conv3")
+
+
+def test_algorithm_1_has_no_accuracy_of_its_own(files):
+    """Thresholds for many steps say nothing at few; evaluate_converted scales them first."""
+    state = run(files[0], balance_thresholds.balance_loop, balance_thresholds=BALANCING)
+    found = state["metrics"]
+    assert found["accuracy"] is None
+    assert found["agreement"] is None
+    assert balance_thresholds.summary(found) == "maximum per layer"
+
+
+def test_a_trial_calibrates_for_its_own_steps(tmp_path, monkeypatch):
+    """With mse the network depends on T; by Algorithm 1 what was handed on does for any."""
+    folder, parts = make_files(tmp_path)
+    handed, _, _ = handed_on(folder, parts, NORMED)
+    few = DIRECT.model_copy(update={"timesteps": 2})
+    one = worker(folder, few, network=NORMED, balance_thresholds=MSE)
+    own = trial.starting_point(one, parts["train"])
+    expected, _, _ = handed_on(folder, parts, NORMED, params=few)
+    images = parts["test"].pixels()
+    assert torch.equal(own.eval()(images, 3), expected.eval()(images, 3))
+    assert not torch.equal(own(images, 3), handed.eval()(images, 3))
+    monkeypatch.setattr(trial, "calibrate", None)  # is not called any more
+    again = trial.starting_point(one, parts["train"])
+    assert torch.equal(again.eval()(images, 3), expected(images, 3))
+    handed_on(folder, parts, NORMED, BALANCING)
+    trial.starting_point(one, parts["train"])
+
+
+def test_random_weights_do_without_what_was_handed_on(tmp_path):
+    """Their layers are a fresh conversion's, without what a calibration added."""
+    folder, parts = make_files(tmp_path)
+    handed_on(folder, parts, RESNET)
+    params = DIRECT.model_copy(update={"from_scratch": True, "threshold_scale": 1.0})
+    one = worker(folder, params, network=RESNET)
+    finetune_stdb.train_loop(one)
+    snn = build_snn(build_ann(RESNET, parts["train"]), params, params.seed, parts["train"])
+    snn.net.load_state_dict(one.states[-1]["best_network"])
+    assert one.states[-1]["correction"] is None
+
+
+class Together:
+    """Workers in threads of this process, and what they add up."""
+
+    def __init__(self, world: int) -> None:
+        self.values: list = [None] * world
+        self.barrier = Barrier(world)
+
+    def reduce(self, rank: int, value, op: str):
+        self.values[rank] = value.clone()
+        self.barrier.wait(60)
+        stacked = torch.stack(self.values)
+        self.barrier.wait(60)
+        return value.copy_(stacked.amax(0) if op == "max" else stacked.sum(0))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("method", ["mse", "maximum"])
+def test_any_number_of_workers_hands_on_the_same_bytes(tmp_path, world, method):
+    """Three batches, of which the last is smaller."""
+    folder, parts = make_files(tmp_path)
+    balancing = MSE.model_copy(update={"method": method, "bias_correction": True})
+    _, state, _ = handed_on(folder, parts, NORMED, balancing)
+    together = Together(world)
+
+    def part(rank: int) -> torch.Tensor:
+        torch.set_num_threads(1)
+        one = worker(folder, DIRECT, network=NORMED, balance_thresholds=balancing)
+        one.rank, one.world = rank, world
+        one.all_reduce = lambda value, op="sum": together.reduce(rank, value, op)
+        balance_thresholds.balance_loop(one)
+        return one.states[-1]["balanced"]
+
+    with ThreadPoolExecutor(world) as pool:
+        for found in pool.map(part, range(world)):
+            assert torch.equal(found, state["balanced"])
+
+
+# -- what is fixed in the ANN ----------------------------------------------------------------------
+
+
+class Pruned(nn.Module):
+    """Two convolutions with batch norm, one of them pruned, one layer frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten())
+        self.output = nn.Linear(6 * 4 * 4, 10)
+        for layer in (self.first[0], self.second[0]):
+            prune.random_unstructured(layer, "weight", 0.4)
+        self.output.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.output(self.second(self.first(images)))
+
+
+def pruned_network(**_) -> nn.Module:
+    """For ``network.architecture``."""
+    return Pruned()
+
+
+def test_what_is_pruned_or_frozen_stays_so(tmp_path):
+    """Also where a norm is folded in; the file has plain weights."""
+    folder, parts = make_files(tmp_path)
+    own = {"architecture": f"{__name__}:pruned_network", "normalisation": "none"}
+    network = NETWORK.model_copy(update=own)
+    _, _, ann = handed_on(folder, parts, network)
+    assert not any("mask" in name for name in load_file(folder / BALANCED))
+    params = DIRECT.model_copy(update={"threshold_scale": 1.0, "learning_rate": 0.01})
+    one = worker(folder, params, network=network)
+    finetune_stdb.train_loop(one)
+    _, snn = load_converted(network, params, parts["train"], folder)
+    before = {n: p.detach().clone() for n, p in snn.net.named_parameters()}
+    snn.net.load_state_dict(one.states[-1]["network"])
+    for name in ("first.0", "second.0"):
+        gone = ann.get_submodule(name).weight_mask == 0
+        assert gone.any()
+        layer = snn.net.get_submodule(name)
+        next(iter(layer._forward_pre_hooks.values()))(layer, None)
+        assert not layer.weight[gone].any()
+        assert layer.weight[~gone].all()
+        assert not torch.equal(before[f"{name}.weight_orig"], layer.weight_orig)
+    assert torch.equal(before["output.weight"], snn.net.output.weight)
+
+
+def test_a_pruned_layer_that_is_not_there_is_refused(files):
+    """Its zeros would learn."""
+    ann, snn = trained(files), balanced_here(files)
+    other = nn.Sequential(nn.Linear(3, 3))
+    prune.random_unstructured(other[0], "weight", 0.5)
+    with pytest.raises(StageError, match=r"balanced\.safetensors has no layer 0, which is pruned"):
+        keep_fixed(other, snn, files[0] / BALANCED)
+    keep_fixed(ann, snn, files[0] / BALANCED)
+
+
+# -- files of something else -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "tensors", "old", "nan"])
+def test_a_file_of_something_else_is_refused(copied, content):
     """The message names it, and what to do; of a stage's own making it never is."""
-    tensors = load_file(copied / BALANCED)
-    about = {"units": dict.fromkeys(LAYERS, 1.0), "initial_membranes": dict.fromkeys(LAYERS, 0.0)}
+    path = copied / BALANCED
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["config"])
     if isinstance(content, bytes):
-        (copied / BALANCED).write_bytes(content)
+        path.write_bytes(content)
     else:
         if content == "tensors":
             tensors.pop("conv1.bias")
-        elif content == "another":
-            about["units"] = about["initial_membranes"] = {"conv9": 1.0}
-        elif content == "units":
-            about["initial_membranes"]["fc1"] = 1.5
+        elif content == "old":  # of earlier versions
+            about = {"units": dict.fromkeys(LAYERS, 1.0), "initial_membranes": {}}
         else:
             tensors["fc1.weight"].fill_(float("nan"))
-        save_file(tensors, copied / BALANCED, {"config": json.dumps(about)})
-    snn = build_snn(trained(files), DIRECT, 0)
-    with pytest.raises(StageError, match=r"balanced\.safetensors"):
-        load_balanced(snn, copied / BALANCED)
+        save_file(tensors, path, {"config": json.dumps(about)})
+    with pytest.raises(StageError, match=r"(?s)balanced\.safetensors .*; run (balance_t|dvc r)"):
+        load_balanced(path, about.get("network", {}))
+
+
+def test_the_file_of_another_network_is_refused(files, tmp_path):
+    """Other layers, other classes, other images; one without biases, and one with."""
+    folder, parts = files
+    train = parts["train"]
+    path = folder / BALANCED
+    wider = NORMED.model_copy(update={"width": 0.2})
+    message = (
+        r"balanced\.safetensors is of another network: its width is 0\.1, this one's 0\.2; run "
+    )
+    with pytest.raises(StageError, match=message + "balance_thresholds"):
+        load_balanced(path, recipe(wider, train))
+    for name, value in (("num_classes", 7), ("image_size", [8, 9]), ("in_channels", 3)):
+        other = recipe(NORMED, train) | {name: value}
+        with pytest.raises(StageError, match=rf"its {name} is \d+, this one's .*; run balance_t"):
+            load_balanced(path, other)
+    plain, _ = make_files(tmp_path)
+    shutil.copy(folder / ANN, plain / ANN)
+    with pytest.raises(StageError, match="one without biases or batch norm: it has no weights"):
+        load_converted(NORMED, DIRECT, train, plain)

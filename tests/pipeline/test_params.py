@@ -121,6 +121,7 @@ NEW = [  # keys that 0.1.0 did not have
     for key in (
         *("normalisation", "pooling", "activation", "levels", "norm_images", "schedule"),
         *("nesterov", "label_smoothing", "cutout", "compile", "distil", "events", "method"),
+        *("per", "initial_membrane", "bias_correction"),
     )
 ]
 

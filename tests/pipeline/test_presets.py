@@ -83,6 +83,9 @@ def test_a_preset_applies_to_a_file_of_0_1_0(here):
         "distil",
         "events",
         "method",
+        "per",
+        "initial_membrane",
+        "bias_correction",
     )
     new = tuple(f"  {key}: " for key in keys)
     lines = [line for line in path.read_text().splitlines(True) if not line.startswith(new)]

@@ -355,7 +355,7 @@ SWEEP = [sys.executable, "-m", "pipeline.sweep"]
 SMALL = {
     "trials: 24 ": "trials: 6 ",
     "epochs: 4 ": "epochs: 3 ",
-    "timesteps: {choice: [2, 3, 4, 6, 8, 12, 16]}": "timesteps: {choice: [2, 3, 4]}",
+    "timesteps: {choice: [1, 2, 3, 4, 6, 8, 12, 16]}": "timesteps: {choice: [2, 3, 4]}",
     "seconds: 600": "seconds: 900",
     "floor: 1.0 ": "floor: 90.0 ",
 }
