@@ -1,7 +1,7 @@
 # What a person can do here: `make help`. Needs make, git and Python 3.11 or newer, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench repro preset seeds sweep apply-best test test-slow test-all bench lint format \
+.PHONY: help setup setup-bench repro preset seeds sweep surrogates apply-best test test-slow test-all bench lint format \
 	lock ui screenshots clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
@@ -44,6 +44,9 @@ seeds: $(READY) ## The pipeline over N seeds, as DVC experiments, and the mean (
 
 sweep: $(READY) ## Search T, thresholds, α, β by sweep/params.yaml: dvc repro sweep/dvc.yaml
 	@$(IN_ENV) dvc repro $(ARGS) sweep/dvc.yaml
+
+surrogates: $(READY) ## Compare surrogates by T (hours): dvc repro sweep/surrogates/dvc.yaml
+	@$(IN_ENV) dvc repro $(ARGS) sweep/surrogates/dvc.yaml
 
 apply-best: $(READY) ## Write the sweep's winner into params.yaml and show what changed
 	@$(IN_ENV) python -m pipeline.apply_best $(ARGS)

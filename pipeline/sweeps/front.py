@@ -88,6 +88,9 @@ def draw_front(
         [winner.cost], [100 * winner.accuracy], marker="*", s=220, color="#dd8452",
         label="chosen", zorder=4,
     )  # fmt: skip
+    if cost == "timesteps":  # down to T = 1, an octave as wide as the next
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     names = {"energy_delay": "energy × time steps, pJ"}
     axes.set_xlabel(names.get(cost or "", "time steps T"))
     axes.set_ylabel("validation accuracy, %")

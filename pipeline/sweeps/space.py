@@ -154,6 +154,11 @@ class SweepParams(Section):
         for name, (base, _) in SCALED.items():
             if name in self.space and base in self.space:
                 raise ValueError(f"space has {name} and {base}; allowed: one of them")
+        if self.method == "grid" and self.combinations > self.trials:
+            raise ValueError(
+                f"trials is {self.trials} and the grid has {self.combinations} combinations; "
+                "allowed: trials of at least as many"
+            )
         if self.asha is not None and self.asha.grace > self.epochs:
             raise ValueError(
                 f"asha.grace is {self.asha.grace}; allowed: up to epochs, {self.epochs}"

@@ -6,7 +6,7 @@ never reads the test split.
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Common:
         plan: the workers of each.
         train_images: training images of each; None: as many as ``stdb.images`` says.
         seed: draws them.
+        scales: T → threshold scale, where ``stdb.threshold_scale`` is None; what it lacks is found.
     """
 
     params: Params
@@ -50,6 +51,7 @@ class Common:
     plan: Plan
     train_images: int | None
     seed: int
+    scales: dict[int, float] = field(default_factory=dict)
 
 
 def run_trial(sample: dict[str, Any], common: Common) -> None:
@@ -66,7 +68,8 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
     checkpoints = Checkpoints(common.storage, "trial", name)
     stdb_params = settings(sample, common.params.stdb)
     params = common.params.model_copy(update={"stdb": stdb_params})
-    loop = partial(run_trial_training, images=common.train_images, seed=common.seed)
+    known = common.scales.get(stdb_params.last_timesteps)
+    loop = partial(run_trial_training, images=common.train_images, seed=common.seed, known=known)
     if common.plan.workers > 1:
         job = Job(params, "trial", checkpoints, common.plan, common.root, report_every=0.0)
         fit_on_ray(loop, job, TuneReportCallback())
@@ -84,8 +87,17 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
     loop(worker)
 
 
-def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:
-    """Fine-tune at the trial's parameters, and at the threshold scale that is best for its T."""
+def run_trial_training(
+    worker: Worker, images: int | None, seed: int, known: float | None = None
+) -> None:
+    """Fine-tune at the trial's parameters, and at the threshold scale that is best for its T.
+
+    Args:
+        worker: that this process is.
+        images: training images, drawn by ``seed``; None: as many as ``stdb.images`` says.
+        seed: draws them.
+        known: the scale, where the parameters have none and it was found before.
+    """
     params = worker.params.stdb
     train, validation = worker.split("train"), worker.split("validation")
     train = subset(train, images or params.images, seed)
@@ -107,6 +119,8 @@ def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:
         }
 
     scale = 1.0 if params.from_scratch else params.threshold_scale
+    if scale is None and known is not None:
+        scale = known
     if scale is None:
         scales = worker.params.evaluate_converted
         before = copy.deepcopy(snn)

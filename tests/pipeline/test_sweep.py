@@ -22,8 +22,8 @@ from pipeline.errors import ParamsError, StageError
 from pipeline.files import ANN
 from pipeline.overlays import apply
 from pipeline.params import load_params
-from pipeline.sweep import plan_trials
 from pipeline.sweeps.front import candidates, choose, draw_curves, draw_parallel, front
+from pipeline.sweeps.search import plan_trials
 from pipeline.sweeps.space import BudgetParams, ResourceParams, load_sweep, settings
 from pipeline.sweeps.tuner import ACCURACY, Budget, Halving
 from tests.pipeline.dependencies import covered, needed
@@ -96,6 +96,10 @@ def test_a_grid_has_values_only(tmp_path):
     """And knows how many combinations it has."""
     both = ["alpha: {grid: [0.1, 0.2]}", "seed: {grid: [0, 1, 2]}"]
     assert load(tmp_path, "method: optuna ", "method: grid ", space=both).combinations == 6
+    many = ["alpha: {grid: [0.1, 0.2]}", f"seed: {{grid: {[*range(13)]}}}"]
+    assert "trials is 24 and the grid has 26 combinations; allowed: trials of at lea" in refusal(
+        tmp_path, "method: optuna ", "method: grid ", space=many
+    )
     mixed = ["alpha: {grid: [0.1, 0.2]}", "beta: {uniform: [0, 1]}"]
     assert "space.beta is uniform and method is grid" in refusal(
         tmp_path, "method: optuna ", "method: grid ", space=mixed
@@ -116,11 +120,12 @@ def test_alpha_and_beta_follow_the_time_steps(timesteps, alpha, beta):
 
 def test_a_sweep_depends_on_the_code_that_makes_its_result():
     """And on no test split, which it never reads."""
-    for folder in ("sweep", "sweep/ablation"):
+    scripts = {"sweep": "sweep", "sweep/ablation": "sweep"}
+    for folder, script in (scripts | {"sweep/surrogates": "compare_surrogates"}).items():
         stages = yaml.safe_load((ROOT / folder / "dvc.yaml").read_text())["stages"]
         (stage,) = stages.values()
         deps = set(stage["deps"])
-        assert [file for file in needed("pipeline/sweep.py") if not covered(file, deps)] == []
+        assert [file for file in needed(f"pipeline/{script}.py") if not covered(file, deps)] == []
         assert not any("test" in path for path in deps)
 
 
@@ -350,7 +355,7 @@ SWEEP = [sys.executable, "-m", "pipeline.sweep"]
 SMALL = {
     "trials: 24 ": "trials: 6 ",
     "epochs: 4 ": "epochs: 3 ",
-    "timesteps: {choice: [2, 3, 4, 6, 8, 12, 16]}": "timesteps: {choice: [2, 3, 4]}",
+    "timesteps: {choice: [1, 2, 3, 4, 6, 8, 12, 16]}": "timesteps: {choice: [2, 3, 4]}",
     "seconds: 600": "seconds: 900",
     "floor: 1.0 ": "floor: 90.0 ",
 }
