@@ -20,6 +20,7 @@ from stdb import first_confident, logit_scale, scaled_losses
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # at which leaving early is looked at
 DIAGNOSED = 64  # images of a diagnosis
+EACH_LEVEL = 8  # levels of activations up to which each is looked at; then powers of two
 SAY_EVERY = 15.0  # seconds between lines of a long evaluation
 
 
@@ -108,6 +109,33 @@ def evaluate_snn(
         worker.all_reduce(confusion).view(classes, classes).tolist(),
         {c: (steps, right) for c, (steps, right) in zip(CONFIDENCES, means, strict=True)},
     )
+
+
+def levels_of(timesteps: int, most: int) -> list[int]:
+    """Numbers of levels to compare with: powers of two up to ``most``, ``most``, and T itself."""
+    powers = {2**k for k in range(most.bit_length())}
+    few = set(range(1, min(timesteps, EACH_LEVEL) + 1))
+    return sorted(n for n in powers | few | {timesteps, most} if n <= most)
+
+
+@torch.no_grad()
+def evaluate_quantised(
+    worker: Worker,
+    snn: stdb.SpikingNetwork,
+    split: Samples,
+    levels: Sequence[int],
+    batch_size: int,
+) -> dict[int, float]:
+    """Number of levels → accuracy of the ANN whose activations have so many."""
+    device = next(snn.parameters()).device
+    correct = torch.zeros(len(levels), dtype=torch.int64, device=device)
+    for batch in split.stream(worker.batches(len(split), batch_size), device):
+        images = batch.pixels()
+        for k, count in enumerate(levels):
+            logits = stdb.quantised_logits(snn, images, count, sample_ids=batch.ids)
+            correct[k] += (logits.argmax(1) == batch.labels).sum()
+    shares = (worker.all_reduce(correct).double() / len(split)).tolist()
+    return dict(zip(levels, shares, strict=True))
 
 
 @torch.no_grad()

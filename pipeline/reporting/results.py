@@ -77,6 +77,15 @@ class Losses(Section):
     """Accuracy that is lost at the reduced T."""
 
 
+class Quantised(Section):
+    """Accuracy of the ANN whose activations have T levels, what T steps can say of it."""
+
+    long: Accuracy
+    """At the long T, balanced thresholds."""
+    reduced: Accuracy
+    """At the reduced T, scaled thresholds."""
+
+
 class ConversionResults(Section):
     """metrics/evaluate_converted.json."""
 
@@ -88,6 +97,8 @@ class ConversionResults(Section):
     """The network at the reduced T, scaled thresholds."""
     loss_to_ann: Losses
     """What the conversion costs."""
+    quantised: Quantised
+    """The ANN with T levels."""
 
 
 class FinetunedResults(Spiking):
@@ -164,6 +175,8 @@ class Plots(_Record):
     """The converted network's accuracy by step."""
     finetuned_accuracy: list[CurvePoint]
     """The fine-tuned network's accuracy by step."""
+    converted_quantised: list[CurvePoint]
+    """The ANN's accuracy by number of levels."""
     converted_diagnosis: list[LayerRow]
     """Layers of the converted network."""
     finetuned_diagnosis: list[LayerRow]
