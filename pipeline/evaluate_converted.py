@@ -65,7 +65,7 @@ def main(stage: Stage) -> None:
         [{"layer": name, "spikes": value} for name, value in reduced.spikes.items()],
     )
     write_csv(PLOTS / "converted_diagnosis.csv", state["diagnosis"])
-    log_curves(stage, curves, quantised, scale)
+    log_curves(stage, len(reduced.accuracy), scale, curves, quantised)
     stage.log(
         {
             "accuracy/converted": long.accuracy[-1],
@@ -91,9 +91,10 @@ def main(stage: Stage) -> None:
 
 def log_curves(
     stage: Stage,
+    timesteps: int,
+    scale: float,
     curves: dict[float, dict[int, float]],
     quantised: dict[float, dict[int, float]],
-    scale: float,
 ) -> None:
     """Accuracy by step for MLflow, where of many steps powers of two suffice.
 
@@ -104,8 +105,9 @@ def log_curves(
         ("accuracy/scaled_at_timestep", curves[scale]),
         ("accuracy/quantised_at_timestep", quantised[scale]),
     ):
-        for step in levels_of(stage.params.stdb.timesteps, max(curve)):
-            stage.log({name: curve[step]}, step)
+        for step in levels_of([timesteps], max(curve)):
+            if step in curve:
+                stage.log({name: curve[step]}, step)
 
 
 def _points(curves: dict[float, dict[int, float]]) -> list[dict[str, float]]:
@@ -140,8 +142,8 @@ def evaluate_loop(worker: Worker) -> None:
     at_best = evaluate_snn(worker, snn, test, shown, params.batch_size)
     snn.scale_thresholds(1.0)
     long = evaluate_snn(worker, snn, test, params.timesteps, params.batch_size)
-    levels = {1.0: set(levels_of(1, params.timesteps))}
-    levels[best] = levels.get(best, set()) | set(levels_of(timesteps, max(shown, timesteps)))
+    levels = {1.0: set(levels_of([1], params.timesteps))}
+    levels[best] = levels.get(best, set()) | set(levels_of([timesteps], max(shown, timesteps)))
     quantised = {}
     for scale, counts in levels.items():
         snn.scale_thresholds(scale)

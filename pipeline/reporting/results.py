@@ -39,6 +39,8 @@ class Spiking(Section):
     """Layer → spikes per neuron and image (Fig. 3)."""
     synaptic_operations: NonNegative
     """Synaptic operations per image."""
+    mean_spikes: NonNegative
+    """Spikes per neuron and image, of all layers together."""
     energy_pj: NonNegative
     """Picojoules per image."""
     energy_delay: NonNegative
@@ -101,13 +103,26 @@ class ConversionResults(Section):
     """The ANN with T levels."""
 
 
-class FinetunedResults(Spiking):
-    """metrics/finetune_stdb.json."""
+class Finetuned(Spiking):
+    """The network that was fine-tuned at one T."""
 
     accuracy: Accuracies
     """Accuracies of the best epoch."""
     epoch: Annotated[int, Field(ge=0)]
     """The best epoch."""
+
+
+class FinetunedResults(Finetuned):
+    """metrics/finetune_stdb.json: the network at the last T."""
+
+    by_timesteps: dict[str, Finetuned] = Field(default_factory=dict)
+    """Where there were several T: T → the network at it."""
+
+    @property
+    def at_each(self) -> list[Finetuned]:
+        """The network at each T, in turn, from the largest on."""
+        each = self.by_timesteps.values() if self.by_timesteps else [self]
+        return sorted(each, key=lambda one: -one.timesteps)
 
 
 class CurvePoint(_Record):
@@ -238,6 +253,7 @@ def headline(results: Results) -> dict[str, float]:
     long, reduced, tuned = results.converted.long, results.converted.reduced, results.finetuned
     return {
         "accuracy/ann": results.ann.accuracy.test,
+        "accuracy/quantised": results.converted.quantised.reduced,
         "accuracy/converted": long.accuracy,
         "accuracy/scaled": reduced.accuracy,
         "accuracy/stdb": tuned.accuracy.test,
@@ -249,6 +265,9 @@ def headline(results: Results) -> dict[str, float]:
         "energy/converted_pj": long.energy_pj,
         "energy/scaled_pj": reduced.energy_pj,
         "energy/stdb_pj": tuned.energy_pj,
+        **{f"accuracy/{name}": one.accuracy.test for name, one in progressive(tuned).items()},
+        **{f"energy/{name}_pj": one.energy_pj for name, one in progressive(tuned).items()},
+        "spikes/mean": tuned.mean_spikes,
         **{f"spikes/{name}": value for name, value in tuned.spikes_per_neuron.items()},
     }
 
@@ -256,7 +275,8 @@ def headline(results: Results) -> dict[str, float]:
 def summary(results: Results) -> dict[str, Any]:
     """The few numbers that runs are compared by: test accuracy, nanojoules per image.
 
-    ``converted`` is the converted network at the long T, ``scaled`` at the reduced one.
+    ``converted`` is the converted network at the long T, ``scaled`` at the reduced one, ``stdb_t8``
+    the fine-tuned one at the T of 8 of several.
     """
     converted, tuned = results.converted, results.finetuned
     return {
@@ -265,9 +285,16 @@ def summary(results: Results) -> dict[str, Any]:
             "converted": converted.long.accuracy,
             "scaled": converted.reduced.accuracy,
             "stdb": tuned.accuracy.test,
+            **{name: one.accuracy.test for name, one in progressive(tuned).items()},
         },
         "energy_nj": {
             "ann": converted.ann.energy_pj / 1000,
             "stdb": tuned.energy_pj / 1000,
+            **{name: one.energy_pj / 1000 for name, one in progressive(tuned).items()},
         },
     }
+
+
+def progressive(tuned: FinetunedResults) -> dict[str, Finetuned]:
+    """The network at each of several T, as ``stdb_t8``; none where there was one T."""
+    return {f"stdb_t{one.timesteps}": one for one in tuned.at_each if tuned.by_timesteps}

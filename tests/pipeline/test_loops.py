@@ -307,10 +307,10 @@ def test_evaluation_looks_at_the_ann_with_as_many_levels(files):
 @pytest.mark.parametrize(
     ("timesteps", "most", "levels"),
     [
-        (4, 16, [1, 2, 3, 4, 8, 16]),
-        (100, 250, [1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 100, 128, 250]),
-        (1, 6, [1, 2, 4, 6]),
-        (12, 5, [1, 2, 3, 4, 5]),
+        ([4], 16, [1, 2, 3, 4, 8, 16]),
+        ([100, 70], 250, [*range(1, 11), 16, 32, 64, 70, 100, 128, 250]),
+        ([1], 6, [1, 2, 4, 6]),
+        ([12], 5, [1, 2, 3, 4, 5]),
     ],
 )
 def test_levels_are_powers_of_two_and_t_and_each_of_the_first(timesteps, most, levels):

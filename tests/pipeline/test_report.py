@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from pipeline.params import load_params
-from pipeline.reporting.page import as_html, by_timestep, markdown_table, with_interval
+from pipeline.reporting.page import as_html
 from pipeline.reporting.paper import TABLE_1, nearest
 from pipeline.reporting.results import CurvePoint
+from pipeline.reporting.tables import by_timestep, markdown_table, with_interval
 from tests.pipeline.support import ROOT
 
 FIGURES = [
