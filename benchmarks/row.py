@@ -154,7 +154,7 @@ class Row:
     def convert(self) -> dict[str, Any]:
         """The converted network at the long and the reduced T."""
         state = self.loop("evaluate_converted", evaluate_converted.evaluate_loop)
-        timesteps = self.params.stdb.timesteps
+        timesteps = self.params.stdb.first_timesteps
         write_json(self.folder / CONVERSION, {"timesteps": timesteps, "scale": state["scale"]})
         return {name: state[name] for name in ("scale", "long", "reduced")}
 

@@ -1,26 +1,32 @@
-"""Stage balance_thresholds: Algorithm 1 over calibration images, shared among the workers.
+"""Stage balance_thresholds: what each spike stands for, from calibration images, shared by workers.
 
     python -m pipeline.balance_thresholds
 
 A worker gets whole batches, so that products round alike and thresholds are the same, whatever the
 number of workers: a threshold that differs in its last digit would change spikes above it.
-With ``method: learned`` V is the bound that the layer's activation was trained with, and U_0 = V/2.
-Out: models/thresholds.json, layer by layer the largest weighted input, unscaled, and
-models/balanced.safetensors: of a network with biases or batch norm all of it, of others nothing.
+``method`` says how: Algorithm 1, from the currents over the stage's own ``timesteps``; ``mse`` and
+``learned`` from the ANN's activations, for the few steps of ``stdb.timesteps``.
+Out: models/thresholds.json, layer by layer V, unscaled, and models/balanced.safetensors: of a
+network with biases or batch norm all of it, as stdb.save writes it, of others nothing;
+metrics/balance_thresholds.json: what a calibration for few steps gave, on the validation split.
 """
 
-import torch
+from typing import Any
+
+from torch import nn
 
 import stdb
 from pipeline.data import load_split
-from pipeline.errors import StageError
-from pipeline.files import ANN, BALANCED, DATA, PLOTS, THRESHOLDS, write_csv, write_json
+from pipeline.files import ANN, BALANCED, DATA, METRICS, PLOTS, THRESHOLDS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.balanced import balanced_state, save_balanced
-from pipeline.learning.checks import check_method
-from pipeline.learning.networks import build_ann, build_snn, load_weights, use_threads
+from pipeline.learning.calibration import Calibration, calibrate
+from pipeline.learning.evaluation import evaluate_ann, evaluate_snn
+from pipeline.learning.networks import build_ann, load_weights, recipe, use_threads
 from pipeline.stage import Stage, stage_command
+
+PARTS = ("before", "after")  # a correction of biases
 
 
 def main(stage: Stage) -> None:
@@ -29,8 +35,6 @@ def main(stage: Stage) -> None:
     train = load_split(DATA / "train.safetensors")
     ann = build_ann(params.network, train)
     load_weights(ann, ANN)
-    images = min(params.balance_thresholds.images, len(train))
-    stage.say(f"T = {params.balance_thresholds.timesteps}, {images} calibration images")
     state = run_job(stage, balance_loop)
     layers = [
         {"layer": name, "threshold": value, "balanced": name not in state["kept"]}
@@ -38,47 +42,92 @@ def main(stage: Stage) -> None:
     ]
     write_json(THRESHOLDS, {"architecture": params.network.architecture, "layers": layers})
     save_balanced(state["balanced"], BALANCED)
-    write_csv(PLOTS / "thresholds.csv", layers)
-    stage.log({f"thresholds/{row['layer']}": row["threshold"] for row in layers})
+    shown = [row | {"threshold": state["means"][row["layer"]]} for row in layers]
+    write_csv(PLOTS / "thresholds.csv", shown)
+    metrics = state["metrics"]
+    write_json(METRICS / "balance_thresholds.json", metrics)
+    stage.log({f"thresholds/{row['layer']}": row["threshold"] for row in shown})
+    for name in ("accuracy", "agreement"):
+        stage.log({f"{name}/{part}": value for part, value in (metrics[name] or {}).items()})
+    stage.log({f"dead_channels/{layer}": n for layer, n in metrics["dead_channels"].items()})
+    stage.say(summary(metrics))
     forget_job(stage)
 
 
-def balance_loop(worker: Worker) -> None:
-    """What each worker does: its share of the images, the maximum over all workers per layer."""
-    params = worker.params.balance_thresholds
-    train = load_split(worker.path(DATA) / "train.safetensors")
-    ann = build_ann(worker.params.network, train)
-    load_weights(ann, worker.path(ANN))
-    use_threads(worker, ann.to(worker.device), train, params.batch_size)
-    snn = build_snn(ann, worker.params.stdb, params.seed, train).to(worker.device)
-    check_method(worker.params, snn)
-    method = params.method
-    if method == "auto":
-        method = "maximum" if params.percentile == 100 else "percentile"
-    in_blocks = params.residual_blocks or snn.has_units  # V = 1 there is the paper's, §4.2
-    generator = torch.Generator().manual_seed(params.seed)
-    chosen = torch.randperm(len(train), generator=generator)[: params.images]
-    batches = chosen.split(params.batch_size)[worker.rank :: worker.world]
-    share = train.take(torch.cat([*batches, chosen[:0]])).to(worker.device)
-    try:
-        thresholds = stdb.balance_thresholds(
-            snn,
-            share.pixels(),
-            params.timesteps,
-            batch_size=params.batch_size,
-            method=method,
-            bias_correction=False,
-            percentile=params.percentile,
-            residual_blocks=in_blocks,
-            sample_ids=share.ids,
-            reduce=worker.all_reduce,
-            progress=lambda layer, threshold: worker.say(f"{layer:24} V = {threshold:.4f}"),
+def summary(metrics: dict[str, Any]) -> str:
+    """What was found, in a line."""
+    parts = [f"{metrics['method']} per {metrics['per']}"]
+    if metrics["accuracy"] is not None:
+        shown = {part: f"{value:.2%}" for part, value in metrics["accuracy"].items()}
+        before = f"{shown['before']}, corrected " if metrics["corrected"] else ""
+        after = f"{before}{shown['after']}; ANN {shown['ann']}"
+        parts.append(f"validation at T = {metrics['timesteps']}: {after}")
+    if metrics["agreement"] is not None:
+        before, after = (f"{metrics['agreement'][part]:.1%}" for part in PARTS)
+        kept = "kept" if metrics["corrected"] else "taken back"
+        parts.append(
+            f"{before} of the calibration images decided like the ANN, {after} with corrected "
+            f"biases, which were {kept}"
         )
-    except ValueError as error:  # of a layer that is dead, has diverged or has no bound
-        raise StageError(str(error)) from error
-    kept = [] if in_blocks else sorted(stdb.residual_layers(snn))
-    found = {"thresholds": dict(thresholds), "kept": kept, "balanced": balanced_state(snn)}
-    worker.checkpoint(found)
+    if dead := metrics["dead_channels"]:
+        parts.append(f"{sum(dead.values())} channels never fire, in {', '.join(dead)}")
+    return "; ".join(parts)
+
+
+def balance_loop(worker: Worker) -> None:
+    """What each worker does: its share of the images; the same network in all of them."""
+    params = worker.params
+    train = load_split(worker.path(DATA) / "train.safetensors")
+    ann = build_ann(params.network, train)
+    load_weights(ann, worker.path(ANN))
+    use_threads(worker, ann.to(worker.device), train, params.balance_thresholds.batch_size)
+    found = calibrate(worker, ann, train)
+    snn, network = found.snn, recipe(params.network, train)
+    worker.checkpoint(
+        {
+            "thresholds": dict(found.balance),
+            "means": {name: mean_threshold(neuron) for name, neuron in snn.neurons.items()},
+            "kept": [n for n, neuron in snn.neurons.items() if neuron.balanced_threshold.isnan()],
+            "metrics": measured(worker, ann, found),
+            "balanced": balanced_state(snn, train, network, found.timesteps, found.wanted),
+        }
+    )
+
+
+def measured(worker: Worker, ann: nn.Module, found: Calibration) -> dict[str, Any]:
+    """What metrics/balance_thresholds.json says.
+
+    Accuracies are of a calibration for the T that is wanted, without its correction of biases where
+    it has one, and with it. Those of Algorithm 1 are evaluate_converted's: it is for many steps,
+    and at few the thresholds have to be scaled first.
+    """
+    balance, accuracy = found.balance, None
+    if found.wanted is not None:
+        size = worker.params.balance_thresholds.batch_size
+        validation = worker.split("validation")
+        accuracy = {"ann": evaluate_ann(worker, ann, validation, size)}
+        networks = {"after": found.snn}
+        if balance.corrected:
+            networks = {"before": stdb.uncorrected(found.snn)} | networks
+        for part, snn in networks.items():
+            evaluation = evaluate_snn(worker, snn, validation, found.wanted, size)
+            accuracy[part] = evaluation.accuracy[-1]
+    agreement = balance.agreement
+    return {
+        "method": balance.method,
+        "per": balance.per,
+        "timesteps": found.timesteps,
+        "corrected": balance.corrected,
+        "accuracy": accuracy,
+        "agreement": None if agreement is None else dict(zip(PARTS, agreement, strict=True)),
+        "dead_channels": balance.dead,
+    }
+
+
+def mean_threshold(neuron: stdb.SpikingNeuron) -> float:
+    """V; where weights hold A of each channel, and V is 1, the mean of V·A."""
+    mean = 1.0 if neuron.amplitude is None else float(neuron.amplitude.double().mean())
+    return neuron.threshold.item() * mean
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     print(table([("layer", "found", "became"), *snn.rewrites]))
     if options.output is not None:
         with writing(options.output) as temporary:
-            write_network(snn, params, train, temporary)
+            write_network(snn, params, train, temporary, params.stdb.first_timesteps)
         print(
             f"{options.output}: {len(snn.neurons)} spiking layers, thresholds 1; stdb.load reads it"
         )

@@ -2,10 +2,10 @@
 
     python -m pipeline.evaluate_converted
 
-At the long T with balanced thresholds, and at the reduced T of ``stdb.timesteps`` with the
-threshold scale that is best on the validation split. The output layer only accumulates, so one
-presentation gives the accuracy at every t. Beside them the ANN with activations of T levels, which
-is what T steps can say of it.
+At the long T with balanced thresholds, and at the reduced T of ``stdb.timesteps``, the first of
+several, with the threshold scale that is best on the validation split. The output layer only
+accumulates, so one presentation gives the accuracy at every t. Beside
+them the ANN with activations of T levels, which is what T steps can say of it.
 Out: models/conversion.json (the scale), metrics/evaluate_converted.json, plots/converted_*.csv;
 among them a diagnosis of every layer, which the stage ends with where accuracy is at chance level.
 """
@@ -42,7 +42,7 @@ def main(stage: Stage) -> None:
     state = run_job(stage, evaluate_loop)
     long, reduced = Evaluation(**state["long"]), Evaluation(**state["reduced"])
     scale, quantised = state["scale"], state["quantised"]
-    write_json(CONVERSION, {"timesteps": params.stdb.timesteps, "scale": scale})
+    write_json(CONVERSION, {"timesteps": params.stdb.first_timesteps, "scale": scale})
     metrics = {
         "ann": {"accuracy": ann_accuracy, "energy_pj": stdb.ann_energy(ann, train.shape)},
         "long": _summary(long),
@@ -65,7 +65,7 @@ def main(stage: Stage) -> None:
         [{"layer": name, "spikes": value} for name, value in reduced.spikes.items()],
     )
     write_csv(PLOTS / "converted_diagnosis.csv", state["diagnosis"])
-    log_curves(stage, len(reduced.accuracy), scale, curves, quantised)
+    log_curves(stage, scale, curves, quantised)
     stage.log(
         {
             "accuracy/converted": long.accuracy[-1],
@@ -91,7 +91,6 @@ def main(stage: Stage) -> None:
 
 def log_curves(
     stage: Stage,
-    timesteps: int,
     scale: float,
     curves: dict[float, dict[int, float]],
     quantised: dict[float, dict[int, float]],
@@ -105,7 +104,7 @@ def log_curves(
         ("accuracy/scaled_at_timestep", curves[scale]),
         ("accuracy/quantised_at_timestep", quantised[scale]),
     ):
-        for step in levels_of([timesteps], max(curve)):
+        for step in levels_of(stage.params.stdb.falling, max(curve)):
             if step in curve:
                 stage.log({name: curve[step]}, step)
 
@@ -129,7 +128,7 @@ def _summary(result: Evaluation) -> dict[str, Any]:
 
 def evaluate_loop(worker: Worker) -> None:
     """What each worker does: its share of every split."""
-    params, timesteps = worker.params.evaluate_converted, worker.params.stdb.timesteps
+    params, timesteps = worker.params.evaluate_converted, worker.params.stdb.first_timesteps
     validation, test = worker.split("validation"), worker.split("test")
     ann, snn = load_converted(worker.params.network, worker.params.stdb, test, worker.root)
     use_threads(worker, ann.to(worker.device), test, params.batch_size)
@@ -143,7 +142,9 @@ def evaluate_loop(worker: Worker) -> None:
     snn.scale_thresholds(1.0)
     long = evaluate_snn(worker, snn, test, params.timesteps, params.batch_size)
     levels = {1.0: set(levels_of([1], params.timesteps))}
-    levels[best] = levels.get(best, set()) | set(levels_of([timesteps], max(shown, timesteps)))
+    levels[best] = levels.get(best, set()) | set(
+        levels_of(worker.params.stdb.falling, max(shown, timesteps))
+    )
     quantised = {}
     for scale, counts in levels.items():
         snn.scale_thresholds(scale)

@@ -1,183 +1,48 @@
 """params.yaml as typed, frozen models: each parameter once, checked before anything starts."""
 
-import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.data.images import LARGEST, Preparation, Size, known_pixels
-from pipeline.data.sources import NEEDS_PATH, SOURCES, path_is_missing
+from pipeline.data_params import DataParams
 from pipeline.errors import ParamsError
-from pipeline.learning.published import PREFIX, unknown
+from pipeline.network_params import NetworkParams
 from pipeline.typed import (
+    MOST_STEPS,
     BatchSize,
     Count,
     NonNegative,
-    Pixels,
     Positive,
     Rate,
     Section,
+    Seed,
     Share,
     Steps,
     load,
     one_of,
-    shown,
 )
-from stdb import (
-    ACTIVATIONS,
-    ARCHITECTURES,
-    ENCODERS,
-    EVENTS,
-    NORMALISATIONS,
-    SURROGATES,
-    Normalisation,
-    normalisation_of,
-)
+from stdb import ENCODERS, EVENTS, SURROGATES
 
-__all__ = ["Params", "ParamsError", "load_params"]
+__all__ = ["DataParams", "NetworkParams", "Params", "ParamsError", "load_params"]
 
 PARAMS_FILE = Path("params.yaml")
 
+MOST_EPOCHS = 100_000
+
+Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
 Precision = Literal["auto", "float32", "tf32", "bf16"]
 Workers = Annotated[int, Field(ge=1, le=10_000)]
 Range = Annotated[list[Workers], Field(min_length=2, max_length=2)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class DataParams(Section):
-    """Which images, and how they are split."""
-
-    source: Annotated[str, AfterValidator(one_of(SOURCES))]
-    """The data set; ``folder`` is any folder or archive of class folders."""
-    path: str | None
-    """``folder``: the folder or archive. Others: where downloads are kept (data/downloads)."""
-    image_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None
-    """Images are brought to this many pixels square, or to [height, width], 1 to 4096 each; None
-    leaves them. It is their middle, as large as it can be, that is brought to the size."""
-    resize: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
-    """The shorter side is brought to this many pixels, and the middle of ``image_size`` cut out of
-    that, as torchvision's published weights ask for (256 for 224); None: as above."""
-    normalise: Annotated[str | dict[str, list[float]] | None, BeforeValidator(known_pixels)] = None
-    """What pixels become: (x/255 − mean)/std with the mean and deviation of each channel, as
-    {mean: [0.5], std: [0.25]} or by a name of ``stdb.NORMALISATIONS``; None: x/127.5 − 1."""
-    grayscale: bool
-    """``folder`` only: read images as one grey channel."""
-    stream: bool | Literal["auto"]
-    """``folder`` only: images stay in their files and are read as they are needed; auto: where
-    they would take more than 4 GiB of memory."""
-    train_limit: Count | None
-    """Use only this many training images."""
-    test_fraction: Share
-    """Share that is held out for the test, in (0, 1), where the source has no test split."""
-    validation_fraction: Share
-    """Share of the training images that is held out for validation, in (0, 1)."""
-    seed: Seed
-    """Seed that draws the splits."""
-
-    @property
-    def size(self) -> Size | None:
-        """(H, W) that images are brought to."""
-        size = self.image_size
-        if isinstance(size, list):
-            return size[0], size[1]
-        return None if size is None else (size, size)
-
-    @property
-    def normalisation(self) -> Normalisation:
-        """What pixels become."""
-        how = self.normalise
-        return NORMALISATIONS[how] if isinstance(how, str) else normalisation_of(how)
-
-    @property
-    def preparation(self) -> Preparation:
-        """What becomes of images beside their size."""
-        return Preparation(self.resize, self.normalisation)
-
-    @model_validator(mode="after")
-    def _holds_the_middle(self) -> "DataParams":
-        if self.resize is not None and (self.size is None or self.resize < max(self.size)):
-            raise ValueError(
-                f"resize is {self.resize} and image_size {self.image_size}; allowed: null, or an "
-                "image_size and no less than its longer side"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _has_a_path(self) -> "DataParams":
-        if self.path is None and self.source in NEEDS_PATH:
-            raise ValueError(path_is_missing(self.source))
-        if self.path is not None and (not self.path.strip() or "\0" in self.path):
-            raise ValueError(
-                f"path is {self.path!r}; allowed: null, or the name of a file or folder"
-            )
-        return self
-
-
-class NetworkParams(Section):
-    """The network; see ``stdb.build``."""
-
-    architecture: str
-    """A name of ``stdb.ARCHITECTURES``, ``torchvision:NAME`` for one of its classification
-    networks, or ``module:function`` of your own, called with (in_channels, image_size,
-    num_classes)."""
-    width: Annotated[float, Field(gt=0, le=100)]
-    """Factor of the channels of every convolution, above 0, up to 100; the paper's is 1."""
-    hidden: Annotated[int, Field(ge=1, le=2**20)]
-    """Neurons of each of a VGG's hidden linear layers; the paper's is 4096."""
-    dropout: Rate
-    """Dropout probability after convolutions, in [0, 1)."""
-    classifier_dropout: Rate
-    """Dropout probability after hidden linear layers, in [0, 1)."""
-    normalisation: Literal["none", "batch"] = "none"
-    """What follows every convolution of a name of ``stdb.ARCHITECTURES``: nothing, the paper's way,
-    or a batch norm, which the conversion folds into the weights."""
-    pooling: Literal["average", "max"] = "average"
-    """The pooling of a name of ``stdb.ARCHITECTURES``; the paper's is the average."""
-    activation: Annotated[str, AfterValidator(one_of(ACTIVATIONS))] = "relu"
-    """The activation of a name of ``stdb.ARCHITECTURES``: ``relu``, the paper's, or for few steps
-    one whose bound A learns, one for each layer: ``clip``, y = clamp(x, 0, A), or ``qcfs``, the
-    same in as many steps as ``levels`` says."""
-    levels: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """L of ``qcfs``, 1 to 65536: 4 for T of 1 to 4, 8 for T from 8 on; None for the others."""
-
-    @model_validator(mode="after")
-    def _known(self) -> "NetworkParams":
-        name = self.architecture
-        if name.startswith(PREFIX):
-            if said := unknown(name):
-                raise ValueError(f"architecture is {shown(name)}; allowed: {said}")
-        elif name not in ARCHITECTURES and not re.fullmatch(r"[\w.]+:\w+", name):
-            raise ValueError(
-                f"architecture is {shown(name)}; allowed: {', '.join(ARCHITECTURES)}, "
-                f"{PREFIX}NAME, or your_module:function"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _levels_are_of_qcfs(self) -> "NetworkParams":
-        if self.activation == "qcfs" and self.levels is None:
-            raise ValueError("levels is null with activation: qcfs; allowed: 1 to 65536")
-        if self.activation != "qcfs" and self.levels is not None:
-            raise ValueError(
-                f"levels is {self.levels} with activation: {self.activation}; allowed: null, or "
-                "a number with activation: qcfs"
-            )
-        if self.activation != "relu" and self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"activation is {self.activation} with architecture {shown(self.architecture)}; "
-                f"allowed: relu, or one of {', '.join(ARCHITECTURES)}; a network of your own may "
-                "hold stdb.Clip and stdb.QCFS"
-            )
-        return self
-
-
-class Schedule(Section):
+class Training(Section):
     """What both trainings have in common."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)]
-    """How often the training images are seen."""
+    epochs: Epochs | list[Epochs]
+    """How often the training images are seen, 1 to 100,000."""
     batch_size: BatchSize
     """Images per optimiser step, over all workers together."""
     learning_rate: Positive
@@ -196,6 +61,13 @@ class Schedule(Section):
     """Random crops (padding 4) and horizontal flips, by (seed, epoch, sample)."""
     seed: Seed
     """Seed of initial weights, order of the images, dropout, augmentation, spikes."""
+
+
+class Schedule(Training):
+    """What one training from its start to its end is told."""
+
+    epochs: Epochs
+    """How often the training images are seen, 1 to 100,000."""
 
 
 class TrainAnnParams(Schedule):
@@ -229,17 +101,24 @@ class TrainAnnParams(Schedule):
 
 
 class BalanceThresholdsParams(Section):
-    """Algorithm 1, or the bounds that the ANN's activations were trained with."""
+    """What a spike stands for: by Algorithm 1, or by the ANN's activations; docs/networks.md."""
 
     timesteps: Steps
-    """Time steps T of the calibration."""
+    """Time steps T of Algorithm 1; the other methods, and a correction, take ``stdb.timesteps``."""
     images: Count
     """Number of calibration images, from the training split."""
     batch_size: BatchSize
     """Number of images that are presented at once."""
-    method: Literal["auto", "maximum", "percentile", "learned"] = "auto"
-    """What V is: the largest weighted input, a percentile of them, or the bound of the layer's
-    activation, with U_0 = V/2; auto: the first or second, as ``percentile`` says."""
+    method: Literal["auto", "maximum", "percentile", "mse", "learned"] = "auto"
+    """What V is: the largest weighted input, a percentile of them, of least error at
+    ``stdb.timesteps``, or the activation's bound; auto: mse for networks with biases at λ = 1, else
+    one of the first two, as ``percentile`` says."""
+    per: Literal["layer", "channel"] | None = None
+    """Whether V is one of each layer or channel; None: channel with mse, layer with others."""
+    initial_membrane: Rate | None = None
+    """U_0/V of every layer, in [0, 1); None: ½ with mse and learned, 0 with others."""
+    bias_correction: bool | None = None
+    """Whether mean rates are brought to the ANN's means; None: with mse and learned."""
     percentile: Annotated[float, Field(gt=0, le=100)]
     """V is this percentile of a layer's weighted inputs; 100, the paper's way, is the maximum."""
     residual_blocks: bool
@@ -276,23 +155,50 @@ def known_teacher(value: Any) -> Any:
     return value
 
 
-class StdbParams(Schedule):
+def known_timesteps(value: Any) -> Any:
+    """A pydantic validator: a list of T is one that falls."""
+    if isinstance(value, list) and not (
+        value
+        and all(type(t) is int and 1 <= t <= MOST_STEPS for t in value)
+        and all(after < before for before, after in pairwise(value))
+    ):
+        raise PydanticCustomError(
+            "timesteps", f"1 to {MOST_STEPS}, or several, each less than the last: [8, 4, 2, 1]"
+        )
+    return value
+
+
+def known_epochs(value: Any) -> Any:
+    """A pydantic validator: a list of numbers of epochs."""
+    if isinstance(value, list) and not (
+        value and all(type(n) is int and 1 <= n <= MOST_EPOCHS for n in value)
+    ):
+        raise PydanticCustomError("epochs", f"1 to {MOST_EPOCHS}, or such a number for each T")
+    return value
+
+
+class StdbParams(Training):
     """STDB fine-tuning (Algorithms 2 and 3): Adam with amsgrad."""
 
-    timesteps: Steps
-    """Time steps T of the network that is wanted, 1 to 32767."""
+    epochs: Annotated[Epochs | list[Epochs], BeforeValidator(known_epochs)]
+    """How often the training images are seen at each T, 1 to 100,000; [4, 2]: as often at the first
+    T and at the second one."""
+    timesteps: Annotated[Steps | list[Steps], BeforeValidator(known_timesteps)]
+    """Time steps T of the network that is wanted, 1 to 32767; [8, 4, 2, 1]: at one after the other,
+    each from the network of the one before it."""
     encoder: Annotated[str, AfterValidator(one_of(ENCODERS))]
     """Name of the encoder, of ``stdb.ENCODERS``: how pixels become input."""
     leak: Annotated[float, Field(gt=0, le=1)]
     """Leak λ of every neuron, in (0, 1]; 1 is the IF neuron."""
-    surrogate: Annotated[str, AfterValidator(one_of(SURROGATES))]
-    """Name of the surrogate gradient, of ``stdb.SURROGATES``: Eq. 11, 13 or 14, or a rectangle."""
-    alpha: Positive
-    """Factor α of the surrogate gradient, above 0."""
-    beta: NonNegative
-    """Decay β of the surrogate gradient, 0 or more."""
-    over_threshold: bool
-    """Whether the spike is differentiated with respect to U/V instead of U."""
+    surrogate: Annotated[str, AfterValidator(one_of(SURROGATES))] | Literal["auto"]
+    """Name of the surrogate gradient, of ``stdb.SURROGATES``: Eq. 11, 13 or 14, or a rectangle;
+    auto: the one for T (``stdb.surrogate_of``), where alpha, beta, over_threshold are null."""
+    alpha: Positive | None
+    """Factor α of the surrogate gradient, above 0; None: the surrogate's own."""
+    beta: NonNegative | None
+    """Decay β of the surrogate gradient, 0 or more; None: the surrogate's own."""
+    over_threshold: bool | None
+    """Whether the spike is taken over U/V instead of U; None: by one that looks at membranes."""
     temporal_gradient: bool
     """Whether the backward pass keeps the leak path ∂U_t/∂U_{t−1} = λ."""
     learn_thresholds: bool
@@ -312,9 +218,8 @@ class StdbParams(Schedule):
     threshold_scale: Positive | None
     """V ← scale · V_balanced; None takes what evaluate_converted found."""
     logit_scale: Positive | Literal["auto"]
-    """Factor of the output layer's weights before the fine-tuning, which changes no decision; 1:
-    the paper's; auto: so that softmax(U_T) is as sure as it is right on validation, or with distil
-    the one that brings U_T/T to the ANN's units."""
+    """Factor of the output layer's weights, which changes no decision; 1: the paper's; auto: that
+    softmax(U_T) is as sure as it is right on validation, or with distil U_T/T in ANN units."""
     distil: Annotated[DistilParams | None, BeforeValidator(known_teacher)] = None
     """{weight: 0.7, temperature: 2}: the loss is that of U_t/t, and the trained ANN is a teacher
     beside the labels; None: the labels alone, the paper's way."""
@@ -326,6 +231,13 @@ class StdbParams(Schedule):
     """Number of images that a worker presents at once; their gradients add up to the batch's."""
     chunk: Count | None
     """Time steps that are computed at once; changes memory, not results. None chooses."""
+
+    @model_validator(mode="after")
+    def _auto_chooses_all(self) -> "StdbParams":
+        for name in ("alpha", "beta", "over_threshold"):
+            if self.surrogate == "auto" and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name} is {value} with surrogate: auto; allowed: null")
+        return self
 
     @model_validator(mode="after")
     def _has_a_teacher(self) -> "StdbParams":
@@ -342,6 +254,75 @@ class StdbParams(Schedule):
                 "ANN's units; allowed: auto, which finds them, or distil: null"
             )
         return self
+
+    @model_validator(mode="after")
+    def _falls_from_a_converted_network(self) -> "StdbParams":
+        steps = self.timesteps
+        if isinstance(self.epochs, list) and len(self.epochs) != len(self.falling):
+            raise ValueError(
+                f"epochs is {self.epochs} with timesteps: {steps}; allowed: a number, or one for "
+                f"each T, {len(self.falling)} of them"
+            )
+        if not self.progressive:
+            return self
+        if self.from_scratch:
+            raise ValueError(
+                f"timesteps is {steps} with from_scratch: true; allowed: one T, or from_scratch: "
+                "false, since it is a converted network that T falls from"
+            )
+        if self.logit_scale != "auto":
+            raise ValueError(
+                f"logit_scale is {self.logit_scale} with timesteps: {steps}, whose loss takes "
+                "U_t/t in the ANN's units; allowed: auto, which finds them, or one T"
+            )
+        if self.truncate is not None and self.truncate >= self.first_timesteps:
+            raise ValueError(
+                f"truncate is {self.truncate} with timesteps: {steps}; allowed: null, or less "
+                f"than the first of them, {self.first_timesteps}"
+            )
+        return self
+
+    @property
+    def falling(self) -> list[int]:
+        """The T that are fine-tuned at, in turn; progressive where they are several."""
+        return self.timesteps if isinstance(self.timesteps, list) else [self.timesteps]
+
+    @property
+    def progressive(self) -> bool:
+        """Whether there are several T."""
+        return len(self.falling) > 1
+
+    @property
+    def first_timesteps(self) -> int:
+        """T that the converted network is scaled for, and that fine-tuning starts at."""
+        return self.falling[0]
+
+    @property
+    def last_timesteps(self) -> int:
+        """T of the network that is wanted."""
+        return self.falling[-1]
+
+    @property
+    def in_units(self) -> bool:
+        """Whether the loss is that of U_t/t, in the ANN's units, so that it is one for all T."""
+        return self.distil is not None or self.progressive
+
+    def at_each(self) -> list["StdbAtT"]:
+        """The fine-tuning at each T."""
+        counts = self.epochs if isinstance(self.epochs, list) else [self.epochs] * len(self.falling)
+        return [
+            StdbAtT.model_construct(**dict(self) | {"timesteps": steps, "epochs": count})
+            for steps, count in zip(self.falling, counts, strict=True)
+        ]
+
+
+class StdbAtT(StdbParams, Schedule):
+    """STDB fine-tuning at one T: from a network to another one."""
+
+    epochs: Epochs
+    """How often the training images are seen, 1 to 100,000."""
+    timesteps: Steps
+    """Time steps T, 1 to 32767."""
 
 
 class ClusterParams(Section):

@@ -28,7 +28,8 @@ from pipeline.files import ANN, DATA, METRICS, PLOTS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning import published
-from pipeline.learning.checks import check_method, check_norms, check_randomness
+from pipeline.learning.calibration import check_method
+from pipeline.learning.checks import check_norms, check_randomness
 from pipeline.learning.compiling import compiled
 from pipeline.learning.dropout import SampleDropout
 from pipeline.learning.evaluation import evaluate_ann

@@ -17,6 +17,7 @@ MOST_STEPS = 32767  # T of a presentation: spike times are 16 bits
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]

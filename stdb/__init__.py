@@ -17,12 +17,15 @@ from .activations import ACTIVATIONS, QCFS, Clip, start_bounds
 from .architectures import ARCHITECTURES, ResidualBlock, build, build_network
 from .balancing import balance_thresholds, residual_layers
 from .calibration import logit_scale, scaled_losses
+from .configuration import configure
 from .conversion import ConversionError, convert
 from .decision import Decision, decide, first_confident
 from .diagnosis import LayerDiagnosis, diagnose
 from .distillation import distillation_loss
 from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain, encoder_of
 from .evaluation import evaluate
+from .few_steps import Balance, Plan, settle
+from .fronts import release, uncorrected
 from .graph import Graph, Node
 from .interop.authors import AuthorsNetwork, import_authors
 from .interop.export import export_program
@@ -38,7 +41,7 @@ from .presentation import Presentation
 from .quantised import quantised_logits
 from .randomness import derive, dropout_mask, sample_keys, uniform
 from .statistics import SpikeStatistics, ann_energy, fan_out, record_spikes
-from .surrogate import STDB, SURROGATES, Exponential, Linear, Rectangle, Surrogate
+from .surrogate import STDB, SURROGATES, Exponential, Linear, Rectangle, Surrogate, surrogate_of
 from .traced import Rewrite
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "STDB",
     "SURROGATES",
     "AuthorsNetwork",
+    "Balance",
     "Clip",
     "ConversionError",
     "Decision",
@@ -61,6 +65,7 @@ __all__ = [
     "Linear",
     "Node",
     "Normalisation",
+    "Plan",
     "PoissonEncoder",
     "Presentation",
     "Rectangle",
@@ -75,6 +80,7 @@ __all__ = [
     "balance_thresholds",
     "build",
     "build_network",
+    "configure",
     "convert",
     "decide",
     "derive",
@@ -96,13 +102,17 @@ __all__ = [
     "normalisation_of",
     "quantised_logits",
     "record_spikes",
+    "release",
     "residual_layers",
     "sample_keys",
     "save",
     "scaled_losses",
+    "settle",
     "simulate_neuron",
     "start_bounds",
+    "surrogate_of",
     "to_nir",
     "training_memory",
+    "uncorrected",
     "uniform",
 ]

@@ -86,7 +86,7 @@ def settle(
         raise ValueError(f"per is {per!r}; allowed: {', '.join(FORMS)}, or None")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; allowed: above 0, at most 100 (the maximum)")
-    leaks = {name: float(neuron.leak) for name, neuron in snn.neurons.items()}
+    leaks = {name: neuron.leak.item() for name, neuron in snn.neurons.items()}
     leaky = next((name for name, leak in leaks.items() if leak < 1), None)
     if method == "auto":
         few_steps = snn.has_units and leaky is None and percentile == 100

@@ -7,6 +7,7 @@ have other readers too, are used twice, or where there are none, a diagonal in f
 holds it. A bias that a calibration adds goes to the same place.
 """
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -252,6 +253,20 @@ def release(snn: SpikingNetwork) -> None:
             before = before.to(leaf)
             if torch.allclose(leaf, before, rtol=SAME, atol=SAME * drift.get(name, 0.0)):
                 leaf.copy_(before)
+
+
+@torch.no_grad()
+def uncorrected(snn: SpikingNetwork) -> SpikingNetwork:
+    """A copy without what a calibration has added to biases; A, V and U_0 stay."""
+    twin = copy.deepcopy(snn)
+    for label, neuron in twin.neurons.items():
+        if neuron.correction is not None and neuron.correction.any():
+            bias_in_front(twin, label).sub_(neuron.correction)
+            neuron.correction.zero_()
+    if twin.output_correction is not None:
+        bias_in_front(twin, "").sub_(twin.output_correction)
+        twin.output_correction = None
+    return twin
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ import stdb
 from pipeline.errors import StageError
 from pipeline.learning import published
 from pipeline.learning.dropout import SampleDropout
-from pipeline.params import Params
 
 TRAINING = 4 * 5  # bytes a weight: itself, its gradient, three of Adam with amsgrad; float32
 OURS = (  # and Python's: folders of code that is not a person's own
@@ -184,35 +183,3 @@ def _is_own(frame: traceback.FrameSummary) -> bool:
     """Whether a line is of a person's own code: not of a package, Python or this project."""
     elsewhere = ("site-packages", "<frozen")
     return not frame.filename.startswith(OURS) and not any(p in frame.filename for p in elsewhere)
-
-
-def check_method(params: Params, snn: stdb.SpikingNetwork) -> None:
-    """Refuse what ``balance_thresholds.method`` cannot do with a converted network.
-
-    Raises:
-        StageError: says what is allowed.
-    """
-    asked = params.balance_thresholds
-    if asked.percentile < 100 and asked.method in ("maximum", "learned"):
-        raise StageError(
-            f"balance_thresholds.percentile is {asked.percentile} with method: {asked.method}; "
-            "allowed: 100, or method: percentile"
-        )
-    if asked.method != "learned":
-        return
-    if params.stdb.leak < 1:
-        raise StageError(
-            f"balance_thresholds.method is learned with stdb.leak: {params.stdb.leak}; allowed: "
-            "leak: 1, or method: maximum, percentile"
-        )
-    unbounded = next((n for n, neuron in snn.neurons.items() if neuron.bound is None), None)
-    if unbounded is not None:
-        raise StageError(
-            f"balance_thresholds.method is learned, and layer {unbounded} has no bound; allowed: "
-            "network.activation: clip, qcfs, or method: maximum, percentile"
-        )
-    if not snn.has_units:
-        raise StageError(
-            "balance_thresholds.method is learned, of a network without biases or batch norm; "
-            "allowed: method: maximum, percentile, or network.normalisation: batch"
-        )

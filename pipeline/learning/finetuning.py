@@ -25,11 +25,13 @@ from pipeline.learning.networks import (
     build_snn,
     load_handed_on,
     load_weights,
+    use_surrogate,
     use_threads,
 )
-from pipeline.params import DistilParams, StdbParams
+from pipeline.params import DistilParams, StdbAtT, StdbParams
 
 SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 90.0
+STEPS = "timesteps"  # of an epoch's metrics: T, where it is one of several
 BATCH = 128  # images presented at once where nothing is learned
 
 
@@ -39,6 +41,7 @@ def fine_tune(
     train: Samples,
     validation: Samples,
     extra: Callable[[int, Evaluation], Row] = lambda _epoch, _evaluation: {},
+    start: stdb.SpikingNetwork | None = None,
 ) -> tuple[stdb.SpikingNetwork, State]:
     """Algorithms 2 and 3 on the converted network, or on random weights.
 
@@ -48,67 +51,93 @@ def fine_tune(
         train: the images to learn from.
         validation: the images that choose the epoch.
         extra: further metrics of an epoch, from its evaluation.
+        start: the converted network; None: what balance_thresholds handed on.
 
     Returns:
-        The network with the weights of its best epoch, and the state of :func:`fit`.
+        The network with the weights of its best epoch, and the state of :func:`fit`; its ``tuned``
+        has for each T, the last one too, ``timesteps``, the best epoch's ``network`` (state dict),
+        ``best`` (validation accuracy), ``epoch``, and ``history``.
     """
     params = worker.params.stdb
-    snn = starting_network(worker, scale, train, validation)
+    snn = starting_network(worker, scale, train, validation, start)
     model = worker.data_parallel(snn)
+    losses = fine_tuning_losses(worker, train)
 
-    def validate(epoch: int) -> Row:
-        evaluation = evaluate_snn(worker, snn, validation, params.timesteps, BATCH)
+    def validate(at_t: StdbAtT, epoch: int) -> Row:
+        evaluation = evaluate_snn(worker, snn, validation, at_t.timesteps, BATCH)
         return {
             "accuracy/validation": evaluation.accuracy[-1],
             "energy/validation_pj": evaluation.energy,
             **spike_metrics(evaluation.spikes),
+            **({STEPS: at_t.timesteps} if params.progressive else {}),
             **extra(epoch, evaluation),
         }
 
-    optimizer = torch.optim.Adam(
-        [p for p in snn.parameters() if p.requires_grad],
-        lr=params.learning_rate,
-        weight_decay=params.weight_decay,
-        amsgrad=True,
-        fused=True,
-    )
-    available = free_memory(worker.device, worker.world)
-    chunk = fitting_chunk(worker, snn, train.shape, available)
-    task = Task(
-        snn.net,
-        model,
-        backward_passes(snn, model, params, chunk),
-        optimizer,
-        validate,
-        params.clip,
-        params.micro_batch,
-        snn.constrain,
-        losses=fine_tuning_losses(worker, train),
-    )
-    state = fit(worker, task, train, params)
-    snn.net.load_state_dict(state["best_network"])
-    return snn, state
+    state = begun = worker.resume() or {}
+    tuned = begun.get("tuned", [])
+    for at_t in params.at_each()[len(tuned) :]:
+        if tuned:
+            snn.net.load_state_dict(tuned[-1]["network"])
+        if params.progressive:
+            worker.say(f"T = {at_t.timesteps}, {at_t.epochs} epoch(s)")
+        use_surrogate(snn, at_t)
+        available = free_memory(worker.device, worker.world)
+        chunk = fitting_chunk(worker, snn, train.shape, at_t, available)
+        task = Task(
+            snn.net,
+            model,
+            backward_passes(snn, model, at_t, chunk, mean=params.in_units),
+            torch.optim.Adam(
+                [p for p in snn.parameters() if p.requires_grad],
+                lr=at_t.learning_rate,
+                weight_decay=at_t.weight_decay,
+                amsgrad=True,
+                fused=True,
+            ),
+            partial(validate, at_t),
+            at_t.clip,
+            at_t.micro_batch,
+            snn.constrain,
+            losses=losses,
+        )
+        state = fit(worker, task, train, at_t, begun | {"tuned": tuned})
+        best = {"network": state["best_network"], "epoch": state["best_epoch"]}
+        kept = {"best": state["best"], "history": state["history"]}
+        tuned = [*tuned, {"timesteps": at_t.timesteps, **best, **kept}]
+        begun = {"epoch": state["epoch"]}
+    snn.net.load_state_dict(tuned[-1]["network"])
+    return snn, state | {"tuned": tuned}
 
 
 def starting_network(
-    worker: Worker, scale: float, train: Samples, validation: Samples
+    worker: Worker,
+    scale: float,
+    train: Samples,
+    validation: Samples,
+    start: stdb.SpikingNetwork | None = None,
 ) -> stdb.SpikingNetwork:
-    """The converted network at its scaled thresholds, or random weights; its output scaled."""
+    """The converted network at its scaled thresholds, or random weights; its output scaled.
+
+    ``start`` as for :func:`fine_tune`.
+    """
     params = worker.params.stdb
     torch.manual_seed(params.seed)
     ann = build_ann(worker.params.network, train)
     if not params.from_scratch:
         load_weights(ann, worker.path(ANN))
     use_threads(worker, ann.to(worker.device), train, params.batch_size)
-    snn = build_snn(ann, params, params.seed, train).to(worker.device)
+    if params.from_scratch:
+        snn = build_snn(ann, params, params.seed, train).to(worker.device)
+        balance_random(snn, train, params)
+    elif start is not None:
+        snn = start
+    else:
+        snn = load_handed_on(ann, worker.params.network, params, train, worker.root)
+        snn = snn.to(worker.device)
     if params.dropout is not None:
         for module in snn.net.modules():
             if isinstance(module, nn.Dropout):
                 module.p = params.dropout
-    if params.from_scratch:
-        balance_random(snn, train, params)
-    else:
-        load_handed_on(snn, worker.root)
     snn.scale_thresholds(scale)
     factor = params.logit_scale
     if factor == "auto":
@@ -120,33 +149,36 @@ def starting_network(
 def fitting_scale(
     worker: Worker, ann: nn.Module, snn: stdb.SpikingNetwork, validation: Samples
 ) -> float:
-    """The output layer's factor for a loss of U_T; with a teacher of U_T/T in the ANN's units."""
+    """The output layer's factor for a loss of U_T; for one of U_T/T that in the ANN's units.
+
+    Found at the first T: units are the same at every other one.
+    """
     params = worker.params.stdb
     if params.from_scratch:  # random weights are not sure of anything
         return 1.0
-    if params.distil is None:
-        factor = fitting_logit_scale(worker, snn, validation, params.timesteps, BATCH)
+    if not params.in_units:
+        factor = fitting_logit_scale(worker, snn, validation, params.first_timesteps, BATCH)
     elif snn.has_units:  # which the weights hold
         return 1.0
     else:
-        factor = fitting_units(worker, ann, snn, validation, params.timesteps, BATCH)
+        factor = fitting_units(worker, ann, snn, validation, params.first_timesteps, BATCH)
     worker.say(f"logit scale {factor:.3g}")
     return factor
 
 
 def backward_passes(
-    snn: stdb.SpikingNetwork, model: nn.Module, params: StdbParams, chunk: int
+    snn: stdb.SpikingNetwork, model: nn.Module, params: StdbAtT, chunk: int, *, mean: bool
 ) -> BackwardPasses:
     """One backward pass over all T, or one for each window of truncated BPTT (§2.2).
 
-    What a pass gives is U_t after its steps, or U_t/t where the ANN is a teacher.
+    What a pass gives is U_t after its steps, or with ``mean`` U_t/t.
     """
 
-    def mean(presentation: stdb.Presentation, steps: int) -> Tensor:
+    def present_mean(presentation: stdb.Presentation, steps: int) -> Tensor:
         summed: Tensor = model(presentation, steps)
         return summed / presentation.t  # t is known after the steps
 
-    present = model if params.distil is None else mean
+    present = present_mean if mean else model
 
     def passes(images: Tensor, ids: Tensor, epoch: int) -> Iterator[Callable[[], Tensor]]:
         presentation = snn.present(images, sample_ids=ids, epoch=epoch, chunk=chunk)
@@ -203,7 +235,7 @@ def balance_random(snn: stdb.SpikingNetwork, train: Samples, params: StdbParams)
         stdb.balance_thresholds(
             snn,
             few.pixels(),
-            params.timesteps,
+            params.first_timesteps,
             percentile=SCRATCH_PERCENTILE,
             residual_blocks=True,
             sample_ids=few.ids,
@@ -220,10 +252,13 @@ def free_memory(device: torch.device, world: int) -> int:
 
 
 def fitting_chunk(
-    worker: Worker, snn: stdb.SpikingNetwork, shape: tuple[int, int, int], available: int
+    worker: Worker,
+    snn: stdb.SpikingNetwork,
+    shape: tuple[int, int, int],
+    params: StdbAtT,
+    available: int,
 ) -> int:
     """The chunk of the parameters, or one with which a training step fits; says where none does."""
-    params = worker.params.stdb
     images = min(params.micro_batch or params.batch_size, -(-params.batch_size // worker.world))
     steps = min(params.truncate or params.timesteps, params.timesteps)
     chunk = params.chunk or stdb.largest_chunk(snn, shape, steps, images, available) or 1

@@ -82,7 +82,9 @@ def order(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     return [batch for batch in batches if len(batch) == len(batches[0])]
 
 
-def fit(worker: Worker, task: Task, train: Samples, params: Schedule) -> State:
+def fit(
+    worker: Worker, task: Task, train: Samples, params: Schedule, start: State | None = None
+) -> State:
     """Train, epoch by epoch, and keep the state after each.
 
     Args:
@@ -90,10 +92,13 @@ def fit(worker: Worker, task: Task, train: Samples, params: Schedule) -> State:
         task: what is trained.
         train: the whole training split.
         params: epochs, batch size, learning rate.
+        start: the state to begin with; None: what an interrupted run of the job kept. ``epoch``
+            is that of an earlier training that this one follows, and its epochs are counted on.
 
     Returns:
         The state: ``history`` (metrics by epoch), ``best`` (validation accuracy), ``best_epoch``,
-        ``best_network`` (state dict), and what a resumed job needs.
+        ``best_network`` (state dict), what a resumed job needs, and anything else that ``start``
+        has.
 
     Raises:
         DivergenceError: loss or gradient is not finite; names epoch and step.
@@ -103,20 +108,25 @@ def fit(worker: Worker, task: Task, train: Samples, params: Schedule) -> State:
             f"{worker.stage}.batch_size is {params.batch_size}; allowed: at least one image for "
             f"each of the {worker.world} workers, of {len(train)} training images"
         )
-    return _Fit(worker, task, train, params).run()
+    return _Fit(worker, task, train, params, worker.resume() if start is None else start).run()
 
 
 class _Fit:
     """A training under way."""
 
-    def __init__(self, worker: Worker, task: Task, train: Samples, params: Schedule) -> None:
+    def __init__(
+        self, worker: Worker, task: Task, train: Samples, params: Schedule, start: State | None
+    ) -> None:
         self.worker, self.task, self.train, self.params = worker, task, train, params
         self.device = next(task.network.parameters()).device
         self.norms: GroupStatistics | None = None
         if has_norms(task.network):
             sizes = group_sizes(min(params.batch_size, len(train)), task.norm_images)
             self.norms = GroupStatistics(task.network, worker, sizes)
-        self.state: State = worker.resume() or {"epoch": 0, "best": -1.0, "history": []}
+        beginning: State = {"epoch": 0, "best": -1.0, "history": []}
+        self.state = beginning | (start or {})
+        self.before = self.state["epoch"] - len(self.state["history"])  # epochs
+        self.last = self.before + params.epochs
         if "network" in self.state:
             self._go_on()
         self.start, self.first = time.monotonic(), int(self.state["epoch"])
@@ -128,7 +138,7 @@ class _Fit:
         state = self.state
         self.task.network.load_state_dict(state["network"])
         self.task.optimizer.load_state_dict(state["optimizer"])
-        if state["epoch"] < self.params.epochs:
+        if state["epoch"] < self.last:
             within = f", step {state['step']} of the next" if state.get("step") else ""
             where = f"after epoch {state['epoch']}{within}"
             self.worker.say(f"goes on {where}, {self.worker.world} worker(s)")
@@ -142,14 +152,14 @@ class _Fit:
                 self.norms.remove()
 
     def _run(self) -> State:
-        for epoch in range(self.first + 1, self.params.epochs + 1):
+        for epoch in range(self.first + 1, self.last + 1):
             metrics = self._epoch(epoch)
             self._keep_best(epoch, metrics)
             self._say_epoch(epoch, metrics)
             self.unreported.append(metrics)
             due = self.worker.rank == 0 and self.worker.report_due(time.monotonic() - self.reported)
             asked = self.worker.all_reduce(torch.tensor(int(due), device=self.device))
-            if epoch == self.params.epochs or asked:
+            if epoch == self.last or asked:
                 self._checkpoint(self.state)
                 self.reported = time.monotonic()
         return self.state
@@ -173,7 +183,7 @@ class _Fit:
             mine = [self.norms.share(batch) for batch in batches[done:]]
         idle = self.norms is not None and self.norms.idle
         for step, share in enumerate(self.train.stream(mine, self.device), start=done + 1):
-            rate = learning_rate(params, epoch, step, len(batches))
+            rate = learning_rate(params, epoch - self.before, step, len(batches))
             for group in task.optimizer.param_groups:
                 group["lr"] = rate
             loss, correct, norm = self._step(share, epoch, step, weight * (not idle))
@@ -251,12 +261,12 @@ class _Fit:
 
     def _say_epoch(self, epoch: int, metrics: Row) -> None:
         now = time.monotonic()
-        if now - self.said <= SAY_EPOCH_EVERY and epoch < self.params.epochs:
+        if now - self.said <= SAY_EPOCH_EVERY and epoch < self.last:
             return
         self.said = now
-        left = (now - self.start) / (epoch - self.first) * (self.params.epochs - epoch)
+        left = (now - self.start) / (epoch - self.first) * (self.last - epoch)
         self.worker.say(
-            f"epoch {epoch}/{self.params.epochs}  loss {metrics['loss/train']:.3f}  "
+            f"epoch {epoch}/{self.last}  loss {metrics['loss/train']:.3f}  "
             f"train {metrics['accuracy/train']:.1%}  "
             f"validation {metrics['accuracy/validation']:.1%}  {left:.0f} s left"
         )

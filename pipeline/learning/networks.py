@@ -15,7 +15,7 @@ from pipeline.files import ANN, BALANCED, THRESHOLDS
 from pipeline.handed_on import read_thresholds
 from pipeline.jobs.worker import Worker
 from pipeline.learning import published
-from pipeline.learning.balanced import load_balanced
+from pipeline.learning.balanced import AGAIN, keep_fixed, load_balanced
 from pipeline.learning.checks import build_own, check_room
 from pipeline.learning.weights import load_weights, save_weights
 from pipeline.params import NetworkParams, StdbParams
@@ -23,6 +23,7 @@ from pipeline.params import NetworkParams, StdbParams
 __all__ = [
     "build_ann",
     "build_snn",
+    "configure",
     "described",
     "example_of",
     "load_converted",
@@ -32,6 +33,8 @@ __all__ = [
     "load_weights",
     "recipe",
     "save_weights",
+    "surrogate_of",
+    "use_surrogate",
     "use_threads",
 ]
 
@@ -121,30 +124,61 @@ def build_snn(
         seed: of its spikes and dropout masks.
         data: whose images it is for; None: of a usual size, and within ±1.
     """
+    example = None if data is None else example_of(data)
+    snn = stdb.convert(ann, **_rules(params, seed, data), example=example)
+    _set_computation(snn, params, seed)
+    for name, module in list(snn.net.named_modules()):  # what is folded has no gradient any more
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            snn.net.set_submodule(name, nn.Identity())
+    return snn
+
+
+def configure(
+    snn: stdb.SpikingNetwork, params: StdbParams, seed: int, data: Samples | None = None
+) -> None:
+    """Set all that ``stdb`` says of a network that was not converted here, as of a file.
+
+    Weights, V and U_0 stay. Arguments as for :func:`build_snn`.
+    """
+    stdb.configure(snn, **_rules(params, seed, data))
+    _set_computation(snn, params, seed)
+
+
+def _rules(params: StdbParams, seed: int, data: Samples | None) -> dict[str, Any]:
+    """Arguments of ``stdb.convert`` and ``stdb.configure``."""
     encoder = stdb.encoder_of(params.encoder, seed)
     if data is not None and isinstance(encoder, stdb.PoissonEncoder):
         limits = data.preparation.normalisation.largest
         if max(limits) > 1:
             encoder = replace(encoder, limits=limits)
-    surrogate = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
-    snn = stdb.convert(
-        ann,
-        encoder,
-        surrogate,
-        params.leak,
-        temporal_gradient=params.temporal_gradient,
-        learn_thresholds=params.learn_thresholds,
-        learn_leaks=params.learn_leaks,
-        chunk=params.chunk,
-        dropout_seed=seed,
-        precision=torch.bfloat16 if params.precision == "bf16" else None,  # auto: no job's
-        example=None if data is None else example_of(data),
-    )
+    return {
+        "encoder": encoder,
+        "surrogate": surrogate_of(params),
+        "leak": params.leak,
+        "temporal_gradient": params.temporal_gradient,
+        "learn_thresholds": params.learn_thresholds,
+        "learn_leaks": params.learn_leaks,
+    }
+
+
+def _set_computation(snn: stdb.SpikingNetwork, params: StdbParams, seed: int) -> None:
+    """How it is computed, and the seed of its dropout masks."""
+    snn.chunk, snn.dropout_seed = params.chunk, seed
+    snn.precision = torch.bfloat16 if params.precision == "bf16" else None  # auto: no job's
     snn.events = None if params.events == "auto" else params.events
-    for name, module in list(snn.net.named_modules()):  # what is folded has no gradient any more
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            snn.net.set_submodule(name, nn.Identity())
-    return snn
+
+
+def surrogate_of(params: StdbParams) -> stdb.Surrogate:
+    """The surrogate that ``stdb`` asks for, at its first T."""
+    return stdb.surrogate_of(
+        params.surrogate, params.first_timesteps, params.alpha, params.beta, params.over_threshold
+    )
+
+
+def use_surrogate(snn: stdb.SpikingNetwork, params: StdbParams) -> None:
+    """Give a network the surrogate of another T."""
+    for neuron in snn.neurons.values():
+        neuron.surrogate = surrogate_of(params)
 
 
 def load_thresholds(snn: stdb.SpikingNetwork, path: Path) -> None:
@@ -160,7 +194,7 @@ def load_thresholds(snn: stdb.SpikingNetwork, path: Path) -> None:
             balanced=[row.layer for row in layers if row.balanced],
         )
     except ValueError as error:
-        raise StageError(f"{path}: {error}; run balance_thresholds for this network") from error
+        raise StageError(f"{path}: {error}; {AGAIN}") from error
 
 
 def load_converted(
@@ -180,17 +214,31 @@ def load_converted(
     """
     ann = build_ann(network, data)
     load_weights(ann, root / ANN)
-    snn = build_snn(ann, params, params.seed, data)
-    load_handed_on(snn, root)
-    return ann, snn
+    return ann, load_handed_on(ann, network, params, data, root)
 
 
-def load_handed_on(snn: stdb.SpikingNetwork, root: Path) -> None:
-    """Bring a converted network to where balance_thresholds left it.
+def load_handed_on(
+    ann: nn.Module, network: NetworkParams, params: StdbParams, data: Samples, root: Path
+) -> stdb.SpikingNetwork:
+    """The spiking network of a trained ANN as balance_thresholds left it.
+
+    It is read as a whole, or converted and given its thresholds where they say it all. What
+    ``stdb`` says of it is set here: encoder, surrogate, leak, and what learns.
 
     Raises:
         StageError: its files are another network's; names file and key.
     """
-    load_thresholds(snn, root / THRESHOLDS)
+    path = root / BALANCED
+    whole = load_balanced(path, recipe(network, data))
+    if whole is not None:
+        configure(whole, params, params.seed, data)
+        keep_fixed(ann, whole, path)
+        return whole.to(next(ann.parameters()).device)
+    snn = build_snn(ann, params, params.seed, data)
     if snn.has_units:
-        load_balanced(snn, root / BALANCED)
+        raise StageError(
+            f"{path} is of another network, one without biases or batch norm: it has no weights; "
+            f"{AGAIN}"
+        )
+    load_thresholds(snn, root / THRESHOLDS)
+    return snn

@@ -39,7 +39,9 @@ def surrogate(params: StdbParams, steps: int = 100) -> Figure:
     rate = torch.where(torch.arange(steps) % 50 < 25, 0.5, 0.1)
     inputs = (torch.rand(steps, generator=generator) < rate).float()
     current, leak = 0.35 * inputs[:, None], params.leak
-    kind = stdb.SURROGATES[params.surrogate](params.alpha, params.beta, params.over_threshold)
+    kind = stdb.surrogate_of(
+        params.surrogate, params.last_timesteps, params.alpha, params.beta, params.over_threshold
+    )
     spikes, potential, gradient = stdb.simulate_neuron(current, kind, leak)
     t = range(1, steps + 1)
     figure, (above, middle, below) = _subplots(
@@ -54,9 +56,9 @@ def surrogate(params: StdbParams, steps: int = 100) -> Figure:
     middle.axhline(1, color="black", ls=":", lw=1)
     middle.set_ylabel("membrane U / V")
     below.plot(t, gradient[:, 0].tolist(), color=FINETUNED)
-    beta = f", β = {params.beta:g}" if kind.uses_beta else ""
-    below.set_title(f"{params.surrogate}, α = {params.alpha:g}{beta}", fontsize=10)
-    below.set(xlabel="time step", ylabel="∂O/∂U", ylim=(0, 1.1 * params.alpha))
+    beta = f", β = {kind.beta:g}" if kind.uses_beta else ""
+    below.set_title(f"{kind.name}, α = {kind.alpha:g}{beta}", fontsize=10)
+    below.set(xlabel="time step", ylabel="∂O/∂U", ylim=(0, 1.1 * kind.alpha))
     for axes in (above, middle, below):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

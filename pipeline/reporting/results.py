@@ -104,7 +104,7 @@ class ConversionResults(Section):
 
 
 class Finetuned(Spiking):
-    """The network that was fine-tuned at one T."""
+    """The fine-tuned network at a T."""
 
     accuracy: Accuracies
     """Accuracies of the best epoch."""

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import ParamsError
-from pipeline.params import Seed, StdbParams
-from pipeline.typed import Count, NonNegative, Positive, Section, load, problems, shown
+from pipeline.params import StdbParams
+from pipeline.typed import Count, NonNegative, Positive, Section, Seed, load, problems, shown
 
 Scaled = tuple[str, Callable[[float, int], float]]
 SCALED: dict[str, Scaled] = {  # name → what it stands for, and its value from this one's and T
@@ -178,6 +178,11 @@ def load_sweep(path: Path, base: StdbParams) -> SweepParams:
         ParamsError: names keys, values, and what is allowed.
     """
     sweep = load(path, SweepParams)
+    if base.progressive and "timesteps" not in sweep.space:
+        raise ParamsError(
+            f"{path} cannot be used: stdb.timesteps is {base.timesteps}, and a trial has one T; "
+            "allowed: one in params.yaml, or timesteps in the space"
+        )
     try:
         for sample in samples(sweep.space, base):
             settings(sample, base)
@@ -193,7 +198,7 @@ def samples(space: dict[str, Range], base: StdbParams) -> Iterator[dict[str, Any
     :data:`EXCLUDING` on each other, of which all combinations are here; so what is allowed alone is
     allowed together. Corners, up to 4096 of them, make sure of it.
     """
-    steps = space["timesteps"].values if "timesteps" in space else [base.timesteps]
+    steps = space["timesteps"].values if "timesteps" in space else [base.last_timesteps]
     yield from ({"timesteps": value} for value in steps)
     extremes = sorted({min(steps), max(steps)})
     for name, values in space.items():
@@ -210,10 +215,16 @@ def samples(space: dict[str, Range], base: StdbParams) -> Iterator[dict[str, Any
 def settings(sample: dict[str, Any], base: StdbParams) -> StdbParams:
     """The ``stdb`` parameters of a trial: params.yaml's, with what was drawn.
 
+    A T that was drawn takes the place of several, and the epochs at the last of them stay.
+
     Raises:
         ParamsError: a value is not allowed.
     """
     values = base.model_dump() | {k: v for k, v in sample.items() if k not in SCALED}
+    if isinstance(steps := sample.get("timesteps"), list):
+        raise ParamsError(f"timesteps is {shown(steps)}; allowed: one T, since a trial has one")
+    if steps is not None and isinstance(base.epochs, list):
+        values["epochs"] = base.epochs[-1]
     for name, (stands_for, of) in SCALED.items():
         if name in sample:
             if type(sample[name]) not in (int, float):

@@ -4,6 +4,7 @@ It learns and is judged as finetune_stdb does, on the training and validation sp
 never reads the test split.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -12,16 +13,20 @@ from typing import Any
 
 import torch
 
-from pipeline.data import subset
+import stdb
+from pipeline.data import Samples, load_split, subset
+from pipeline.files import ANN, BALANCED, DATA
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.choices import with_choices
 from pipeline.jobs.plan import Plan
 from pipeline.jobs.run import Job, fit_on_ray, use_precision
 from pipeline.jobs.worker import Row, Worker
+from pipeline.learning.balanced import calibrated_for, keep_fixed
+from pipeline.learning.calibration import calibrate
 from pipeline.learning.evaluation import Evaluation, best_scale
 from pipeline.learning.finetuning import fine_tune
 from pipeline.learning.fit import order
-from pipeline.learning.networks import load_converted
+from pipeline.learning.networks import configure, load_converted
 from pipeline.params import Params
 from pipeline.sweeps.space import settings
 
@@ -84,28 +89,46 @@ def run_trial_training(worker: Worker, images: int | None, seed: int) -> None:
     params = worker.params.stdb
     train, validation = worker.split("train"), worker.split("validation")
     train = subset(train, images or params.images, seed)
-    _, snn = load_converted(worker.params.network, params, train, worker.root)
+    snn = starting_point(worker, train)
     shapes = snn.shapes(train.shape)
     neurons = sum(math.prod(shapes[i]) for i in snn.graph.labels)
     learned = sum(map(len, order(len(train), params.batch_size, params.seed, 1)))
-    steps = learned * params.timesteps * neurons
+    steps = learned * params.last_timesteps * neurons
 
     validated: list[int] = []
 
     def extra(epoch: int, evaluation: Evaluation) -> Row:
         validated.append(epoch)
         return {
-            "timesteps": params.timesteps,
+            "timesteps": params.last_timesteps,
             "neuron_steps": epoch * float(steps),
-            "energy_delay": evaluation.energy * params.timesteps,
+            "energy_delay": evaluation.energy * params.last_timesteps,
             "spikes": sum(evaluation.spikes.values()),
         }
 
     scale = 1.0 if params.from_scratch else params.threshold_scale
     if scale is None:
         scales = worker.params.evaluate_converted
-        snn = snn.to(worker.device)
-        scale = best_scale(worker, snn, validation, params.timesteps, scales)
-    _, state = fine_tune(worker, scale, train, validation, extra)
+        before = copy.deepcopy(snn)
+        scale = best_scale(worker, before, validation, params.last_timesteps, scales)
+    _, state = fine_tune(worker, scale, train, validation, extra, snn)
     if not validated:  # killed after its last epoch, before anybody noted that it was done
         worker.checkpoint(state, state["history"][-1:])
+
+
+def starting_point(worker: Worker, train: Samples) -> stdb.SpikingNetwork:
+    """What balance_thresholds handed on; calibrated anew where that is for another T.
+
+    Args:
+        worker: that this process is.
+        train: images of the training split.
+    """
+    params = worker.params.stdb
+    ann, snn = load_converted(worker.params.network, params, train, worker.root)
+    made_for = calibrated_for(worker.path(BALANCED))
+    if made_for is not None and made_for != params.first_timesteps:
+        whole = load_split(worker.path(DATA) / "train.safetensors")
+        snn = calibrate(worker, ann.to(worker.device), whole).snn
+        configure(snn, params, params.seed, train)
+        keep_fixed(ann, snn, worker.path(ANN))
+    return snn.to(worker.device)

@@ -147,7 +147,7 @@ class Watch(tune.Callback):
 
     def __init__(self, stage: Stage, total: int) -> None:
         self.say, self.tracker, self.total = stage.say, stage.tracker, total
-        self.timesteps = stage.params.stdb.timesteps  # where they are not searched
+        self.timesteps = stage.params.stdb.last_timesteps  # where they are not searched
         self.done = 0
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

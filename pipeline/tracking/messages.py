@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -131,6 +132,8 @@ class Model(_Record):
     """uint8 images (1, C, H, W), nested."""
     about: About
     """What it is."""
+    child: str | None = None
+    """Name of the child that it is of."""
 
 
 class Child(_Record):
@@ -199,6 +202,21 @@ def entries(metrics: Mapping[str, float], step: int) -> list[Entry]:
     """Metrics as they are now."""
     when = now()
     return [(key, float(value), when, step) for key, value in metrics.items()]
+
+
+def child_of(timesteps: int) -> str:
+    """Name of the run of a T, below that of a stage that has several."""
+    return f"T={timesteps}"
+
+
+def logs_of_rows(rows: list[dict[str, float]]) -> list[Log]:
+    """The metrics of epochs, a row each; of rows that name their T, for the run of that T."""
+    logs = []
+    for steps, of_one in groupby(rows, lambda row: row.get("timesteps")):
+        plain = [{k: v for k, v in row.items() if k != "timesteps"} for row in of_one]
+        child = None if steps is None else child_of(int(steps))
+        logs.append(Log(entries=entries_of_rows(plain), child=child))
+    return logs
 
 
 def entries_of_rows(rows: list[dict[str, float]]) -> list[Entry]:

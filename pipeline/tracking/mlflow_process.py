@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.address import tracking_uri
+from pipeline.tracking.children import open_child
 from pipeline.tracking.messages import (
     Child,
     ChildEnd,
@@ -204,7 +205,9 @@ class MlflowProcess:
         commit = self.tags["git.commit"][:7] + "-dirty" * (self.tags["git.dirty"] == "true")
         if "network.architecture" not in params:
             return commit
-        which = sweep or f"T={params['stdb.timesteps']}"
+        steps = params["stdb.timesteps"]
+        falling = ",".join(map(str, steps)) if isinstance(steps, list) else steps
+        which = sweep or f"T={falling}"
         return f"{params['network.architecture']} {which} {commit}"
 
     def _source(self, name: str) -> dict[str, str]:
@@ -266,46 +269,37 @@ class MlflowProcess:
         """Log the network as a registered model (:func:`.registry.register`)."""
         from mlflow.entities import LoggedModelOutput
 
-        commit, before = self.tags["git.commit"], self.client.get_run(self.run_id).info
+        run_id = self.run_id if message.child is None else self._child(message.child)
+        commit, before = self.tags["git.commit"], self.client.get_run(run_id).info
         here = message.model_copy(update={"path": str(self.folder / message.path)})
         try:
-            logged = register(self.client, self.run_id, here, self.source, commit)
+            logged = register(self.client, run_id, here, self.source, commit)
             self.client.log_outputs(self.parent_id, [LoggedModelOutput(logged, step=0)])
         finally:
             if before.status == "RUNNING":
-                self.client.update_run(self.run_id, status="RUNNING")
+                self.client.update_run(run_id, status="RUNNING")
             else:  # where all but the model was taken before
-                self.client.set_terminated(self.run_id, before.status, before.end_time)
+                self.client.set_terminated(run_id, before.status, before.end_time)
 
     def child(self, message: Child) -> None:
         """Open a run below the stage's, or the one of this name that there is."""
-        name = message.name
-        if self._find_child(name):
-            self.client.update_run(self.children[name], status="RUNNING")
-        else:
-            tags = {**self.tags, "mlflow.parentRunId": self.run_id}
-            run = self.client.create_run(self.experiment_id, tags=_texts(tags), run_name=name)
-            self.children[name] = run.info.run_id
-        self._log_params(self.children[name], message.params)
-
-    def _find_child(self, name: str) -> bool:
-        earlier = self._search(
-            f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.run_name = '{name}'"
-        )
-        if earlier:
-            self.children[name] = earlier[0].info.run_id
-        return bool(earlier)
+        run_id, _ = open_child(self.client, self.run_id, message.name, again=True)
+        self.children[message.name] = run_id
+        self._log_params(run_id, message.params)
 
     def _child(self, name: str) -> str:
-        """Its run; where the process before this one opened it, MLflow knows it."""
-        if name not in self.children and self.late:
-            self._find_child(name)
-        return self.children[name]
+        """Its run, opened where it is not."""
+        if name in self.children:
+            return self.children[name]
+        run_id, is_open = open_child(self.client, self.run_id, name)
+        if is_open:
+            self.children[name] = run_id
+        return run_id
 
     def child_end(self, message: ChildEnd) -> None:
         """Close a child."""
         self.client.set_terminated(self._child(message.name), message.status)
-        del self.children[message.name]
+        self.children.pop(message.name, None)
 
     def _set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         from mlflow.entities import RunTag

@@ -1,8 +1,10 @@
 """The fine-tuned network in MLflow's registry: one model for each source of data, a version a run.
 
-The alias ``champion`` is moved to the version that is best on validation.
+The alias ``champion`` is moved to the version that is best on validation, and ``champion-t4`` to
+the best one of those for T = 4: a network for few steps does not compete with one for many.
 """
 
+import math
 import sys
 from contextlib import redirect_stderr
 from importlib import metadata
@@ -33,14 +35,15 @@ def register(client: Any, run_id: str, model: Model, source: dict[str, str], com
     """
     earlier = client.search_model_versions(f"run_id = '{run_id}'")  # where the answer was lost
     if earlier:
-        model_id, version = str(earlier[0].model_id), earlier[0].version
+        model_id, version = str(earlier[0].source).removeprefix("models:/"), earlier[0].version
     else:
         model_id, version = _log(run_id, model)
     name, about = model.name, model.about
     client.set_logged_model_tags(model_id, source)
     _describe(client, name, version, about, commit)
-    champion = _crown(client, name, version, about.accuracy)
-    which = f"now models:/{name}@{CHAMPION}" if champion else "the champion is better"
+    of_all, of_its_t = CHAMPION, f"{CHAMPION}-t{about.timesteps}"
+    won = [alias for alias in (of_its_t, of_all) if _crown(client, model, version, alias)]
+    which = f"now models:/{name}@{' and @'.join(won)}" if won else "the champion is better"
     print(f"MLflow: model {name}, version {version}, {which}", file=sys.stderr, flush=True)
     return model_id
 
@@ -87,7 +90,7 @@ def _describe(client: Any, name: str, version: str, about: About, commit: str) -
             name,
             "Spiking network: uint8 images in, class probabilities out.\n\n"
             f'`mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")` is the version that is '
-            "best on validation.",
+            f"best on validation, `@{CHAMPION}-t4` the best one for T = 4.",
         )
     client.update_model_version(
         name,
@@ -99,16 +102,18 @@ def _describe(client: Any, name: str, version: str, about: About, commit: str) -
     client.set_model_version_tag(name, version, "timesteps", str(about.timesteps))
 
 
-def _crown(client: Any, name: str, version: str, accuracy: float) -> bool:
-    """Make this version champion where none is better; whether it is."""
+def _crown(client: Any, model: Model, version: str, alias: str) -> bool:
+    """Give this version an alias where no rival is better; whether it has it."""
     from mlflow.exceptions import MlflowException
 
+    name, about = model.name, model.about
     try:
-        champion = client.get_model_version_by_alias(name, CHAMPION)
-        best = float(champion.tags.get(ACCURACY_TAG, "-inf"))
+        rivals = [client.get_model_version_by_alias(name, alias)]
     except MlflowException:  # there is none yet
-        best = float("-inf")
-    if accuracy < best:
+        found = client.search_model_versions(f"name = '{name}'") if alias != CHAMPION else []
+        rivals = [v for v in found if v.tags.get("timesteps") == str(about.timesteps)]
+    best = max((float(v.tags.get(ACCURACY_TAG, "-inf")) for v in rivals), default=-math.inf)
+    if about.accuracy < best:
         return False
-    client.set_registered_model_alias(name, CHAMPION, version)
+    client.set_registered_model_alias(name, alias, version)
     return True

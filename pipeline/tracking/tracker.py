@@ -28,6 +28,7 @@ from pipeline.tracking.address import (
     tracking_uri,
     without_secrets,
 )
+from pipeline.tracking.children import open_child
 from pipeline.tracking.messages import (
     About,
     Child,
@@ -44,6 +45,7 @@ from pipeline.tracking.messages import (
     entries,
     entries_of_rows,
     key_of,
+    logs_of_rows,
     now,
 )
 from pipeline.tracking.origin import execution, provenance, this_process
@@ -112,13 +114,16 @@ class Tracker:
         """What logs the reports of a job with several workers."""
         return Reporter(self.run_id, self._journal.folder if self._process else None)
 
-    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Metrics, in one batch."""
-        self._put(Log(entries=entries(metrics, step or 0)))
+    def log(
+        self, metrics: dict[str, float], step: int | None = None, child: str | None = None
+    ) -> None:
+        """Metrics, in one batch; of a child where one is named."""
+        self._put(Log(entries=entries(metrics, step or 0), child=child))
 
     def rows(self, rows: list[dict[str, float]]) -> None:
-        """The metrics of epochs, a row each; ``epoch`` is the step."""
-        self._put(Log(entries=entries_of_rows(rows)))
+        """The metrics of epochs, a row each; ``epoch`` is the step, ``timesteps`` names a child."""
+        for message in logs_of_rows(rows):
+            self._put(message)
 
     def tags(self, tags: dict[str, str]) -> None:
         """Tags of the run."""
@@ -132,9 +137,12 @@ class Tracker:
         """Of the whole execution, for its parent run: metrics, a description, and a page."""
         self._put(Summary(entries=entries(metrics, 0), text=text, path=str(page)), page)
 
-    def model(self, path: Path, name: str, example: list[Any], about: About) -> None:
-        """The network of a file of ``stdb.save`` as a registered model."""
-        self._put(Model(path=str(path), name=name, example=example, about=about), path)
+    def model(
+        self, path: Path, name: str, example: list[Any], about: About, child: str | None = None
+    ) -> None:
+        """The network of a file of ``stdb.save`` as a registered model; of a child's, if named."""
+        message = Model(path=str(path), name=name, example=example, about=about, child=child)
+        self._put(message, path)
 
     def child(self, name: str, params: dict[str, Any]) -> None:
         """Begin a run below this one, or go on in the one of this name that there is."""
@@ -198,13 +206,14 @@ class Reporter:
         self._client: Any = None
 
     def __call__(self, rows: list[dict[str, float]]) -> None:
-        """Log the metrics of a report, a row an epoch; ``epoch`` is the step."""
-        if not rows:
-            return
-        message = Log(entries=entries_of_rows(rows))
+        """Log the metrics of a report, a row an epoch, as :meth:`Tracker.rows` does."""
+        for message in logs_of_rows(rows):
+            self._send(message)
+
+    def _send(self, message: Log) -> None:
         try:
             if self.run_id is not None:
-                self._log(message.entries)
+                self._log(message)
                 return
         except Exception as error:
             kept = self.folder is not None and self.folder.is_dir()
@@ -216,14 +225,17 @@ class Reporter:
             with suppress(OSError):
                 keep_report(self.folder, message)
 
-    def _log(self, entries: list[Entry]) -> None:
+    def _log(self, message: Log) -> None:
         if self._client is None:
             set_default_environment(MLFLOW)
             import mlflow
 
             self._client = mlflow.MlflowClient(tracking_uri=self.uri)
         assert self.run_id is not None
-        log_entries(self._client, self.run_id, entries)
+        run_id = self.run_id
+        if message.child is not None:
+            run_id = open_child(self._client, run_id, message.child)[0]
+        log_entries(self._client, run_id, message.entries)
 
 
 def log_entries(client: Any, run_id: str, entries: list[Entry]) -> None:

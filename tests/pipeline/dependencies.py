@@ -10,7 +10,8 @@ from tests.pipeline.support import ROOT
 # section: none of it changes a result
 PLUMBING = {
     *(f"pipeline/{name}.py" for name in ("__init__", "stage", "files", "errors", "environment")),
-    *(f"pipeline/{name}.py" for name in ("params", "typed", "reading", "handed_on", "command")),
+    *(f"pipeline/{name}.py" for name in ("params", "data_params", "network_params", "typed")),
+    *(f"pipeline/{name}.py" for name in ("reading", "handed_on", "command")),
     "pipeline/tracking",
 }
 

@@ -19,12 +19,20 @@ import psutil
 import torch
 import yaml
 
+from pipeline import balance_thresholds
 from pipeline.data import save_split
 from pipeline.data.sources import read_source
-from pipeline.files import ANN, DATA, THRESHOLDS
+from pipeline.files import ANN, BALANCED, DATA, THRESHOLDS
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.worker import Worker
-from pipeline.learning.networks import build_ann, build_snn, load_weights, save_weights
+from pipeline.learning.balanced import save_balanced
+from pipeline.learning.networks import (
+    build_ann,
+    build_snn,
+    load_converted,
+    load_weights,
+    save_weights,
+)
 from pipeline.overlays import apply
 from pipeline.params import NetworkParams, StdbParams, load_params
 from pipeline.prepare_data import split
@@ -264,6 +272,12 @@ STDB = PARAMS.stdb.model_copy(
         **{"logit_scale": 1.0, "threshold_scale": 0.5},
     }
 )
+DIRECT = STDB.model_copy(update={"encoder": "direct", "timesteps": 12, "threshold_scale": 0.2})
+BALANCING = PARAMS.balance_thresholds.model_copy(
+    update={"timesteps": 10, "images": 20, "method": "maximum"}
+)
+MSE = BALANCING.model_copy(update={"method": "mse", "batch_size": 7})
+RESNET = NORMED.model_copy(update={"architecture": "resnet8", "width": 0.1})
 LAYER_THRESHOLDS = {"conv1": 2.0, "conv2": 0.7, "conv3": 0.6, "fc1": 0.5, "fc2": 0.4}
 
 
@@ -280,6 +294,7 @@ def make_files(folder: Path):
     save_weights(ann.state_dict(), folder / ANN)
     rows = [{"layer": n, "threshold": v, "balanced": True} for n, v in LAYER_THRESHOLDS.items()]
     (folder / THRESHOLDS).write_text(json.dumps({"layers": rows}))
+    save_balanced(torch.empty(0, dtype=torch.uint8), folder / BALANCED)
     return folder, parts
 
 
@@ -317,6 +332,33 @@ def starting(files, params: StdbParams, scale=0.5):
     snn.set_thresholds(LAYER_THRESHOLDS)
     snn.scale_thresholds(scale)
     return snn
+
+
+def hand_on(state, folder) -> None:
+    """What the stage's main writes."""
+    rows = [{"layer": n, "threshold": v, "balanced": True} for n, v in state["thresholds"].items()]
+    (folder / THRESHOLDS).write_text(json.dumps({"layers": rows}))
+    save_balanced(state["balanced"], folder / BALANCED)
+
+
+def seen(network, train) -> torch.nn.Module:
+    """An ANN whose norms know the images."""
+    torch.manual_seed(3)
+    ann = build_ann(network, train).train()
+    for _ in range(20):
+        ann(train.pixels())
+    return ann
+
+
+def handed_on(folder, parts, network, balancing=MSE, params=DIRECT):
+    """An ANN that has seen the images, calibrated; what is loaded of it, and the state."""
+    ann = seen(network, parts["train"])
+    save_weights(ann.state_dict(), folder / ANN)
+    one = worker(folder, params, network=network, balance_thresholds=balancing)
+    balance_thresholds.balance_loop(one)
+    hand_on(one.states[-1], folder)
+    _, snn = load_converted(network, params, parts["train"], folder)
+    return snn, one.states[-1], ann.eval()
 
 
 # -- stages that are interrupted -------------------------------------------------------------------

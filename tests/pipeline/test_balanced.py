@@ -6,20 +6,33 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import prune
 
 import stdb
 from pipeline import balance_thresholds, evaluate_converted, finetune_stdb
 from pipeline.errors import StageError
-from pipeline.files import ANN, BALANCED, THRESHOLDS
-from pipeline.learning.balanced import balanced_state, load_balanced, save_balanced
-from pipeline.learning.networks import build_ann, build_snn, load_converted, save_weights
+from pipeline.files import ANN, BALANCED
+from pipeline.learning.balanced import balanced_state, keep_fixed, load_balanced, save_balanced
+from pipeline.learning.networks import build_ann, build_snn, load_converted, recipe, save_weights
 from pipeline.learning.weights import load_weights
-from tests.pipeline.support import NETWORK, NORMED, PARAMS, STDB, make_files, worker
+from tests.pipeline.support import (
+    BALANCING,
+    DIRECT,
+    NETWORK,
+    NORMED,
+    PARAMS,
+    STDB,
+    hand_on,
+    handed_on,
+    make_files,
+    seen,
+    worker,
+)
 
 LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]
-DIRECT = STDB.model_copy(update={"encoder": "direct", "timesteps": 12, "threshold_scale": 0.2})
-BALANCING = PARAMS.balance_thresholds.model_copy(update={"timesteps": 10, "images": 20})
 
 
 def run(folder, loop, params=DIRECT, **sections):
@@ -27,22 +40,6 @@ def run(folder, loop, params=DIRECT, **sections):
     one = worker(folder, params, network=NORMED, **sections)
     loop(one)
     return one.states[-1]
-
-
-def hand_on(state, folder) -> None:
-    """What the stage's main writes."""
-    rows = [{"layer": n, "threshold": v, "balanced": True} for n, v in state["thresholds"].items()]
-    (folder / THRESHOLDS).write_text(json.dumps({"layers": rows}))
-    save_balanced(state["balanced"], folder / BALANCED)
-
-
-def seen(network, train) -> torch.nn.Module:
-    """An ANN whose norms know the images."""
-    torch.manual_seed(3)
-    ann = build_ann(network, train).train()
-    for _ in range(20):
-        ann(train.pixels())
-    return ann
 
 
 @pytest.fixture(scope="module")
@@ -90,33 +87,84 @@ def test_the_whole_network_is_handed_on(files):
     assert torch.equal(snn.eval()(images, 9), expected.eval()(images, 9))
     kept = load_file(files[0] / BALANCED)
     assert {"conv1.bias", "conv2.weight", "output.weight", "fc1_relu.threshold"} <= set(kept)
-    assert not any("norm" in name or "leak" in name for name in kept)
+    assert not any("norm" in name for name in kept)
 
 
-def test_what_is_loaded_is_the_file(copied, files):
-    """Whatever a later method does to biases and U_0, evaluation and fine-tuning start from it."""
-    tensors = load_file(copied / BALANCED)
-    tensors["conv1.bias"] += 0.25
-    about = {"units": dict.fromkeys(LAYERS, 2.5), "initial_membranes": dict.fromkeys(LAYERS, 0.5)}
-    save_file(tensors, copied / BALANCED, {"config": json.dumps(about)})
-    _, snn = load_converted(NORMED, DIRECT, files[1]["train"], copied)
-    assert torch.equal(snn.net.get_parameter("conv1.bias"), tensors["conv1.bias"])
-    assert {n.initial_membrane for n in snn.neurons.values()} == {0.5}
-    assert {n.unit for n in snn.neurons.values()} == {2.5}
+def test_what_is_loaded_is_the_file(files):
+    """Weights, biases, V and U_0 are the file's; what drives the network is the parameters'."""
+    snn = balanced_here(files)
+    for neuron in snn.neurons.values():
+        neuron.initial_membrane = 0.5
+    train, path = files[1]["train"], files[0] / "another.safetensors"
+    network = recipe(NORMED, train)
+    save_balanced(balanced_state(snn, train, network, 10, None), path)
+    loaded = load_balanced(path, network)
+    assert {n.initial_membrane for n in loaded.neurons.values()} == {0.5}
+    images = train.pixels()[:4]
+    assert torch.equal(loaded(images, 5), snn.eval()(images, 5))
+
+
+def test_the_parameters_say_how_a_loaded_network_is_driven(files):
+    """Encoder, surrogate, λ, what learns, chunk, precision, whose densities decide, seeds."""
+    changed = {
+        **{"encoder": "poisson", "surrogate": "linear", "alpha": 0.7, "over_threshold": True},
+        **{"leak": 0.9, "temporal_gradient": False, "learn_thresholds": True, "learn_leaks": True},
+        **{"chunk": 3, "precision": "bf16", "events": "never", "seed": 5},
+    }
+    params = DIRECT.model_copy(update=changed)
+    _, snn = load_converted(NORMED, params, files[1]["train"], files[0])
+    expected = build_snn(trained(files), params, 5, files[1]["train"])
+    names = ("encoder", "limits", "chunk", "precision", "events", "dropout_seed")
+    for name in names:
+        assert getattr(snn, name) == getattr(expected, name), name
+    for neuron, other in zip(snn.neurons.values(), expected.neurons.values(), strict=True):
+        assert neuron.surrogate == other.surrogate
+        assert neuron.leak == other.leak
+        assert not neuron.temporal_gradient
+        assert neuron.threshold.requires_grad
+        assert neuron.leak.requires_grad
+
+
+def test_the_file_holds_nothing_that_the_stage_does_not_track(files):
+    """The same bytes whatever surrogate, chunk and seed are, which DVC would not see."""
+    changed = {"surrogate": "linear", "chunk": 2, "learn_leaks": True, "seed": 9, "alpha": 9.0}
+    params = DIRECT.model_copy(update=changed)
+    state = run(files[0], balance_thresholds.balance_loop, params, balance_thresholds=BALANCING)
+    written = (files[0] / BALANCED).read_bytes()
+    assert bytes(state["balanced"].tolist()) == written
 
 
 def test_the_leak_is_that_of_the_parameters(files):
-    """Balancing does not track stdb.leak, so that its file does not have it."""
+    """Also where the file was written at another."""
     params = DIRECT.model_copy(update={"leak": 0.9})
     _, snn = load_converted(NORMED, params, files[1]["train"], files[0])
     assert {round(n.leak.item(), 4) for n in snn.neurons.values()} == {0.9}
 
 
 def test_a_network_of_the_papers_kind_hands_on_its_thresholds_alone(files, tmp_path):
-    """Its weights are the ANN's; the file is there and has nothing."""
-    snn = build_snn(build_ann(NETWORK, files[1]["train"]), STDB, 0)
-    save_balanced(balanced_state(snn), tmp_path / "balanced.safetensors")
-    assert load_file(tmp_path / "balanced.safetensors") == {}
+    """Its weights are the ANN's; the file is there and has nothing, in the bytes of ever."""
+    train = files[1]["train"]
+    snn = build_snn(build_ann(NETWORK, train), STDB, 0)
+    state = balanced_state(snn, train, recipe(NETWORK, train), 10, None)
+    path = tmp_path / "balanced.safetensors"
+    save_balanced(state, path)
+    assert load_file(path) == {}
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"config": '{"units": {}, "initial_membranes": {}}'}
+    assert load_balanced(path, recipe(NETWORK, train)) is None
+
+
+def test_an_initial_membrane_is_handed_on_of_any_network(tmp_path):
+    """Thresholds alone do not say U_0."""
+    folder, parts = make_files(tmp_path)
+    started = BALANCING.model_copy(update={"initial_membrane": 0.25})
+    one = worker(folder, balance_thresholds=started)
+    balance_thresholds.balance_loop(one)
+    hand_on(one.states[-1], folder)
+    _, snn = load_converted(NETWORK, STDB, parts["train"], folder)
+    assert {neuron.initial_membrane for neuron in snn.neurons.values()} == {0.25}
+    assert not snn.has_units
+    assert snn.thresholds == one.states[-1]["thresholds"]
 
 
 def test_all_layers_of_basic_blocks_are_balanced(files):
@@ -209,45 +257,105 @@ def test_learned_bounds_are_handed_on(files, tmp_path):
     assert {neuron.initial_membrane for neuron in snn.neurons.values()} == {0.5}
 
 
-def test_bounds_are_learned_with_biases_alone(files, tmp_path):
-    """Said before anything is computed, with what is allowed."""
-    plain, _ = make_files(tmp_path)
-    learned = BALANCING.model_copy(update={"method": "learned"})
-    with pytest.raises(StageError, match="learned, and layer conv1 has no bound; allowed: "):
-        balance_thresholds.balance_loop(worker(plain, balance_thresholds=learned))
-    clipped = NETWORK.model_copy(update={"activation": "clip"})
-    ann = build_ann(clipped, files[1]["train"])
-    save_weights(ann.state_dict(), plain / ANN)
-    one = worker(plain, network=clipped, balance_thresholds=learned)
-    with pytest.raises(StageError, match="without biases or batch norm; allowed: method: maximum"):
-        balance_thresholds.balance_loop(one)
-    wrong = learned.model_copy(update={"percentile": 99.0})
-    with pytest.raises(StageError, match=r"percentile is 99\.0 with method: learned"):
-        balance_thresholds.balance_loop(worker(plain, network=clipped, balance_thresholds=wrong))
-    leaky = DIRECT.model_copy(update={"leak": 0.9})
-    with pytest.raises(StageError, match=r"stdb\.leak: 0\.9; allowed: leak: 1"):
-        balance_thresholds.balance_loop(
-            worker(plain, leaky, network=clipped, balance_thresholds=learned)
-        )
+# -- what is fixed in the ANN ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b"text", "tensors", "another", "units", "nan"])
-def test_a_file_of_something_else_is_refused(copied, files, content):
+class Pruned(nn.Module):
+    """Two convolutions with batch norm, one of them pruned, one layer frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten())
+        self.output = nn.Linear(6 * 4 * 4, 10)
+        for layer in (self.first[0], self.second[0]):
+            prune.random_unstructured(layer, "weight", 0.4)
+        self.output.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.output(self.second(self.first(images)))
+
+
+def pruned_network(**_) -> nn.Module:
+    """For ``network.architecture``."""
+    return Pruned()
+
+
+def test_what_is_pruned_or_frozen_stays_so(tmp_path):
+    """Also where a norm is folded in; the file has plain weights."""
+    folder, parts = make_files(tmp_path)
+    own = {"architecture": f"{__name__}:pruned_network", "normalisation": "none"}
+    network = NETWORK.model_copy(update=own)
+    _, _, ann = handed_on(folder, parts, network)
+    assert not any("mask" in name for name in load_file(folder / BALANCED))
+    params = DIRECT.model_copy(update={"threshold_scale": 1.0, "learning_rate": 0.01})
+    one = worker(folder, params, network=network)
+    finetune_stdb.train_loop(one)
+    _, snn = load_converted(network, params, parts["train"], folder)
+    before = {n: p.detach().clone() for n, p in snn.net.named_parameters()}
+    snn.net.load_state_dict(one.states[-1]["network"])
+    for name in ("first.0", "second.0"):
+        gone = ann.get_submodule(name).weight_mask == 0
+        assert gone.any()
+        layer = snn.net.get_submodule(name)
+        next(iter(layer._forward_pre_hooks.values()))(layer, None)
+        assert not layer.weight[gone].any()
+        assert layer.weight[~gone].all()
+        assert not torch.equal(before[f"{name}.weight_orig"], layer.weight_orig)
+    assert torch.equal(before["output.weight"], snn.net.output.weight)
+
+
+def test_a_pruned_layer_that_is_not_there_is_refused(files):
+    """Its zeros would learn."""
+    ann, snn = trained(files), balanced_here(files)
+    other = nn.Sequential(nn.Linear(3, 3))
+    prune.random_unstructured(other[0], "weight", 0.5)
+    with pytest.raises(StageError, match=r"balanced\.safetensors has no layer 0, which is pruned"):
+        keep_fixed(other, snn, files[0] / BALANCED)
+    keep_fixed(ann, snn, files[0] / BALANCED)
+
+
+# -- files of something else -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "tensors", "old", "nan"])
+def test_a_file_of_something_else_is_refused(copied, content):
     """The message names it, and what to do; of a stage's own making it never is."""
-    tensors = load_file(copied / BALANCED)
-    about = {"units": dict.fromkeys(LAYERS, 1.0), "initial_membranes": dict.fromkeys(LAYERS, 0.0)}
+    path = copied / BALANCED
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["config"])
     if isinstance(content, bytes):
-        (copied / BALANCED).write_bytes(content)
+        path.write_bytes(content)
     else:
         if content == "tensors":
             tensors.pop("conv1.bias")
-        elif content == "another":
-            about["units"] = about["initial_membranes"] = {"conv9": 1.0}
-        elif content == "units":
-            about["initial_membranes"]["fc1"] = 1.5
+        elif content == "old":  # of earlier versions
+            about = {"units": dict.fromkeys(LAYERS, 1.0), "initial_membranes": {}}
         else:
             tensors["fc1.weight"].fill_(float("nan"))
-        save_file(tensors, copied / BALANCED, {"config": json.dumps(about)})
-    snn = build_snn(trained(files), DIRECT, 0)
-    with pytest.raises(StageError, match=r"balanced\.safetensors"):
-        load_balanced(snn, copied / BALANCED)
+        save_file(tensors, path, {"config": json.dumps(about)})
+    with pytest.raises(StageError, match=r"(?s)balanced\.safetensors .*; run (balance_t|dvc r)"):
+        load_balanced(path, about.get("network", {}))
+
+
+def test_the_file_of_another_network_is_refused(files, tmp_path):
+    """Other layers, other classes, other images; one without biases, and one with."""
+    folder, parts = files
+    train = parts["train"]
+    path = folder / BALANCED
+    wider = NORMED.model_copy(update={"width": 0.2})
+    message = (
+        r"balanced\.safetensors is of another network: its width is 0\.1, this one's 0\.2; run "
+    )
+    with pytest.raises(StageError, match=message + "balance_thresholds"):
+        load_balanced(path, recipe(wider, train))
+    for name, value in (("num_classes", 7), ("image_size", [8, 9]), ("in_channels", 3)):
+        other = recipe(NORMED, train) | {name: value}
+        with pytest.raises(StageError, match=rf"its {name} is \d+, this one's .*; run balance_t"):
+            load_balanced(path, other)
+    plain, _ = make_files(tmp_path)
+    shutil.copy(folder / ANN, plain / ANN)
+    with pytest.raises(StageError, match="one without biases or batch norm: it has no weights"):
+        load_converted(NORMED, DIRECT, train, plain)

@@ -21,7 +21,7 @@ from pipeline.learning.evaluation import (
 )
 from pipeline.learning.finetuning import fitting_chunk
 from pipeline.learning.fit import order
-from pipeline.learning.networks import build_ann, load_weights, save_weights
+from pipeline.learning.networks import build_ann, load_weights, save_weights, surrogate_of
 from pipeline.params import DistilParams, StdbParams
 from tests.pipeline.support import NETWORK, PARAMS, STDB, make_files, starting, worker
 
@@ -149,6 +149,17 @@ def test_every_parameter_of_the_fine_tuning_has_an_effect(files, change):
         finetune(files, params)["network"] for params in (STDB, STDB.model_copy(update=change))
     )
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_auto_learns_with_the_surrogate_for_its_time_steps(files):
+    """As if that one had been named, bit for bit; it is another one above 16."""
+    left = {"surrogate": "auto", "alpha": None, "beta": None, "over_threshold": None}
+    named = {"surrogate": "rectangle", "alpha": 1.0, "beta": 1.0, "over_threshold": True}
+    auto, same = (
+        finetune(files, STDB.model_copy(update=change))["network"] for change in (left, named)
+    )
+    assert all(torch.equal(value, same[name]) for name, value in auto.items())
+    assert surrogate_of(STDB.model_copy(update=left | {"timesteps": 17})) == stdb.STDB()
 
 
 def test_the_temporal_gradient_has_an_effect(files):
@@ -379,12 +390,13 @@ def test_a_training_that_will_not_fit_is_said_before_it_starts(files, capsys):
     snn, shape = starting(files, STDB), files[1]["train"].shape
     params = STDB.model_copy(update={"timesteps": 100})
     one = worker(files[0], params)
-    assert fitting_chunk(one, snn, shape, 1 << 40) == 10  # about 256 images at once
+    (at_t,) = params.at_each()
+    assert fitting_chunk(one, snn, shape, at_t, 1 << 40) == 10  # about 256 images at once
     assert "a training step takes about 0.1 GB of 1099.5 GB free" in capsys.readouterr().out
     little = stdb.training_memory(snn, shape, 100, 24, 4)
-    assert fitting_chunk(one, snn, shape, little) in (2, 4, 5)
+    assert fitting_chunk(one, snn, shape, at_t, little) in (2, 4, 5)
     assert "warning" not in capsys.readouterr().out
-    assert fitting_chunk(one, snn, shape, 1000) == 1
+    assert fitting_chunk(one, snn, shape, at_t, 1000) == 1
     assert "warning: a training step takes about" in capsys.readouterr().out
-    small = params.model_copy(update={"micro_batch": 1, "chunk": 3})
-    assert fitting_chunk(worker(files[0], small), snn, shape, 1 << 40) == 3
+    small = at_t.model_copy(update={"micro_batch": 1, "chunk": 3})
+    assert fitting_chunk(one, snn, shape, small, 1 << 40) == 3

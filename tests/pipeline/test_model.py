@@ -53,10 +53,10 @@ def network(tmp_path):
     return snn, path, images
 
 
-def register(client, path: Path, images, accuracy: float):
+def register(client, path: Path, images, accuracy: float, timesteps: int = 6):
     """As finetune_stdb does at its end."""
     process = mlflow_process(f"{accuracy}")
-    about = ABOUT.model_copy(update={"accuracy": accuracy})
+    about = ABOUT.model_copy(update={"accuracy": accuracy, "timesteps": timesteps})
     process.model(Model(path=str(path), name=NAME, example=images[:1].tolist(), about=about))
     assert client.get_run(process.run_id).info.status == "RUNNING"
     process.end(End(status="FINISHED"))
@@ -102,6 +102,39 @@ def test_the_champion_is_the_best_on_validation(database, network):
     assert [int(version) for version in champions] == [1, 1, 3, 4]
     tags = database.get_model_version(NAME, "2").tags
     assert tags == {"accuracy.validation": "0.5", "timesteps": "6"}
+
+
+def test_every_t_has_its_champion(database, network):
+    """For which a better network for more steps, and one of an older version's, is no rival."""
+    _, path, images = network
+    found = []
+    for accuracy, timesteps in ((0.8, 8), (0.5, 1), (0.7, 8), (0.6, 1)):
+        register(database, path, images, accuracy, timesteps)
+        aliases = ("champion", "champion-t8", "champion-t1")
+        known = database.get_registered_model(NAME).aliases
+        found.append([int(known.get(alias, 0)) for alias in aliases])
+    assert found == [[1, 1, 0], [1, 1, 2], [1, 1, 2], [1, 1, 4]]
+    database.delete_registered_model_alias(NAME, "champion-t8")  # which 0.2.0 did not give
+    register(database, path, images, 0.75, 8)
+    assert "champion-t8" not in database.get_registered_model(NAME).aliases
+
+
+def test_the_networks_of_one_run_are_of_its_children(database, network):
+    """Each is a version of its own, once; the execution leads to all of them."""
+    _, path, images = network
+    process = mlflow_process("a")
+    for timesteps in (6, 3, 3):
+        about = ABOUT.model_copy(update={"timesteps": timesteps})
+        name = f"T={timesteps}"
+        model = Model(path=str(path), name=NAME, example=images[:1].tolist(), about=about)
+        process.model(model.model_copy(update={"child": name}))
+        assert database.get_run(process.children[name]).info.status == "RUNNING"
+    versions = database.search_model_versions(f"name = '{NAME}'")
+    assert {v.run_id for v in versions} == {process.children["T=6"], process.children["T=3"]}
+    assert len(versions) == 2
+    shown = database.get_run(process.parent_id).outputs.model_outputs
+    assert {model.model_id for model in shown} == {v.model_id for v in versions}
+    assert database.get_run(process.run_id).info.status == "RUNNING"
 
 
 def test_the_registry_says_what_a_model_is(database, network):
@@ -159,13 +192,14 @@ def test_the_champion_of_a_renamed_repository_is_found(tables, network, tmp_path
     assert model.predict({"images": images.numpy()}).shape == (5, 4)
 
 
-def test_a_model_that_was_registered_is_not_registered_again(database, network):
+def test_a_model_that_was_registered_is_not_registered_again(database, network, capfd):
     """Where MLflow took it and its answer was lost; the run keeps the status that it had."""
     _, path, images = network
     process = register(database, path, images, 0.5)
     about = ABOUT.model_copy(update={"accuracy": 0.5})
     message = Model(path=str(path), name=NAME, example=images[:1].tolist(), about=about)
     assert process.take(message)
+    assert "did not take" not in capfd.readouterr().err
     assert len(database.search_model_versions(f"name = '{NAME}'")) == 1
     assert database.get_run(process.run_id).info.status == "FINISHED"
 

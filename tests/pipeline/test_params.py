@@ -81,7 +81,12 @@ def test_the_defaults_are_valid_and_complete():
         ("leak: 1.0", "leak: 0", "stdb.leak is 0; allowed: greater than 0"),
         ("leak: 1.0", "leak: 1.1", "stdb.leak is 1.1; allowed: less than or equal to 1"),
         ("threshold_scale: null", "threshold_scale: -0.5", "stdb.threshold_scale is -0.5"),
-        ("surrogate: stdb", "surrogate: sigmoid", "stdb.surrogate is 'sigmoid'"),
+        ("surrogate: stdb", "surrogate: sigmoid", "or 'rectangle' or 'auto'"),
+        (
+            "surrogate: stdb ",
+            "surrogate: auto ",
+            "stdb.alpha is 0.3 with surrogate: auto; allowed: null",
+        ),
         ("workers: auto", "workers: 0", "or 'auto'"),
         ("workers: auto", "workers: [2, 1]", "cluster.workers is [2, 1]; allowed: the smaller"),
         ("workers: auto", "workers: [2]", "cluster.workers is [2]"),
@@ -99,11 +104,24 @@ def test_what_is_not_allowed_is_refused(tmp_path, before, after, message):
     assert message in str(caught.value)
 
 
+def test_a_surrogate_may_be_left_to_t(tmp_path):
+    """With its numbers; those of one that is named may be left to it, too."""
+    path = tmp_path / "params.yaml"
+    lines = TEXT.splitlines(True)
+    null = re.compile(r"^  (alpha|beta|over_threshold): \S+", re.M)
+    path.write_text(null.sub(r"  \1: null", "".join(lines)))
+    assert load_params(path).stdb.alpha is None
+    path.write_text(path.read_text().replace("surrogate: stdb ", "surrogate: auto ", 1))
+    params = load_params(path).stdb
+    assert (params.surrogate, params.beta, params.over_threshold) == ("auto", None, None)
+
+
 NEW = [  # keys that 0.1.0 did not have
     f"  {key}: "
     for key in (
         *("normalisation", "pooling", "activation", "levels", "norm_images", "schedule"),
         *("nesterov", "label_smoothing", "cutout", "compile", "distil", "events", "method"),
+        *("per", "initial_membrane", "bias_correction"),
     )
 ]
 

@@ -226,11 +226,19 @@ def small(in_channels, image_size, num_classes):
 
 @pytest.mark.slow
 def test_a_network_with_norms_biases_and_max_pooling_runs_through_all_stages(tmp_path):
-    """One epoch of each; every out is made, the network is handed on whole, and classifies."""
+    """One epoch of each; every out is made, the network is handed on whole, and classifies.
+
+    At T = 4 and then at T = 2, each with its network, its figures, and its run in MLflow.
+    """
     repository = make_repository(tmp_path / "own")
     (repository.root / "my_networks.py").write_text(OWN_NETWORK)
-    repository.set(network={"architecture": "my_networks:small"}, train_ann={"epochs": 1})
+    repository.set(
+        network={"architecture": "my_networks:small"},
+        train_ann={"epochs": 1},
+        stdb={"timesteps": [4, 2], "epochs": 1, "logit_scale": "auto"},
+    )
     repository.repro()
+    read_t_by_t(repository)
     ann, balanced, snn = (
         load_file(repository.root / f"models/{name}.safetensors")
         for name in ("ann", "balanced", "snn")
@@ -251,6 +259,33 @@ def test_a_network_with_norms_biases_and_max_pooling_runs_through_all_stages(tmp
     said = repository.run("python", "-m", "pipeline.convert", "-o", "converted").stdout
     assert "converted: 2 spiking layers" in said
     assert stdb.load(repository.root / "converted")[0].thresholds.keys() == loaded.neurons.keys()
+
+
+def read_t_by_t(repository) -> None:
+    """What a fine-tuning at T = 4 and T = 2 leaves."""
+    models = repository.root / "models"
+    assert sorted(p.name for p in (models / "snn").iterdir()) == [
+        "t2.safetensors",
+        "t4.safetensors",
+    ]
+    last = (models / "snn.safetensors").read_bytes()
+    assert (models / "snn/t2.safetensors").read_bytes() == last
+    tuned = json.loads((repository.root / "metrics/finetune_stdb.json").read_text())
+    assert tuned["timesteps"] == 2
+    client = mlflow.MlflowClient(f"sqlite:///{repository.root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("stdb").experiment_id
+    (above,) = client.search_runs([experiment], "attributes.run_name = 'finetune_stdb'")
+    for steps in (4, 2):
+        (run,) = client.search_runs([experiment], f"attributes.run_name = 'T={steps}'")
+        assert run.data.tags["mlflow.parentRunId"] == above.info.run_id
+        assert run.info.status == "FINISHED"
+        figures = tuned["by_timesteps"][str(steps)]
+        assert run.data.metrics["accuracy/test"] == figures["accuracy"]["test"]
+        (epoch,) = client.get_metric_history(run.info.run_id, "accuracy/validation")
+        assert epoch.step == figures["epoch"]
+        (version,) = client.search_model_versions(f"run_id = '{run.info.run_id}'")
+        best = client.get_model_version_by_alias("stdb-digits", f"champion-t{steps}")
+        assert best.version == version.version
 
 
 def thresholds(repository):

@@ -49,18 +49,33 @@ def strangers(folder, count=4) -> list:
     return files
 
 
-def saved(parts, path):
+def saved(parts, path, stdb_params=STDB, surrogate=stdb.STDB()):  # noqa: B008 (frozen)
     """The file that a fine-tuning on this data writes."""
-    params = PARAMS.model_copy(update={"network": NETWORK, "stdb": STDB})
+    params = PARAMS.model_copy(update={"network": NETWORK, "stdb": stdb_params})
     channels, height, width = parts["train"].shape
     ann = torch.nn.Sequential(
         torch.nn.Conv2d(channels, 2, 3, bias=False), torch.nn.ReLU(), torch.nn.Flatten(),
         torch.nn.Linear(2 * (height - 2) * (width - 2), 2, bias=False),
     )  # fmt: skip
     example = torch.zeros(1, channels, height, width)
-    snn = stdb.convert(ann, stdb.DirectEncoder(), example=example)
-    write_network(snn, params, parts["train"], path)
+    snn = stdb.convert(ann, stdb.DirectEncoder(), surrogate, example=example)
+    write_network(snn, params, parts["train"], path, STDB.timesteps)
     return snn
+
+
+def test_a_file_has_the_surrogate_that_was_learned_with(tmp_path):
+    """Not that it was left open; what was not left open stays as it was said."""
+    strangers(tmp_path / "images", count=2)
+    params = data(source="folder", path=str(tmp_path / "images"), image_size=4)
+    parts = split(params, *read_source(params))
+    saved(parts, tmp_path / "said")
+    open_ = {"surrogate": "auto", "alpha": None, "beta": None, "over_threshold": None}
+    few = STDB.model_copy(update=open_ | {"timesteps": 4})
+    saved(parts, tmp_path / "auto", few, stdb.surrogate_of("auto", 4))
+    kept = {name: stdb.load(tmp_path / name)[1]["stdb"] for name in ("said", "auto")}
+    assert kept["said"]["surrogate"] == "stdb"
+    wanted = {"surrogate": "rectangle", "alpha": 1.0, "beta": 1.0, "over_threshold": True}
+    assert {name: kept["auto"][name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize(("size", "resize"), SIZES)

@@ -83,6 +83,9 @@ def test_a_preset_applies_to_a_file_of_0_1_0(here):
         "distil",
         "events",
         "method",
+        "per",
+        "initial_membrane",
+        "bias_correction",
     )
     new = tuple(f"  {key}: " for key in keys)
     lines = [line for line in path.read_text().splitlines(True) if not line.startswith(new)]
@@ -129,7 +132,7 @@ def test_a_file_of_ones_own_is_a_preset(here, capsys):
     assert main(["mine.yaml"]) == 0
     added = [line for line in capsys.readouterr().out.splitlines() if line.startswith("+  ")]
     assert [" ".join(line.split()) for line in added] == [
-        "+ timesteps: 9 # T of the network that is wanted",
+        "+ timesteps: 9 # T of the network that is wanted; [8, 4, 2, 1]: one after the other",
         "+ milestones: [0.5, 0.9]",
     ]
 

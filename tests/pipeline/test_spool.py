@@ -12,7 +12,7 @@ from werkzeug.serving import make_server
 from pipeline.tracking import spool
 from pipeline.tracking import tracker as trackers
 from pipeline.tracking.delivery import Run, earlier_runs
-from pipeline.tracking.messages import End, Figure, Log, Start
+from pipeline.tracking.messages import Child, ChildEnd, End, Figure, Log, Start
 from pipeline.tracking.send_kept import main as send_kept
 from pipeline.tracking.spool import Journal, Kept, make_room
 from pipeline.tracking.tracker import Reporter, Tracker
@@ -242,6 +242,26 @@ def test_reports_of_workers_are_kept_too(database, capfd, monkeypatch):
     (run,) = runs(database)
     history = database.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 0.25)]
+
+
+def test_reports_of_several_t_are_kept_for_the_runs_of_each(database):
+    """They come behind the end of those runs, which stay ended."""
+    journal = Journal()
+    reporter = Reporter(None, journal.folder)
+    reporter(
+        [{"epoch": 1, "timesteps": 4, "loss": 0.5}, {"epoch": 2, "timesteps": 2, "loss": 0.25}]
+    )
+    ends = [ChildEnd(name=f"T={steps}", status="FINISHED") for steps in (4, 2)]
+    begins = [Child(name=f"T={steps}", params={}) for steps in (4, 2)]
+    for message in (start(journal=journal.name), *begins, *ends, End(status="FINISHED")):
+        journal.add(message)
+    journal.close()
+    send_all()
+    for name, step, value in (("T=4", 1, 0.5), ("T=2", 2, 0.25)):
+        (run,) = runs(database, name)
+        (found,) = database.get_metric_history(run.info.run_id, "loss")
+        assert (found.step, found.value) == (step, value)
+        assert run.info.status == "FINISHED"
 
 
 def test_a_command_sends_what_waits(database, capfd):

@@ -30,6 +30,7 @@ from pipeline.tracking.messages import (
     Tags,
     entries,
     from_line,
+    logs_of_rows,
     to_line,
 )
 from pipeline.tracking.mlflow_process import MlflowProcess
@@ -62,6 +63,7 @@ MESSAGES = [
     Figure(path="plots/ä.png"),
     Summary(entries=ENTRIES, text="**T = 3**\n\n| a |\r\n\u2028", path="index.html"),
     Model(path="snn.safetensors", name="stdb-digits", example=[[[[0, 255]]]], about=ABOUT),
+    Model(path="t4", name="stdb-digits", example=[[[[0]]]], about=ABOUT, child="T=4"),
     Child(name="trial-1", params={"alpha": 0.3}),
     ChildEnd(name="trial-1", status="FAILED"),
     End(status="FAILED", interrupted=True),
@@ -214,6 +216,69 @@ def test_a_trial_is_not_taken_for_its_sweep(database):
     assert database.get_run(first.children["trial-1"]).info.status == "KILLED"
 
 
+def rows_of(timesteps: int, *epochs: int) -> list[dict[str, float]]:
+    """What a fine-tuning at several T reports."""
+    return [{"epoch": e, "timesteps": timesteps, "loss": e / 8} for e in epochs]
+
+
+def children(client, run_id: str) -> dict[str, str]:
+    """Name → id of the runs below one; no name twice."""
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'")
+    names = {run.info.run_name: run.info.run_id for run in found}
+    assert len(names) == len(found)
+    return names
+
+
+def losses(client, run_id: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")]
+
+
+def test_each_t_has_a_run_below_its_stages(database):
+    """Opened with its first epoch; gone on in after a kill, in the stage's own run."""
+    first = mlflow_process("a")
+    for message in logs_of_rows([*rows_of(8, 1, 2), *rows_of(4, 3), {"epoch": 9, "loss": 1.0}]):
+        first.take(message)
+    there = children(database, first.run_id)
+    assert set(there) == {"T=8", "T=4"}
+    assert losses(database, there["T=8"]) == [(1, 0.125), (2, 0.25)]
+    assert losses(database, first.run_id) == [(9, 1.0)]
+    assert set(database.get_run(there["T=8"]).data.metrics) == {"loss"}
+    assert database.get_run(there["T=8"]).data.tags["git.commit"] == provenance()["git.commit"]
+    first.child_end(ChildEnd(name="T=8", status="FINISHED"))
+    for run_id in (there["T=4"], first.run_id):
+        killed(database, run_id)
+    again = mlflow_process("a")
+    assert again.run_id == first.run_id
+    assert database.get_run(there["T=4"]).info.status == "KILLED"
+    for message in logs_of_rows(rows_of(4, 4)):
+        again.take(message)
+    assert database.get_run(there["T=4"]).info.status == "RUNNING"
+    mlflow_process("b")  # of another stage, which closes what nobody runs
+    assert database.get_run(there["T=4"]).info.status == "RUNNING"
+    again.take(Child(name="T=4", params={"stdb.timesteps": 4}))
+    again.take(ChildEnd(name="T=4", status="FINISHED"))
+    again.end(End(status="FINISHED"))
+    assert children(database, first.run_id) == there
+    assert losses(database, there["T=4"]) == [(3, 0.375), (4, 0.5)]
+    assert {database.get_run(run).info.status for run in there.values()} == {"FINISHED"}
+
+
+def test_workers_report_to_the_run_of_their_t(database):
+    """From their own process, also again after one of them was lost; the stage then finds it."""
+    process = mlflow_process("a")
+    Reporter(process.run_id)([*rows_of(8, 1), *rows_of(4, 2)])
+    Reporter(process.run_id)(rows_of(4, 3))
+    there = children(database, process.run_id)
+    process.take(Child(name="T=4", params={}))
+    process.take(ChildEnd(name="T=4", status="FINISHED"))
+    assert process.take(logs_of_rows(rows_of(4, 4))[0])  # a report that waited
+    process.end(End(status="FINISHED"))
+    assert children(database, process.run_id) == there
+    assert losses(database, there["T=4"]) == [(2, 0.25), (3, 0.375), (4, 0.5)]
+    assert database.get_run(there["T=4"]).info.status == "FINISHED"
+
+
 def parent(client, run_id: str):
     return client.get_run(client.get_run(run_id).data.tags["mlflow.parentRunId"])
 
@@ -240,8 +305,8 @@ def test_the_stages_of_one_execution_lie_below_one_run(database):
     assert mlflow_process("a", execution="here 2 2").parent_id != first.parent_id
 
 
-def stage_of(execution: str, name: str, searches: bool) -> MlflowProcess:
-    params = {"network.architecture": "vgg5", "stdb.timesteps": 8}
+def stage_of(execution: str, name: str, searches: bool, timesteps=8) -> MlflowProcess:
+    params = {"network.architecture": "vgg5", "stdb.timesteps": timesteps}
     return mlflow_process(
         "a", stage=name, execution=execution, everything=params, searches=searches
     )
@@ -252,6 +317,8 @@ def test_an_execution_is_named_after_network_t_and_commit(database):
     process = stage_of("here 1 1", "work", searches=False)
     above = parent(database, process.run_id)
     assert above.info.run_name == f"vgg5 T=8 {commit()}"
+    several = stage_of("here 2 2", "work", searches=False, timesteps=[8, 4])
+    assert parent(database, several.run_id).info.run_name == f"vgg5 T=8,4 {commit()}"
     assert above.data.tags["mlflow.source.name"] == "dvc repro"
     tags = database.get_run(process.run_id).data.tags
     assert tags["mlflow.source.name"] == "dvc repro work"
@@ -351,14 +418,13 @@ def test_a_run_is_closed_also_where_something_was_not_taken(database, tmp_path, 
 def test_an_error_of_our_own_is_no_outage(database, capfd):
     """Its traceback is shown, once; what comes after it is logged, and the run is closed."""
     tracker = Tracker(begun())
-    rows = [{"epoch": 1, "accuracy": 0.5}]
     for _ in range(3):
-        tracker.child_rows("never begun", rows)
+        tracker.model(Path(__file__), "stdb-digits", [[0], [0, 1]], ABOUT)  # no array
     tracker.log({"accuracy/test": 0.5})
     tracker.end("FINISHED")
     said = capfd.readouterr().err
     assert said.count("warning: ") == said.count("Traceback (most recent call last)") == 1
-    assert said.rstrip().endswith("KeyError: 'never begun'")
+    assert "ValueError: setting an array element with a sequence" in said
     assert "does not answer" not in said
     run = database.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"

@@ -226,6 +226,36 @@ def test_a_surrogate_takes_finite_numbers(values):
         stdb.STDB(**values)
 
 
+def test_a_surrogate_of_auto_follows_the_time_steps():
+    """A rectangle over U/V up to 16, then STDB as the paper has it, over U."""
+    few, many = stdb.Rectangle(1.0, 1.0, over_threshold=True), stdb.STDB(0.3, 0.01)
+    found = {t: stdb.surrogate_of("auto", t) for t in (1, 4, 16, 17, 100)}
+    assert found == {1: few, 4: few, 16: few, 17: many, 100: many}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("stdb", stdb.STDB(0.3, 0.01, over_threshold=False)),
+        ("linear", stdb.Linear(1.0, 1.0, over_threshold=True)),
+        ("exponential", stdb.Exponential(1.0, 1.0, over_threshold=True)),
+        ("rectangle", stdb.Rectangle(1.0, 1.0, over_threshold=True)),
+    ],
+)
+def test_a_surrogate_has_numbers_of_its_own(name, expected):
+    """Which what is given goes before."""
+    assert stdb.surrogate_of(name, 100) == expected
+    assert expected.name == name
+    given = stdb.surrogate_of(name, 4, alpha=0.2, beta=0.0, over_threshold=False)
+    assert given == type(expected)(0.2, 0.0, over_threshold=False)
+
+
+def test_a_surrogate_that_nobody_knows_is_refused():
+    """With those that there are."""
+    with pytest.raises(ValueError, match="surrogate is 'sigmoid'; allowed: auto, stdb, linear"):
+        stdb.surrogate_of("sigmoid", 4)
+
+
 @pytest.mark.parametrize("leak", [1.0, 0.02])
 def test_learned_thresholds_and_leaks_stay_in_range_by_themselves(leak):
     """In any loop: the next presentation brings back what a step took too far."""
