@@ -4,7 +4,8 @@
 
 At the long T with balanced thresholds, and at the reduced T of ``stdb.timesteps``, the first of
 several, with the threshold scale that is best on the validation split. The output layer only
-accumulates, so one presentation gives the accuracy at every t.
+accumulates, so one presentation gives the accuracy at every t. Beside
+them the ANN with activations of T levels, which is what T steps can say of it.
 Out: models/conversion.json (the scale), metrics/evaluate_converted.json, plots/converted_*.csv;
 among them a diagnosis of every layer, which the stage ends with where accuracy is at chance level.
 """
@@ -22,7 +23,9 @@ from pipeline.learning.evaluation import (
     best_scale,
     collapse,
     diagnose,
+    evaluate_quantised,
     evaluate_snn,
+    levels_of,
     longest,
     spike_metrics,
 )
@@ -38,38 +41,37 @@ def main(stage: Stage) -> None:
     ann_accuracy = read_ann_results().accuracy.test
     state = run_job(stage, evaluate_loop)
     long, reduced = Evaluation(**state["long"]), Evaluation(**state["reduced"])
-    write_json(CONVERSION, {"timesteps": params.stdb.first_timesteps, "scale": state["scale"]})
+    scale, quantised = state["scale"], state["quantised"]
+    write_json(CONVERSION, {"timesteps": params.stdb.first_timesteps, "scale": scale})
     metrics = {
         "ann": {"accuracy": ann_accuracy, "energy_pj": stdb.ann_energy(ann, train.shape)},
         "long": _summary(long),
-        "reduced": _summary(reduced) | {"threshold_scale": state["scale"]},
+        "reduced": _summary(reduced) | {"threshold_scale": scale},
         "loss_to_ann": {
             "long": ann_accuracy - long.accuracy[-1],
             "reduced": ann_accuracy - reduced.accuracy[-1],
         },
+        "quantised": {
+            "long": quantised[1.0][len(long.accuracy)],
+            "reduced": quantised[scale][len(reduced.accuracy)],
+        },
     }
     write_json(METRICS / "evaluate_converted.json", metrics)
-    write_csv(
-        PLOTS / "converted_accuracy.csv",
-        [
-            {"timesteps": t, "threshold_scale": scale, "accuracy": accuracy}
-            for scale, curve in state["curves"].items()
-            for t, accuracy in enumerate(curve, start=1)
-        ],
-    )
+    curves = {s: dict(enumerate(curve, start=1)) for s, curve in state["curves"].items()}
+    write_csv(PLOTS / "converted_accuracy.csv", _points(curves))
+    write_csv(PLOTS / "converted_quantised.csv", _points(quantised))
     write_csv(
         PLOTS / "converted_spikes.csv",
         [{"layer": name, "spikes": value} for name, value in reduced.spikes.items()],
     )
     write_csv(PLOTS / "converted_diagnosis.csv", state["diagnosis"])
-    for step, accuracy in enumerate(long.accuracy, start=1):
-        if step == len(long.accuracy) or step & (step - 1) == 0:  # powers of two suffice there
-            stage.log({"accuracy/at_timestep": accuracy}, step)
+    log_curves(stage, scale, curves, quantised)
     stage.log(
         {
             "accuracy/converted": long.accuracy[-1],
             "accuracy/scaled": reduced.accuracy[-1],
-            "threshold_scale": state["scale"],
+            "accuracy/quantised": metrics["quantised"]["reduced"],
+            "threshold_scale": scale,
             "energy/scaled_pj": reduced.energy,
             **spike_metrics(reduced.spikes),
             **{f"correlation/{row['layer']}": row["correlation"] for row in state["diagnosis"]},
@@ -77,13 +79,43 @@ def main(stage: Stage) -> None:
     )
     stage.say(
         f"test: {long.accuracy[-1]:.2%} at T = {len(long.accuracy)}, "
-        f"{reduced.accuracy[-1]:.2%} at T = {len(reduced.accuracy)} (scale {state['scale']}); "
-        f"ANN {ann_accuracy:.2%}"
+        f"{reduced.accuracy[-1]:.2%} at T = {len(reduced.accuracy)} (scale {scale}); "
+        f"ANN {ann_accuracy:.2%}, with {len(reduced.accuracy)} levels "
+        f"{metrics['quantised']['reduced']:.2%}"
     )
     images = sum(map(sum, reduced.confusion))
     if ill := collapse(reduced.accuracy[-1], len(train.classes), images, state["diagnosis"]):
         stage.say(ill)
     forget_job(stage)
+
+
+def log_curves(
+    stage: Stage,
+    scale: float,
+    curves: dict[float, dict[int, float]],
+    quantised: dict[float, dict[int, float]],
+) -> None:
+    """Accuracy by step for MLflow, where of many steps powers of two suffice.
+
+    At the balanced thresholds, at the best scale, and of the ANN with so many levels at that.
+    """
+    for name, curve in (
+        ("accuracy/at_timestep", curves[1.0]),
+        ("accuracy/scaled_at_timestep", curves[scale]),
+        ("accuracy/quantised_at_timestep", quantised[scale]),
+    ):
+        for step in levels_of(stage.params.stdb.falling, max(curve)):
+            if step in curve:
+                stage.log({name: curve[step]}, step)
+
+
+def _points(curves: dict[float, dict[int, float]]) -> list[dict[str, float]]:
+    """The rows of a file of accuracies by threshold scale and step."""
+    return [
+        {"timesteps": t, "threshold_scale": scale, "accuracy": accuracy}
+        for scale, curve in curves.items()
+        for t, accuracy in curve.items()
+    ]
 
 
 def _summary(result: Evaluation) -> dict[str, Any]:
@@ -109,6 +141,14 @@ def evaluate_loop(worker: Worker) -> None:
     at_best = evaluate_snn(worker, snn, test, shown, params.batch_size)
     snn.scale_thresholds(1.0)
     long = evaluate_snn(worker, snn, test, params.timesteps, params.batch_size)
+    levels = {1.0: set(levels_of([1], params.timesteps))}
+    levels[best] = levels.get(best, set()) | set(
+        levels_of(worker.params.stdb.falling, max(shown, timesteps))
+    )
+    quantised = {}
+    for scale, counts in levels.items():
+        snn.scale_thresholds(scale)
+        quantised[scale] = evaluate_quantised(worker, snn, test, sorted(counts), params.batch_size)
     worker.checkpoint(
         {
             "scale": best,
@@ -116,6 +156,7 @@ def evaluate_loop(worker: Worker) -> None:
             "reduced": vars(reduced),
             # where both are one, the longer
             "curves": {best: at_best.accuracy, 1.0: long.accuracy},
+            "quantised": quantised,
             "diagnosis": diagnosis,
         }
     )

@@ -15,6 +15,7 @@ from pipeline.data import load_split
 from pipeline.files import DATA, METRICS, REPORT, SNN, write_json, write_text, writing
 from pipeline.params import Params
 from pipeline.reporting import figures
+from pipeline.reporting.literature import rows_for
 from pipeline.reporting.page import as_html, gist, page, table
 from pipeline.reporting.results import Results, headline, read_results, summary
 from pipeline.stage import Stage, stage_command
@@ -43,16 +44,13 @@ def main(stage: Stage) -> None:
 def draw(params: Params, results: Results) -> dict[str, Figure]:
     """The figures, by the name of their file."""
     reduced, tuned, plots = results.converted.reduced, results.finetuned, results.plots
-    marks = [(reduced.timesteps, reduced.accuracy), (tuned.timesteps, tuned.accuracy.test)]
     snn, about = stdb.load(SNN)
     one = load_split(DATA / "test.safetensors").take(torch.zeros(1, dtype=torch.int64))
     return {
         "accuracy_by_timestep": figures.accuracy_by_timestep(
-            results.ann.accuracy.test, plots.converted_accuracy, plots.finetuned_accuracy, marks
+            results, rows_for(results.data.classes)
         ),
-        "spikes_per_layer": figures.spikes_per_layer(
-            reduced.spikes_per_neuron, tuned.spikes_per_neuron, snn.thresholds
-        ),
+        "spikes_per_layer": figures.spikes_per_layer(reduced, tuned, snn.thresholds),
         "surrogate": figures.surrogate(params.stdb),
         "raster": figures.raster(snn, one.pixels(), one.ids, about["timesteps"]),
         "diagnosis": figures.diagnosis(plots.converted_diagnosis, plots.finetuned_diagnosis),

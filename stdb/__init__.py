@@ -38,6 +38,7 @@ from .network import SpikingNetwork
 from .neuron import SpikingNeuron, simulate_neuron
 from .normalisation import NORMALISATIONS, Normalisation, normalisation_of
 from .presentation import Presentation
+from .quantised import quantised_logits
 from .randomness import derive, dropout_mask, sample_keys, uniform
 from .statistics import SpikeStatistics, ann_energy, fan_out, record_spikes
 from .surrogate import STDB, SURROGATES, Exponential, Linear, Rectangle, Surrogate, surrogate_of
@@ -99,6 +100,7 @@ __all__ = [
     "logit_scale",
     "multiplies_bfloat16",
     "normalisation_of",
+    "quantised_logits",
     "record_spikes",
     "release",
     "residual_layers",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checking import activations
-from .encoding import DirectEncoder, PoissonEncoder, in_units
+from .encoding import mean_input
 from .network import SpikingNetwork
 from .randomness import sample_keys
 from .workers import Workers
@@ -73,19 +73,13 @@ class Ann:
         parts = zip(self.images.split(self.size), self.ids.split(self.size), strict=True)
         for images, ids in parts:
             if len(images):
-                yield self._layers(self._input(images, ids))
+                keys = sample_keys(ids, 0)
+                yield self._layers(mean_input(images, self.snn.encoder, self.steps, keys))
 
     def _layers(self, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
         for i, value in activations(self.snn.graph.nodes, self.snn.net, pixels):
             if i in self.labels:
                 yield self.labels[i], value
-
-    def _input(self, images: Tensor, ids: Tensor) -> Tensor:
-        """What the encoder gives on average."""
-        encoder = self.snn.encoder
-        if isinstance(encoder, DirectEncoder | PoissonEncoder):
-            return in_units(images, encoder)
-        return encoder(images, 0, self.steps, sample_keys(ids, 0)).mean(0)
 
 
 def survey(ann: Ann, workers: Workers) -> Activations:

@@ -7,7 +7,7 @@ one after the other, and a value is kept no longer than it is needed.
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,17 +57,23 @@ def check_rewriting(ann: nn.Module, example: Tensor) -> None:
 
 @torch.no_grad()
 def activations(
-    nodes: Sequence[Node], net: nn.Module, images: Tensor
+    nodes: Sequence[Node],
+    net: nn.Module,
+    images: Tensor,
+    fire: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Every node and its value, (B, …), with the ANN's activations in the place of neurons.
 
-    One after the other: a value that no node reads any more is let go.
+    One after the other: a value that no node reads any more is let go. ``fire`` gives the value of
+    a layer of neurons in their place, of its node and its current.
     """
     last_use = {j: i for i, node in enumerate(nodes) for j in node.inputs}
     values = {0: images}
     for i, node in enumerate(nodes):
         below = [values[j] for j in node.inputs]
-        if node.inputs:
+        if fire is not None and node.operator.fires:
+            values[i] = fire(i, below[0])
+        elif node.inputs:
             values[i] = _activation(node, net, below)
         yield i, values[i]
         for j in {i, *node.inputs}:

@@ -134,6 +134,20 @@ class DirectEncoder:
         return images.expand(stop - start, *images.shape)
 
 
+def mean_input(images: Tensor, encoder: Encoder, timesteps: int, keys: Tensor) -> Tensor:
+    """What an encoder gives on average, (B, …): of ours the images in its units.
+
+    Args:
+        images: the batch.
+        encoder: of the network.
+        timesteps: that an encoder other than ours is asked for, whose mean is taken.
+        keys: (B,) of the images.
+    """
+    if isinstance(encoder, DirectEncoder | PoissonEncoder):
+        return in_units(images, encoder)
+    return encoder(images, 0, timesteps, keys).mean(0)
+
+
 class SpikeTrain:
     """Replays a given input, such as one recorded by an event camera.
 

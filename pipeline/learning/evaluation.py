@@ -20,6 +20,7 @@ from stdb import first_confident, logit_scale, scaled_losses
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # at which leaving early is looked at
 DIAGNOSED = 64  # images of a diagnosis
+EACH_LEVEL = 10  # levels of activations up to which each is looked at; then powers of two
 SAY_EVERY = 15.0  # seconds between lines of a long evaluation
 
 
@@ -30,6 +31,7 @@ class Evaluation:
     Attributes:
         accuracy: fraction of correct predictions after step t, for t = 1 … T.
         spikes: layer → spikes per neuron and image (Fig. 3).
+        mean_spikes: the same of all layers' neurons together.
         energy: picojoules per image (45 nm CMOS).
         operations: synaptic operations per image.
         confusion: images by class and by the class decided for, after T steps.
@@ -38,6 +40,7 @@ class Evaluation:
 
     accuracy: list[float]
     spikes: dict[str, float]
+    mean_spikes: float
     energy: float
     operations: float
     confusion: list[list[int]]
@@ -47,6 +50,7 @@ class Evaluation:
         """What a metrics file says of the spikes after T steps."""
         return {
             "spikes_per_neuron": self.spikes,
+            "mean_spikes": self.mean_spikes,
             "synaptic_operations": self.operations,
             "energy_pj": self.energy,
             "energy_delay": self.energy * len(self.accuracy),
@@ -100,14 +104,49 @@ def evaluate_snn(
     accuracy = (worker.all_reduce(correct).double() / len(split)).tolist()
     operations = sum(statistics.synaptic_operations().values())
     means = (worker.all_reduce(exits).double() / len(split)).tolist()
+    spikes = statistics.spikes_per_neuron()
+    neurons = {name: statistics.maps[name].numel() for name in spikes}
     return Evaluation(
         accuracy,
-        statistics.spikes_per_neuron(),
+        spikes,
+        sum(spikes[name] * neurons[name] for name in spikes) / sum(neurons.values()),
         statistics.energy(),
         operations,
         worker.all_reduce(confusion).view(classes, classes).tolist(),
         {c: (steps, right) for c, (steps, right) in zip(CONFIDENCES, means, strict=True)},
     )
+
+
+def levels_of(timesteps: Sequence[int], most: int) -> list[int]:
+    """Numbers of levels to compare with: these T, powers of two, and all up to a small T.
+
+    Args:
+        timesteps: T, from the largest on.
+        most: the largest number, which is among them.
+    """
+    powers = {2**k for k in range(most.bit_length())}
+    few = set(range(1, min(timesteps[0], EACH_LEVEL) + 1))
+    return sorted(n for n in powers | few | {*timesteps, most} if n <= most)
+
+
+@torch.no_grad()
+def evaluate_quantised(
+    worker: Worker,
+    snn: stdb.SpikingNetwork,
+    split: Samples,
+    levels: Sequence[int],
+    batch_size: int,
+) -> dict[int, float]:
+    """Number of levels → accuracy of the ANN whose activations have so many."""
+    device = next(snn.parameters()).device
+    correct = torch.zeros(len(levels), dtype=torch.int64, device=device)
+    for batch in split.stream(worker.batches(len(split), batch_size), device):
+        images = batch.pixels()
+        for k, count in enumerate(levels):
+            logits = stdb.quantised_logits(snn, images, count, sample_ids=batch.ids)
+            correct[k] += (logits.argmax(1) == batch.labels).sum()
+    shares = (worker.all_reduce(correct).double() / len(split)).tolist()
+    return dict(zip(levels, shares, strict=True))
 
 
 @torch.no_grad()

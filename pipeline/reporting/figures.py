@@ -6,13 +6,25 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 import stdb
 from pipeline.params import StdbParams
-from pipeline.reporting.results import ConfusionRow, CurvePoint, EpochRow, LayerRow
+from pipeline.reporting.literature import Row
+from pipeline.reporting.results import (
+    ConfusionRow,
+    CurvePoint,
+    EpochRow,
+    LayerRow,
+    Results,
+    Spiking,
+)
+from pipeline.reporting.tables import at_scale, stdb_rows
 
-CONVERTED, FINETUNED, ANN = "#8a8f98", "#c8452d", "#2a5d8f"
+CONVERTED, FINETUNED, ANN, PUBLISHED = "#8a8f98", "#c8452d", "#2a5d8f", "#9a8a60"
+PUBLISHED_MARKERS = ("s", "^", "D", "v")
+PUBLISHED_LABELS = (((6, 0), "left"), ((0, 9), "center"), ((0, 9), "center"), ((0, -9), "center"))
 SLANTED: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
 SHOWN_CLASSES = 30  # of a confusion matrix with numbers in it
 RASTER, TRACES = 12, 4  # neurons shown of a layer
@@ -52,40 +64,64 @@ def surrogate(params: StdbParams, steps: int = 100) -> Figure:
     return figure
 
 
-def accuracy_by_timestep(
-    ann: float,
-    converted: Sequence[CurvePoint],
-    tuned: Sequence[CurvePoint],
-    marks: Sequence[tuple[int, float]],
-) -> Figure:
-    """Accuracy on the test split after every step, converted and fine-tuned.
+def accuracy_by_timestep(results: Results, published: Sequence[Row] = ()) -> Figure:
+    """Accuracy on the test split after every step, converted and fine-tuned, and at each T.
 
-    ``marks`` are T and accuracy of the two at the reduced T.
+    Args:
+        results: what the stages measured.
+        published: networks of others on the same data set.
     """
+    reduced, plots = results.converted.reduced, results.plots
+    scale = reduced.threshold_scale
     figure, axes = _axes("Accuracy against T", "time steps", "test accuracy (%)")
-    for scale in dict.fromkeys(row.threshold_scale for row in converted):
-        curve = [row for row in converted if row.threshold_scale == scale]
-        balanced = scale == 1
-        label = "balanced thresholds" if balanced else f"thresholds × {scale:g}"
-        _curve(axes, curve, f"converted, {label}", CONVERTED, ":" if balanced else "-")
-    _curve(axes, tuned, "STDB", FINETUNED, "-")
-    axes.axhline(100 * ann, color=ANN, lw=1.2, ls="--", label="ANN")
-    for (steps, accuracy), color in zip(marks, (CONVERTED, FINETUNED), strict=True):
-        axes.plot(steps, 100 * accuracy, "o", color=color)
-    axes.set_xscale("log")
-    axes.set_ylim(0, 102)
-    axes.legend(frameon=False, loc="lower right")
+    for each in dict.fromkeys(row.threshold_scale for row in plots.converted_accuracy):
+        curve = at_scale(plots.converted_accuracy, each)
+        label = "balanced thresholds" if each == 1 else f"thresholds × {each:g}"
+        _curve(axes, curve, f"converted, {label}", CONVERTED, ":" if each != scale else "-")
+    few = at_scale(plots.converted_quantised, scale)
+    _curve(axes, few, "ANN with T levels", ANN, ":")
+    *_, (name, _) = named = stdb_rows(results)
+    _curve(axes, plots.finetuned_accuracy, name, FINETUNED, "-")
+    axes.axhline(100 * results.ann.accuracy.test, color=ANN, lw=1.2, ls="--", label="ANN")
+    axes.plot(reduced.timesteps, 100 * reduced.accuracy, "o", color=CONVERTED)
+    at_each = [(one.timesteps, 100 * one.accuracy.test) for _, one in named]
+    label = "STDB, at each T" if len(named) > 1 else ""  # which the legend leaves out
+    axes.plot(*zip(*at_each, strict=True), "o--", color=FINETUNED, lw=1, label=label)
+    _published(axes, published)
+    _steps_axis(axes)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
     return figure
 
 
-def spikes_per_layer(
-    before: dict[str, float], after: dict[str, float], thresholds: dict[str, float]
-) -> Figure:
+def _published(axes: Axes, rows: Sequence[Row]) -> None:
+    """Networks of others, light: a marker for each method, and its name at the most accurate."""
+    papers = dict.fromkeys(row.paper for row in rows)
+    for paper, marker, (side, ha) in zip(papers, PUBLISHED_MARKERS, PUBLISHED_LABELS, strict=False):
+        points = [(row.timesteps, row.accuracy) for row in rows if row.paper == paper]
+        axes.plot(*zip(*points, strict=True), marker, color=PUBLISHED, ms=4, ls=":", lw=0.8)
+        axes.annotate(
+            paper, max(points, key=lambda point: point[1]), side, textcoords="offset points",
+            fontsize=7, color=PUBLISHED, ha=ha, va="center",
+        )  # fmt: skip
+
+
+def _steps_axis(axes: Axes) -> None:
+    """Powers of two with their numbers along x; along y what there is, to 10 points, up to 100."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    lowest = axes.dataLim.ymin
+    axes.set_ylim(max(0, 10 * (lowest // 10)), 101)
+
+
+def spikes_per_layer(converted: Spiking, tuned: Spiking, thresholds: dict[str, float]) -> Figure:
     """Fig. 3: average spikes per neuron of every layer, thresholds on the bars."""
+    before, after = converted.spikes_per_neuron, tuned.spikes_per_neuron
+    labels = f"converted, T = {converted.timesteps}", f"STDB, T = {tuned.timesteps}"
     figure, axes = _axes("Spikes per neuron", "layer", "spikes per image")
     x = range(len(before))
-    axes.bar([i - 0.2 for i in x], list(before.values()), 0.4, color=CONVERTED, label="converted")
-    axes.bar([i + 0.2 for i in x], list(after.values()), 0.4, color=FINETUNED, label="STDB")
+    axes.bar([i - 0.2 for i in x], list(before.values()), 0.4, color=CONVERTED, label=labels[0])
+    axes.bar([i + 0.2 for i in x], list(after.values()), 0.4, color=FINETUNED, label=labels[1])
     for i, name in enumerate(before):
         top = max(before[name], after[name])
         text = f"V {thresholds[name]:.2g}"

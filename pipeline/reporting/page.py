@@ -4,20 +4,25 @@ import base64
 import os
 import platform
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from markdown_it import MarkdownIt
-from scipy.stats import binomtest
 
 from pipeline.files import REPORT, SNN
 from pipeline.handed_on import read_runs
 from pipeline.params import Params
 from pipeline.reporting.paper import nearest
-from pipeline.reporting.results import CurvePoint, Results
+from pipeline.reporting.results import Results
+from pipeline.reporting.tables import (
+    by_timestep,
+    each_t,
+    energy,
+    markdown_table,
+    sources,
+    with_interval,
+)
 from pipeline.stage import Stage
 from pipeline.tracking.origin import provenance
 
@@ -27,30 +32,33 @@ body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
 img { max-width: 100%; } table { border-collapse: collapse; margin: 1rem 0; display: block;
 overflow-x: auto; } th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #888; } code { font-size: .9em; }
+:root { color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #17191c; } th, td { border-color: #444; }
+  img { border-radius: .25rem; } a { color: #8ab4f8; }
+}
 """
-ROWS = ("converted", "converted, scaled", "STDB")  # of the tables
-MOST_COLUMNS = 16  # steps that a table shows one by one
 
 
 def gist(params: Params, results: Results) -> str:
     """The whole execution in two sentences."""
     converted, tuned = results.converted, results.finetuned
     long, reduced, network = converted.long, converted.reduced, params.network
+    after = ", ".join(f"{one.accuracy.test:.2%} at T = {one.timesteps}" for one in tuned.at_each)
     return (
         f"**{network.architecture}** (width {network.width:g}) on {params.data.source}, "
         f"{results.data.test.images:,} test images: ANN "
         f"{results.ann.accuracy.test:.2%}, converted {long.accuracy:.2%} at "
         f"T = {long.timesteps} and {reduced.accuracy:.2%} at T = {reduced.timesteps}, "
-        f"after STDB {tuned.accuracy.test:.2%} at T = {tuned.timesteps}. An image takes "
-        f"{tuned.energy_pj / 1000:,.1f} nJ, {converted.ann.energy_pj / 1000:,.1f} nJ in "
+        f"after STDB {after}. An image takes {tuned.energy_pj / 1000:,.1f} nJ at "
+        f"T = {tuned.timesteps}, {converted.ann.energy_pj / 1000:,.1f} nJ in "
         "the ANN."
     )
 
 
 def page(stage: Stage, results: Results) -> str:
     """The report, in Markdown."""
-    params, tuned = stage.params, results.finetuned
-    t, test = tuned.timesteps, results.data.test.images
+    params, test = stage.params, results.data.test.images
     return f"""# Report
 
 {table(params, results)}
@@ -61,21 +69,33 @@ brackets: 95 % confidence intervals (Wilson) for the test images drawn, seeds no
 
 ![Accuracy against T](accuracy_by_timestep.png)
 
-One simulation gives the accuracy at every t: the output layer only accumulates.
+One simulation gives the accuracy at every t: the output layer only accumulates. The ANN with t
+levels has activations of so many steps, up to the A of the converted network's neurons: what t
+spikes say of it where currents are even in time. STDB may do better, as it learns for its T.
 
 {by_timestep(results)}
 
+## Each T
+
+T counts steps of binary spikes; spikes a neuron are those of an image, of all layers together.
+
+{each_t(params, results)}
+
+{sources(results)}
+
 ## Spikes (Fig. 3)
 
-Spikes of each layer summed over T = {t}, per neuron and image; V after scaling and fine-tuning on
+Spikes of each layer summed over T, per neuron and image; V after scaling and fine-tuning on
 the bars. {fewer_spikes(results)}
 
 ![Spikes per layer](spikes_per_layer.png)
 
 ## Energy
 
-Per image, 45 nm CMOS: 0.9 pJ an accumulate, 4.6 pJ a multiply-accumulate; synaptic operations by
-real fan-out.
+Per image, 45 nm CMOS: 0.9 pJ an accumulate, 4.6 pJ a multiply-accumulate. A spike is an accumulate
+at each synapse that it reaches, by real fan-out. What an analogue input drives multiplies, once
+where it is the same at every step; a neuron with a bias, or such a current, accumulates once more
+at every step.
 
 {energy(results)}
 
@@ -122,39 +142,32 @@ Reproduce with `dvc repro`.
 
 
 def table(params: Params, results: Results) -> str:
-    """Table 1's row, ours above the paper's."""
+    """Table 1's row, ours above the paper's; of several T each below the first."""
     converted, tuned = results.converted, results.finetuned
     long, reduced = converted.long, converted.reduced
     test = results.data.test.images
     row, network = nearest(params.network, params.data), params.network
     accuracies = [
         with_interval(value, test)
-        for value in (
-            results.ann.accuracy.test, long.accuracy, reduced.accuracy,
-            tuned.accuracy.test,
-        )
-    ]  # fmt: skip
+        for value in (results.ann.accuracy.test, long.accuracy, reduced.accuracy)
+    ]
+    first, *others = [[with_interval(o.accuracy.test, test), o.timesteps] for o in tuned.at_each]
     ours = [
         f"**{network.architecture}** (width {network.width:g})", params.data.source,
-        accuracies[0], accuracies[1], long.timesteps, *accuracies[2:], tuned.timesteps,
+        accuracies[0], accuracies[1], long.timesteps, accuracies[2], *first,
     ]  # fmt: skip
     paper = [
         f"{row.architecture}, the paper's", row.source, f"{row.ann} %", f"{row.converted} %", 2500,
         f"{row.reduced} %", f"{row.hybrid} %", row.timesteps,
     ]  # fmt: skip
     head = ["", "data", "ANN", "converted", "T", "converted, scaled", "STDB", "T"]
-    return markdown_table(head, [ours, paper], text=2)
-
-
-def with_interval(accuracy: float, images: int) -> str:
-    """An accuracy with its 95 % interval (Wilson), for so many independent images."""
-    interval = binomtest(round(accuracy * images), images).proportion_ci(method="wilson")
-    return f"{accuracy:.2%} ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
+    further = [["", "", "", "", "", "", *other] for other in others]
+    return markdown_table(head, [ours, *further, paper], text=2)
 
 
 def gain(results: Results) -> str:
     """What the conversion loses and STDB wins back, as a sentence."""
-    reduced, tuned = results.converted.reduced, results.finetuned
+    reduced, tuned = results.converted.reduced, results.finetuned.at_each[0]
     lost = results.ann.accuracy.test - reduced.accuracy
     won = tuned.accuracy.test - reduced.accuracy
     if lost <= 0:
@@ -167,42 +180,14 @@ def gain(results: Results) -> str:
     )
 
 
-def by_timestep(results: Results) -> str:
-    """Accuracy after t = 1 … T, the converted network's at the best scale and the fine-tuned one's.
-
-    Of a large T, powers of two and T itself.
-    """
-    scale, last = results.converted.reduced.threshold_scale, results.finetuned.timesteps
-    shown = [t for t in range(1, last + 1) if t & (t - 1) == 0 or t == last or last <= MOST_COLUMNS]
-    before = [row for row in results.plots.converted_accuracy if row.threshold_scale == scale]
-    rows = [
-        [name, *_accuracies(curve, shown)]
-        for name, curve in zip(ROWS[1:], (before, results.plots.finetuned_accuracy), strict=True)
-    ]
-    return markdown_table(["t", *map(str, shown)], rows)
-
-
-def _accuracies(curve: Sequence[CurvePoint], steps: Sequence[int]) -> list[str]:
-    """Those after some steps; empty where a curve has none."""
-    known = {row.timesteps: f"{row.accuracy:.2%}" for row in curve}
-    return [known.get(t, "") for t in steps]
-
-
 def fewer_spikes(results: Results) -> str:
     """The two networks' spikes, as a sentence."""
-    before = sum(results.converted.reduced.spikes_per_neuron.values())
-    after = sum(results.finetuned.spikes_per_neuron.values())
-    return f"The layers' averages sum to {before:.2f} converted and {after:.2f} after STDB."
-
-
-def energy(results: Results) -> str:
-    """Energy and energy–delay product of the ANN and the spiking networks."""
-    converted, tuned = results.converted, results.finetuned
-    rows: list[list[Any]] = [["ANN", "", f"{converted.ann.energy_pj / 1000:,.1f}", ""]]
-    for name, row in zip(ROWS, (converted.long, converted.reduced, tuned), strict=True):
-        pj, delay = row.energy_pj / 1000, row.energy_delay / 1000
-        rows.append([name, row.timesteps, f"{pj:,.1f}", f"{delay:,.1f}"])
-    return markdown_table(["", "T", "nJ", "nJ · steps"], rows)
+    before, after = results.converted.reduced, results.finetuned
+    return (
+        f"The layers' averages sum to {sum(before.spikes_per_neuron.values()):.2f} converted at "
+        f"T = {before.timesteps} and {sum(after.spikes_per_neuron.values()):.2f} after STDB at "
+        f"T = {after.timesteps}."
+    )
 
 
 def exits(results: Results) -> str:
@@ -279,12 +264,6 @@ def parameters(params: Params) -> str:
         for key, value in values.items()
     ]
     return markdown_table(["parameter", "value"], rows, text=2)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]], text: int = 1) -> str:
-    """A table; the first ``text`` columns are words, the others numbers."""
-    rule = ["---" if k < text else "---:" for k in range(len(head))]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, rule, *rows))
 
 
 def as_html(text: str) -> str:

@@ -39,6 +39,8 @@ class Spiking(Section):
     """Layer → spikes per neuron and image (Fig. 3)."""
     synaptic_operations: NonNegative
     """Synaptic operations per image."""
+    mean_spikes: NonNegative
+    """Spikes per neuron and image, of all layers together."""
     energy_pj: NonNegative
     """Picojoules per image."""
     energy_delay: NonNegative
@@ -77,6 +79,15 @@ class Losses(Section):
     """Accuracy that is lost at the reduced T."""
 
 
+class Quantised(Section):
+    """Accuracy of the ANN whose activations have T levels, what T steps can say of it."""
+
+    long: Accuracy
+    """At the long T, balanced thresholds."""
+    reduced: Accuracy
+    """At the reduced T, scaled thresholds."""
+
+
 class ConversionResults(Section):
     """metrics/evaluate_converted.json."""
 
@@ -88,6 +99,8 @@ class ConversionResults(Section):
     """The network at the reduced T, scaled thresholds."""
     loss_to_ann: Losses
     """What the conversion costs."""
+    quantised: Quantised
+    """The ANN with T levels."""
 
 
 class Finetuned(Spiking):
@@ -100,15 +113,16 @@ class Finetuned(Spiking):
 
 
 class FinetunedResults(Finetuned):
-    """metrics/finetune_stdb.json."""
+    """metrics/finetune_stdb.json: the network at the last T."""
 
     by_timesteps: dict[str, Finetuned] = Field(default_factory=dict)
-    """T → the network at it, where there are several."""
+    """Where there were several T: T → the network at it."""
 
     @property
     def at_each(self) -> list[Finetuned]:
-        """The network at each T that was fine-tuned at, the last one too."""
-        return [*self.by_timesteps.values()] or [self]
+        """The network at each T, in turn, from the largest on."""
+        each = self.by_timesteps.values() if self.by_timesteps else [self]
+        return sorted(each, key=lambda one: -one.timesteps)
 
 
 class CurvePoint(_Record):
@@ -176,6 +190,8 @@ class Plots(_Record):
     """The converted network's accuracy by step."""
     finetuned_accuracy: list[CurvePoint]
     """The fine-tuned network's accuracy by step."""
+    converted_quantised: list[CurvePoint]
+    """The ANN's accuracy by number of levels."""
     converted_diagnosis: list[LayerRow]
     """Layers of the converted network."""
     finetuned_diagnosis: list[LayerRow]
@@ -237,6 +253,7 @@ def headline(results: Results) -> dict[str, float]:
     long, reduced, tuned = results.converted.long, results.converted.reduced, results.finetuned
     return {
         "accuracy/ann": results.ann.accuracy.test,
+        "accuracy/quantised": results.converted.quantised.reduced,
         "accuracy/converted": long.accuracy,
         "accuracy/scaled": reduced.accuracy,
         "accuracy/stdb": tuned.accuracy.test,
@@ -248,6 +265,9 @@ def headline(results: Results) -> dict[str, float]:
         "energy/converted_pj": long.energy_pj,
         "energy/scaled_pj": reduced.energy_pj,
         "energy/stdb_pj": tuned.energy_pj,
+        **{f"accuracy/{name}": one.accuracy.test for name, one in progressive(tuned).items()},
+        **{f"energy/{name}_pj": one.energy_pj for name, one in progressive(tuned).items()},
+        "spikes/mean": tuned.mean_spikes,
         **{f"spikes/{name}": value for name, value in tuned.spikes_per_neuron.items()},
     }
 
@@ -255,7 +275,8 @@ def headline(results: Results) -> dict[str, float]:
 def summary(results: Results) -> dict[str, Any]:
     """The few numbers that runs are compared by: test accuracy, nanojoules per image.
 
-    ``converted`` is the converted network at the long T, ``scaled`` at the reduced one.
+    ``converted`` is the converted network at the long T, ``scaled`` at the reduced one, ``stdb_t8``
+    the fine-tuned one at the T of 8 of several.
     """
     converted, tuned = results.converted, results.finetuned
     return {
@@ -264,9 +285,16 @@ def summary(results: Results) -> dict[str, Any]:
             "converted": converted.long.accuracy,
             "scaled": converted.reduced.accuracy,
             "stdb": tuned.accuracy.test,
+            **{name: one.accuracy.test for name, one in progressive(tuned).items()},
         },
         "energy_nj": {
             "ann": converted.ann.energy_pj / 1000,
             "stdb": tuned.energy_pj / 1000,
+            **{name: one.energy_pj / 1000 for name, one in progressive(tuned).items()},
         },
     }
+
+
+def progressive(tuned: FinetunedResults) -> dict[str, Finetuned]:
+    """The network at each of several T, as ``stdb_t8``; none where there was one T."""
+    return {f"stdb_t{one.timesteps}": one for one in tuned.at_each if tuned.by_timesteps}

@@ -13,7 +13,12 @@ import pipeline.learning.finetuning
 import stdb
 from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
 from pipeline.files import ANN, DATA
-from pipeline.learning.evaluation import evaluate_ann, evaluate_snn, fitting_logit_scale
+from pipeline.learning.evaluation import (
+    evaluate_ann,
+    evaluate_snn,
+    fitting_logit_scale,
+    levels_of,
+)
 from pipeline.learning.finetuning import fitting_chunk
 from pipeline.learning.fit import order
 from pipeline.learning.networks import build_ann, load_weights, save_weights, surrogate_of
@@ -294,6 +299,34 @@ def test_evaluation_takes_the_scale_that_is_best_on_validation(files, alone):
     assert state["reduced"] == vars(evaluate_snn(alone, snn, parts["test"], 3, 128))
     snn.scale_thresholds(1.0)
     assert state["long"] == vars(evaluate_snn(alone, snn, parts["test"], 6, 128))
+
+
+def test_evaluation_looks_at_the_ann_with_as_many_levels(files):
+    """At the balanced thresholds up to the long T, at the best scale at T, image by image."""
+    state, test = evaluate(files, STDB), files[1]["test"]
+    snn = starting(files, STDB).eval()
+    counts = {1.0: [1, 2, 4, 6]} | {state["scale"]: [1, 2, 3, 4, 6]}
+    assert {scale: list(found) for scale, found in state["quantised"].items()} == counts
+    for scale, found in state["quantised"].items():
+        snn.scale_thresholds(scale)
+        for levels, accuracy in found.items():
+            images = test.pixels().split(1)
+            decided = torch.cat([stdb.quantised_logits(snn, x, levels).argmax(1) for x in images])
+            assert accuracy == (decided == test.labels).double().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "most", "levels"),
+    [
+        ([4], 16, [1, 2, 3, 4, 8, 16]),
+        ([100, 70], 250, [*range(1, 11), 16, 32, 64, 70, 100, 128, 250]),
+        ([1], 6, [1, 2, 4, 6]),
+        ([12], 5, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_levels_are_powers_of_two_and_t_and_each_of_the_first(timesteps, most, levels):
+    """Of a large T few, since each is a pass over the split."""
+    assert levels_of(timesteps, most) == levels
 
 
 def share_of_two(files, rank):

@@ -9,9 +9,20 @@ import pytest
 import yaml
 
 from pipeline.params import load_params
-from pipeline.reporting.page import as_html, by_timestep, markdown_table, with_interval
+from pipeline.reporting.figures import accuracy_by_timestep
+from pipeline.reporting.literature import literature, rows_for
+from pipeline.reporting.page import as_html
 from pipeline.reporting.paper import TABLE_1, nearest
-from pipeline.reporting.results import CurvePoint
+from pipeline.reporting.results import (
+    AnnResults,
+    ConversionResults,
+    CurvePoint,
+    DataSummary,
+    FinetunedResults,
+    headline,
+    summary,
+)
+from pipeline.reporting.tables import by_timestep, each_t, markdown_table, sources, with_interval
 from tests.pipeline.support import ROOT
 
 FIGURES = [
@@ -99,24 +110,116 @@ def curve(accuracies, scale=1.0):
 @pytest.mark.parametrize(("steps", "shown"), [(3, [1, 2, 3]), (20, [1, 2, 4, 8, 16, 20])])
 def test_the_accuracy_after_every_step_is_a_table(steps, shown):
     """Up to T, of the scale that was chosen; of a large T powers of two, and T itself."""
+    tuned = SimpleNamespace(timesteps=steps, by_timesteps={})
+    tuned.at_each = [tuned]
     found = SimpleNamespace(
-        converted=SimpleNamespace(reduced=SimpleNamespace(threshold_scale=0.35)),
-        finetuned=SimpleNamespace(timesteps=steps),
+        converted=SimpleNamespace(reduced=SimpleNamespace(threshold_scale=0.35, timesteps=steps)),
+        finetuned=tuned,
         plots=SimpleNamespace(
             converted_accuracy=[
                 *curve([0.3 + t / 100 for t in range(1, 31)], 0.35),
                 *curve([0.1] * 30, 1.0),
             ],
             finetuned_accuracy=curve([0.6 + t / 100 for t in range(1, 31)]),
+            converted_quantised=[*curve([0.5, 0.6], 0.35), *curve([0.1] * 30, 1.0)],
         ),
     )
-    head, _, before, after = by_timestep(found).splitlines()
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in (head, before, after)]
+    head, _, *rows = by_timestep(found).splitlines()
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in (head, *rows)]
     assert cells == [
         ["t", *map(str, shown)],
         ["converted, scaled", *(f"{30 + t}.00%" for t in shown)],
         ["STDB", *(f"{60 + t}.00%" for t in shown)],
+        ["ANN with t levels", "50.00%", "60.00%", *[""] * (len(shown) - 2)],
     ]
+
+
+@pytest.fixture
+def falling():
+    """A run at T = 4 and 1 on CIFAR-10, made of the repository's own metrics."""
+
+    def at(steps, accuracy):
+        one = json.loads((ROOT / "metrics/finetune_stdb.json").read_text("utf-8"))
+        return one | {
+            "timesteps": steps,
+            "accuracy": {"validation": accuracy, "test": accuracy},
+            "mean_spikes": 0.25 * steps,
+            "energy_pj": 1e6 * steps,
+        }
+
+    converted = json.loads((ROOT / "metrics/evaluate_converted.json").read_text("utf-8"))
+    converted["reduced"] |= {"timesteps": 4, "threshold_scale": 1.0}
+    each = {"4": at(4, 0.92), "1": at(1, 0.88)}
+    data = json.loads((ROOT / "metrics/data.json").read_text("utf-8"))
+    names = "Airplane automobile bird cat deer dog frog horse ship truck"
+    return SimpleNamespace(
+        data=DataSummary(**data | {"classes": names.split(), "shape": tuple(data["shape"])}),
+        ann=AnnResults.model_validate(
+            json.loads((ROOT / "metrics/train_ann.json").read_text("utf-8"))
+        ),
+        converted=ConversionResults.model_validate(converted),
+        finetuned=FinetunedResults.model_validate(each["1"] | {"by_timesteps": each}),
+        plots=SimpleNamespace(
+            converted_accuracy=curve([0.7, 0.8, 0.85, 0.9]),
+            converted_quantised=curve([0.75, 0.85, 0.9, 0.91]),
+            finetuned_accuracy=curve([0.88, 0.87]),
+        ),
+    )
+
+
+def test_each_t_has_a_row_beside_its_ann_and_what_others_published(falling):
+    """Accuracy, levels, spikes and energy of each; of the literature T and accuracy."""
+    table = each_t(load_params(ROOT / "params.yaml"), falling)
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    images = falling.data.test.images
+    for steps, accuracy, levels in ((4, 0.92, "91.00%"), (1, 0.88, "75.00%")):
+        name = f"**STDB for T = {steps}**"
+        (row,) = [row for row in rows if row[0] == name]
+        assert row[2:] == [
+            str(steps), with_interval(accuracy, images), levels, f"{0.25 * steps:.2f}",
+            f"{1000 * steps:,.1f}",
+        ]  # fmt: skip
+    assert ["QCFS, VGG16", "direct", "4", "93.96%", "", "", ""] in rows
+    assert len(rows) == 3 + 7
+    assert "DIET-SNN" in sources(falling)
+
+
+def test_several_t_are_summarised_each(falling):
+    """In DVC's summary and MLflow's figures; of one T nothing is said twice."""
+    assert summary(falling)["accuracy"]["stdb_t4"] == headline(falling)["accuracy/stdb_t4"] == 0.92
+    assert headline(falling)["energy/stdb_t1_pj"] == 1e6
+    falling.finetuned = falling.finetuned.model_copy(update={"by_timesteps": {}})
+    assert not any("stdb_t" in name for name in headline(falling))
+
+
+def test_the_figure_over_t_has_whole_numbers_and_the_papers_points(falling):
+    """Powers of two along x; each method once by name."""
+    figure = accuracy_by_timestep(falling, rows_for(falling.data.classes))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert {"1", "2", "4", "64"} <= set(shown)
+    assert all(text.isdigit() for text in shown if float(text) >= 1)
+    names = [text.get_text() for text in axes.texts]
+    assert sorted(names) == ["DIET-SNN", "IIR-SNN", "QCFS", "STDB"]
+
+
+def test_the_literature_is_known_by_the_classes_and_agrees_with_table_1():
+    """No row on other data; the paper's are those of its table; every row has a paper."""
+    assert rows_for(map(str, range(10))) == []
+    found = literature()
+    assert [len(data.classes) for data in found.data_sets] == [10, 100]
+    for data in found.data_sets:
+        source = data.name.lower().replace("-", "")
+        for row in data.rows:
+            assert row.paper in found.papers
+            if row.paper == "STDB":
+                own = next(
+                    r
+                    for r in TABLE_1
+                    if (r.architecture, r.source) == (row.network.lower(), source)
+                )
+                assert (row.accuracy, row.timesteps) == (own.hybrid, own.timesteps)
 
 
 def test_the_accuracy_at_t_is_the_last_of_the_table(finished):
