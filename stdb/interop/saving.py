@@ -194,6 +194,8 @@ def _describe(tree: nn.Module, used: set[str | None]) -> dict[str, dict[str, Any
                 described[path]["initial_membrane"] = module.initial_membrane
             if module.bound is not None:
                 described[path]["bound"] = module.bound
+            if module.levels is not None:
+                described[path]["levels"] = module.levels
             if module.amplitude is not None:
                 described[path]["channels"] = len(module.amplitude)
             if module.unit != 1:
