@@ -28,7 +28,7 @@ from pipeline.files import ANN, DATA, METRICS, PLOTS, write_csv, write_json
 from pipeline.jobs.run import forget_job, run_job
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning import published
-from pipeline.learning.calibration import check_method
+from pipeline.learning.calibration import calibration_images, check_method
 from pipeline.learning.checks import check_norms, check_randomness
 from pipeline.learning.compiling import compiled
 from pipeline.learning.dropout import SampleDropout
@@ -61,7 +61,8 @@ def main(stage: Stage) -> None:
             f"allowed: 0 to {side - 1}"
         )
     check_norms(ann)
-    # refuses now what could not be converted after the training
+    # refuses now what could not be converted, or calibrated, after the training
+    calibration_images(params.balance_thresholds, train)
     check_method(params, stdb.convert(ann, stdb.PoissonEncoder(), example=example_of(train)))
     given = params.train_ann.weights
     if given is None or load_given(ann, params.network, Path(given)) is not None:  # is trained

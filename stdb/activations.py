@@ -33,7 +33,7 @@ class _Bounded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bound: Tensor, levels: int | None) -> Tensor:
         ctx.save_for_backward(x, bound)
         ctx.levels = levels
-        return _levelled(_ratio(x, bound).clamp_(0, 1), levels).mul_(bound).to(x.dtype)
+        return bounded(x, bound, levels)
 
     @staticmethod
     @once_differentiable
@@ -47,6 +47,11 @@ class _Bounded(torch.autograd.Function):
         q = _levelled(u.clamp(0, 1), ctx.levels)
         slope = torch.where(inside, q - u, q)
         return grad_x, slope.mul_(grad).sum().to(bound.dtype), None
+
+
+def bounded(x: Tensor, bound: Tensor, levels: int | None) -> Tensor:
+    """A·⌊clamp(x/A, 0, 1)·L + ½⌋/L without a gradient; A·clamp(x/A, 0, 1) where there are no L."""
+    return _levelled(_ratio(x, bound).clamp_(0, 1), levels).mul_(bound).to(x.dtype)
 
 
 def _ratio(x: Tensor, bound: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from .checking import activations
 from .encoding import mean_input
@@ -218,3 +219,15 @@ def agreement(decisions: Sequence[Tensor], logits: Sequence[Tensor], workers: Wo
     """The number of images of all workers that the network decides like its ANN."""
     pairs = zip(decisions, logits, strict=True)
     return workers.total(sum(int((z.argmax(1) == d).sum()) for d, z in pairs))
+
+
+def surprise(
+    decisions: Sequence[Tensor], logits: Sequence[Tensor], timesteps: int, workers: Workers
+) -> float:
+    """Σ −log softmax(U_T/T) of what the ANN decides, over all workers' images, in float64.
+
+    Unlike a count of decisions it tells networks apart that decide a few images alike.
+    """
+    pairs = zip(decisions, logits, strict=True)
+    sums = [cross_entropy(z.double() / timesteps, d, reduction="sum")[None] for d, z in pairs]
+    return float(workers.in_order(sums, torch.zeros(1)))

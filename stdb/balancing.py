@@ -63,8 +63,9 @@ def balance_thresholds(  # noqa: PLR0913 (each with a default, by keyword)
             ``percentile`` wherever one below 100 is given.
         per: whether A is one of each ``layer`` or of each ``channel``, which ``mse`` and
             ``learned`` can; None: ``channel`` with ``mse``. Fully connected layers have one.
-        initial_membrane: f in [0, 1), U_0 = f·V of every layer; None: ½ with ``mse`` and
-            ``learned``, as it is with the others.
+        initial_membrane: f in [0, 1), U_0 = f·V of every layer; None: with ``mse`` that of ½, 0.4,
+            0.3 with which the network decides most like its ANN (:mod:`stdb.few_steps`; a run each
+            more), ½ with ``learned``, as it is with the others.
         bias_correction: whether biases are corrected (:mod:`stdb.correction`), and that is kept if
             it helps; None: with ``mse`` and ``learned``.
         batch_size: images presented at once; does not change what Algorithm 1 finds.
@@ -117,7 +118,7 @@ def balance_thresholds(  # noqa: PLR0913 (each with a default, by keyword)
             release(snn)
             remember(snn)
         set_initial_membranes(snn, plan)
-        balance = Balance(plan.method, plan.per)
+        balance = Balance(plan.method, plan.per, plan.initial_membrane)
         balance.update(by_currents())
     finally:
         snn.train(training)

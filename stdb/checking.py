@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .activations import Clip
+from .activations import Clip, bounded
 from .graph import Node
 from .operators.table import is_operation, kind_of
 from .rewriting import rewrite
@@ -88,6 +88,11 @@ def _activation(node: Node, net: nn.Module, below: Sequence[Tensor]) -> Tensor:
         return y
     if node.operator.fires:
         bound = getattr(module, "bound", getattr(module, "max_val", None))
+        levels = getattr(module, "levels", None)
+        if levels is not None:
+            x = below[0]
+            like = torch.promote_types(x.dtype, torch.float32)
+            return bounded(x, torch.tensor(bound, dtype=like, device=x.device), levels)
         return below[0].clamp(min=0, max=bound)
     return node.operator.plain(module, *below)
 

@@ -40,31 +40,10 @@ def correct_biases(
         Whether it was kept; the share of images decided like the ANN without it, and with it.
     """
     before = {label: bias_in_front(snn, label).clone() for label in ann.channels}
-    plain = _logits(snn, present(), ann.steps, lambda *_: None)
+    plain = logits_of(snn, ann, present)
     images = workers.total(sum(len(z) for z in plain))
     agreed = agreement(found.decisions, plain, workers)
-
-    def correct(label: str, runs: list[LayerwiseRun]) -> None:
-        neuron, i = snn.neurons[label], place_of(snn, label)
-        counts = torch.zeros(ann.channels[label], dtype=torch.int64, device=workers.device)
-        threshold = float(neuron.threshold)
-        for run in runs:
-            counts += run.count(i, threshold, ann.steps)
-        rate = workers.sum(counts).double() / (images * ann.pixels[label] * ann.steps)
-        assert neuron.amplitude is not None
-        assert neuron.correction is not None
-        missing = found.mean[label] / neuron.amplitude.double() - rate * threshold
-        neuron.correction.copy_(missing)
-        bias_in_front(snn, label).add_(neuron.correction)
-
-    corrected = _logits(snn, present(), ann.steps, correct)
-    sums = [rows_of(z.double() / ann.steps).sum(1) for z in corrected]
-    decisions = images * ann.pixels[""]
-    missing = found.mean[""] - workers.in_order(sums, found.mean[""]) / decisions
-    bias = bias_in_front(snn, "")
-    shift = missing.to(bias)
-    bias.add_(shift)
-    moved = [rows_of(z).t() + shift * ann.steps for z in corrected]
+    moved, shift = correct_all(snn, ann, found, workers, present)
     now = agreement([d.flatten() for d in found.decisions], moved, workers)
     if now > agreed:
         snn.output_correction = shift
@@ -74,7 +53,47 @@ def correct_biases(
         for neuron in snn.neurons.values():
             if neuron.correction is not None:
                 neuron.correction.zero_()
+    decisions = images * ann.pixels[""]
     return now > agreed, (agreed / decisions, now / decisions)
+
+
+def logits_of(snn: SpikingNetwork, ann: Ann, present: Present) -> list[Tensor]:
+    """U_T of every batch, as the biases are."""
+    return _logits(snn, present(), ann.steps, lambda *_: None)
+
+
+@torch.no_grad()
+def correct_all(
+    snn: SpikingNetwork, ann: Ann, found: Activations, workers: Workers, present: Present
+) -> tuple[list[Tensor], Tensor]:
+    """Correct the biases of all layers and of the output.
+
+    Returns:
+        U_T of every batch then, (decisions, classes), and what the output's bias was given.
+    """
+
+    def correct(label: str, runs: list[LayerwiseRun]) -> None:
+        neuron, i = snn.neurons[label], place_of(snn, label)
+        counts = torch.zeros(ann.channels[label], dtype=torch.int64, device=workers.device)
+        threshold = float(neuron.threshold)
+        for run in runs:
+            counts += run.count(i, threshold, ann.steps)
+        images = workers.total(sum(len(run.presentation.images) for run in runs))
+        rate = workers.sum(counts).double() / (images * ann.pixels[label] * ann.steps)
+        assert neuron.amplitude is not None
+        assert neuron.correction is not None
+        missing = found.mean[label] / neuron.amplitude.double() - rate * threshold
+        neuron.correction.copy_(missing)
+        bias_in_front(snn, label).add_(neuron.correction)
+
+    corrected = _logits(snn, present(), ann.steps, correct)
+    sums = [rows_of(z.double() / ann.steps).sum(1) for z in corrected]
+    decisions = workers.total(sum(len(z) for z in corrected)) * ann.pixels[""]
+    missing = found.mean[""] - workers.in_order(sums, found.mean[""]) / decisions
+    bias = bias_in_front(snn, "")
+    shift = missing.to(bias)
+    bias.add_(shift)
+    return [rows_of(z).t() + shift * ann.steps for z in corrected], shift
 
 
 def _logits(

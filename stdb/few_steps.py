@@ -1,16 +1,21 @@
 """Calibration for few steps, step by step: units, A of each layer, U_0, corrected biases.
 
+f of U_0 = f·V rounds best at ½ where spikes come evenly. In the first steps those from below have
+not come yet, which a smaller f makes up for, the deeper the network and the fewer the steps: with
+``mse`` a few are tried, and that is taken with which the network is least surprised by what its ANN
+decides, Σ −log softmax(U_T/T)[decision] over the calibration images.
+
 What is settled before anything is computed is a :class:`Plan`; what is found is a :class:`Balance`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .amplitudes import Activations, Ann, fit_amplitudes, survey
-from .correction import Present, correct_biases
+from .amplitudes import Activations, Ann, fit_amplitudes, surprise, survey
+from .correction import Present, correct_all, correct_biases, logits_of
 from .fronts import hold_units, prepare_front, release, remember, set_amplitude, takes_channels
 from .network import SpikingNetwork
 from .weights import bias_of
@@ -19,6 +24,7 @@ from .workers import Workers
 METHODS = ("auto", "maximum", "percentile", "mse", "learned")
 OF_ACTIVATIONS = ("mse", "learned")  # they take A from the ANN
 FORMS = ("layer", "channel")
+SHARES = (0.5, 0.4, 0.3)  # f that are tried with mse
 
 Progress = Callable[[str, float], None]
 
@@ -29,15 +35,16 @@ class Balance(dict[str, float]):
     Attributes:
         method: ``maximum``, ``percentile``, ``mse`` or ``learned``.
         per: ``layer`` or ``channel``.
+        initial_membrane: f that was given or found; None where that of the neurons was left.
         dead: layer → channels that never fire and have their layer's A, where there are any.
         agreement: the share of calibration images that the network decides like its ANN, without a
             correction of biases and with it; None where none was tried.
         corrected: whether biases are corrected.
     """
 
-    def __init__(self, method: str, per: str) -> None:
+    def __init__(self, method: str, per: str, initial_membrane: float | None = None) -> None:
         super().__init__()
-        self.method, self.per = method, per
+        self.method, self.per, self.initial_membrane = method, per, initial_membrane
         self.dead: dict[str, int] = {}
         self.agreement: tuple[float, float] | None = None
         self.corrected = False
@@ -50,7 +57,8 @@ class Plan:
     Attributes:
         method: one of ``METHODS``, but ``auto``.
         per: ``layer`` or ``channel``.
-        initial_membrane: f, U_0 = f·V; None leaves that of the neurons.
+        initial_membrane: f, U_0 = f·V; None leaves that of the neurons, with ``mse`` the best of
+            ``SHARES``.
         correct: whether to correct biases.
         percentile: of the currents, for Algorithm 1.
     """
@@ -117,7 +125,7 @@ def settle(
         )
     if method == "learned":
         _bounds(snn)
-    share = 0.5 if initial_membrane is None and fits else initial_membrane
+    share = 0.5 if initial_membrane is None and method == "learned" else initial_membrane
     return Plan(method, per, share, correct, percentile)
 
 
@@ -166,20 +174,69 @@ def calibrate(
     added = _prepare(snn, Ann(snn, images, batch_size, timesteps, sample_ids), plan)
     remember(snn)
     ann = Ann(snn, images, batch_size, timesteps, sample_ids)
-    balance = Balance(plan.method, plan.per)
     found = survey(ann, workers) if plan.correct or plan.method == "mse" else Activations()
+    if plan.method == "mse" and plan.initial_membrane is None:
+        share = _least_surprise(snn, ann, plan, found, workers, present)
+        plan = replace(plan, initial_membrane=share)
+    balance = Balance(plan.method, plan.per, plan.initial_membrane)
     if plan.of_activations:
-        balance.update(_set_amplitudes(snn, ann, plan, found, workers, balance.dead, progress))
+        _start(snn, ann, plan, found, workers, balance, progress)
     else:
         balance.update(by_currents())
     if plan.correct:
-        for label, neuron in snn.neurons.items():
-            if neuron.amplitude is None:
-                neuron.keep(ann.channels[label])
+        _make_room(snn, ann)
         balance.corrected, balance.agreement = correct_biases(snn, ann, found, workers, present)
         if not balance.corrected:
             _take_away(snn, plan, added)
     return balance
+
+
+def _least_surprise(
+    snn: SpikingNetwork,
+    ann: Ann,
+    plan: Plan,
+    found: Activations,
+    workers: Workers,
+    present: Present,
+) -> float:
+    """The best f of ``SHARES``; the network is in the ANN's own units afterwards, as before."""
+    surprises = {}
+    for share in SHARES:
+        _start(snn, ann, replace(plan, initial_membrane=share), found, workers, None, None)
+        if plan.correct:
+            _make_room(snn, ann)
+            logits, snn.output_correction = correct_all(snn, ann, found, workers, present)
+            decisions = [d.flatten() for d in found.decisions]
+        else:
+            logits, decisions = logits_of(snn, ann, present), found.decisions
+        surprises[share] = surprise(decisions, logits, ann.steps, workers)
+        release(snn)
+    return min(surprises, key=surprises.__getitem__)
+
+
+def _start(
+    snn: SpikingNetwork,
+    ann: Ann,
+    plan: Plan,
+    found: Activations,
+    workers: Workers,
+    balance: Balance | None,
+    progress: Progress | None,
+) -> None:
+    """U_0 and A of every layer, from the ANN's activations; noted in ``balance``."""
+    set_initial_membranes(snn, plan)
+    dead: dict[str, int] = {}
+    thresholds = _set_amplitudes(snn, ann, plan, found, workers, dead, progress)
+    if balance is not None:
+        balance.update(thresholds)
+        balance.dead.update(dead)
+
+
+def _make_room(snn: SpikingNetwork, ann: Ann) -> None:
+    """For the correction of every channel."""
+    for label, neuron in snn.neurons.items():
+        if neuron.amplitude is None:
+            neuron.keep(ann.channels[label])
 
 
 def set_initial_membranes(snn: SpikingNetwork, plan: Plan) -> None:

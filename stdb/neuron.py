@@ -27,6 +27,8 @@ class SpikingNeuron(nn.Module):
             rounding.
         bound: the largest A that the ANN's activation has, such as 6 of ReLU6, or the A that
             ``Clip`` and ``QCFS`` have learned; None: no bound.
+        levels: L, how many values above 0 the ANN's activation has up to its bound, as ``QCFS``;
+            None: it has all between.
         unit: A, what a spike stands for; the weights above hold it (:mod:`stdb.units`).
         channels: C, where calibration keeps something of each channel; see :meth:`keep`.
 
@@ -53,9 +55,15 @@ class SpikingNeuron(nn.Module):
         unit: float = 1.0,
         bound: float | None = None,
         channels: int = 0,
+        levels: int | None = None,
     ) -> None:
         super().__init__()
-        self.unit, self.bound = unit, bound
+        if levels is not None and (bound is None or not (isinstance(levels, int) and levels >= 1)):
+            raise ValueError(
+                f"levels is {levels!r} with the bound {bound}; allowed: a whole number, 1 or more, "
+                "with a bound; or None"
+            )
+        self.unit, self.bound, self.levels = unit, bound, levels
         self.initial_membrane = initial_membrane
         if not 0 < leak <= 1:
             raise ValueError(f"leak is {leak}; allowed: above 0, at most 1 (1 is the IF neuron)")

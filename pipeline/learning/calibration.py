@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import stdb
 from pipeline.data import Samples
 from pipeline.errors import StageError
 from pipeline.jobs.worker import Worker
+from pipeline.learning.checks import check_calibration
 from pipeline.learning.networks import build_snn
-from pipeline.params import Params
+from pipeline.params import BalanceThresholdsParams, Params
 
 BY_CURRENTS = "method: maximum, percentile"
 
@@ -32,6 +33,18 @@ class Calibration:
     wanted: int | None
 
 
+def calibration_images(params: BalanceThresholdsParams, train: Samples) -> Tensor:
+    """Positions of the images that are drawn to calibrate on.
+
+    Raises:
+        StageError: they are all of one class.
+    """
+    generator = torch.Generator().manual_seed(params.seed)
+    chosen = torch.randperm(len(train), generator=generator)[: params.images]
+    check_calibration(train.labels[chosen], len(train.classes))
+    return chosen
+
+
 def calibrate(worker: Worker, ann: nn.Module, train: Samples) -> Calibration:
     """Convert the trained ANN and balance it, as ``balance_thresholds`` says.
 
@@ -51,8 +64,7 @@ def calibrate(worker: Worker, ann: nn.Module, train: Samples) -> Calibration:
     plan = check_method(worker.params, snn)
     wanted = worker.params.stdb.first_timesteps if for_wanted_steps(plan) else None
     timesteps = wanted or params.timesteps
-    generator = torch.Generator().manual_seed(params.seed)
-    chosen = torch.randperm(len(train), generator=generator)[: params.images]
+    chosen = calibration_images(params, train)
     batches = chosen.split(params.batch_size)[worker.rank :: worker.world]
     share = train.take(torch.cat([*batches, chosen[:0]])).to(worker.device)
     worker.say(f"method {plan.method}, T = {timesteps}, {len(chosen)} calibration images")

@@ -2,6 +2,8 @@
 
 import sysconfig
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +127,10 @@ def check_randomness(network: nn.Module, shape: tuple[int, int, int]) -> None:
         StageError: it draws others than the masks that
             :class:`pipeline.learning.dropout.SampleDropout` knows, or cannot be called.
     """
-    modes = {module: module.training for module in network.modules()}
     statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
     images = torch.zeros(2, *shape)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with _as_it_was(network):
             before = torch.random.get_rng_state()
             with SampleDropout(0, torch.arange(2)):
                 torch.func.functional_call(network.train(), statistics, images)
@@ -139,9 +140,6 @@ def check_randomness(network: nn.Module, shape: tuple[int, int, int]) -> None:
             f"the network in training is given images of {tuple(shape)} (C, H, W) and "
             f"{_raised(error)}"
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if drawn:
         raise StageError(
             "the network in training draws random numbers that depend on batches, workers and "
@@ -152,15 +150,23 @@ def check_randomness(network: nn.Module, shape: tuple[int, int, int]) -> None:
 
 def _call(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Any:
     """The logits of two images of grey; leaves the network and torch's generator as they are."""
-    modes = {module: module.training for module in network.modules()}
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with _as_it_was(network), torch.no_grad():
             return network.eval()(torch.zeros(2, *shape))
     except (Exception, SystemExit) as error:
         raise StageError(
             f"network.architecture is {name}, whose network is given images of "
             f"{tuple(shape)} (C, H, W) and {_raised(error)}"
         ) from error
+
+
+@contextmanager
+def _as_it_was(network: nn.Module) -> Iterator[None]:
+    """Gives modules their modes back afterwards, and torch's generator its state."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
@@ -183,3 +189,22 @@ def _is_own(frame: traceback.FrameSummary) -> bool:
     """Whether a line is of a person's own code: not of a package, Python or this project."""
     elsewhere = ("site-packages", "<frozen")
     return not frame.filename.startswith(OURS) and not any(p in frame.filename for p in elsewhere)
+
+
+def check_calibration(labels: Tensor, classes: int) -> None:
+    """Refuse calibration images that all show the same.
+
+    Args:
+        labels: (N,) of the images.
+        classes: how many the data set has.
+
+    Raises:
+        StageError: they are of one class, and there are more; names the class and what is allowed.
+    """
+    shown = labels.unique().tolist()
+    if len(shown) == 1 and classes > 1:
+        raise StageError(
+            f"balance_thresholds.images draws {len(labels)} calibration images, all of class "
+            f"{shown[0]} of {classes}, on which layers may be silent that others need; allowed: "
+            "more images, or another balance_thresholds.seed"
+        )

@@ -189,15 +189,7 @@ def _describe(tree: nn.Module, used: set[str | None]) -> dict[str, dict[str, Any
         kind = kind_of(module)
         operator = operator_for(kind)
         if isinstance(module, SpikingNeuron):
-            described[path] = {"type": SpikingNeuron.__name__}
-            if module.initial_membrane:
-                described[path]["initial_membrane"] = module.initial_membrane
-            if module.bound is not None:
-                described[path]["bound"] = module.bound
-            if module.amplitude is not None:
-                described[path]["channels"] = len(module.amplitude)
-            if module.unit != 1:
-                described[path]["unit"] = module.unit
+            described[path] = {"type": SpikingNeuron.__name__, **_of_neuron(module)}
         elif path in used and operator is not None:
             settings = {name: getattr(module, name) for name in operator.kinds[kind]}
             described[path] = {"type": kind.__name__, **settings}
@@ -210,6 +202,19 @@ def _describe(tree: nn.Module, used: set[str | None]) -> dict[str, dict[str, Any
                 "type": next(name for name, kind in CONTAINERS.items() if isinstance(module, kind))
             }
     return described
+
+
+def _of_neuron(neuron: SpikingNeuron) -> dict[str, Any]:
+    """The settings of a spiking layer that are not those of all."""
+    amplitude = neuron.amplitude
+    settings = {
+        "initial_membrane": neuron.initial_membrane or None,
+        "bound": neuron.bound,
+        "levels": neuron.levels,
+        "channels": None if amplitude is None else len(amplitude),
+        "unit": neuron.unit if neuron.unit != 1 else None,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _build(described: Mapping[str, dict[str, Any]]) -> nn.Module:

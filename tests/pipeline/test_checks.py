@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import StageError
-from pipeline.learning.checks import build_own, check_randomness, check_room
+from pipeline.learning.checks import build_own, check_calibration, check_randomness, check_room
 
 NUMBERS = itertools.count()
 ARGUMENTS = {
@@ -145,3 +145,13 @@ def test_the_check_of_randomness_leaves_all_as_it_is():
     assert all(parameter.grad is None for parameter in network.parameters())
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_calibration_images_of_one_class_are_refused():
+    """A class of the data set's only one is no fault; nor are two classes of ten."""
+    said = r"images draws 3 calibration images, all of class 7 of 10, .*; allowed: more images"
+    with pytest.raises(StageError, match=said):
+        check_calibration(torch.tensor([7, 7, 7]), 10)
+    check_calibration(torch.tensor([7, 0, 7]), 10)
+    check_calibration(torch.tensor([0, 0]), 1)
+    check_calibration(torch.tensor([], dtype=torch.int64), 10)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import stdb
+from stdb.amplitudes import Ann
 
 A = 1.7
 LEVELS = [None, 1, 2, 4, 8]
@@ -204,6 +205,50 @@ def test_what_is_converted_is_checked_with_its_levels(net, bounds):
     snn = stdb.convert(net().eval(), stdb.DirectEncoder(), example=IMAGES)
     assert [snn.module(i).bound for i in snn.graph.neurons] == pytest.approx(bounds)
     assert not [name for name, _ in snn.named_parameters() if name.endswith("bound")]
+
+
+def sharp(net: nn.Module) -> nn.Module:
+    """In float64, with weights that reach every level and both sides of a bound."""
+    with torch.no_grad():
+        for name in ("first", "second", "output"):
+            getattr(net, name).weight.mul_(3)
+    return net.double().eval()
+
+
+@pytest.mark.parametrize("net", [Chain, Twice])
+@pytest.mark.parametrize("written", [False, True], ids=["converted", "from a file"])
+def test_neurons_know_their_levels(net, written, tmp_path):
+    """What calibration and diagnosis take for the ANN is the user's own, in float64."""
+    own, x = sharp(net()), IMAGES.double()
+    snn = stdb.convert(own, stdb.DirectEncoder(), example=x).eval()
+    levels = {Chain: [4, None, 3], Twice: [4, 4, None]}[net]
+    if written:
+        stdb.save(snn, tmp_path / "snn", timesteps=4, classes=list("abcde"))
+        snn, _ = stdb.load(tmp_path / "snn")
+    assert [neuron.levels for neuron in snn.neurons.values()] == levels
+    with torch.no_grad():
+        expected = own(x)
+        (batch,) = Ann(snn, x, 5, 4, None).batches()
+        torch.testing.assert_close(dict(batch)[""], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["mse", "learned"])
+def test_the_corrected_output_has_the_mean_of_the_users_own(method):
+    """Which a network that only clips does not have."""
+    own, x = sharp(Chain()), torch.rand(20, 3, 8, 8).double() * 2 - 1
+    snn = stdb.convert(own, stdb.DirectEncoder(), example=x).eval()
+    found = stdb.balance_thresholds(snn, x, 2, method=method, initial_membrane=0.0)
+    assert found.corrected
+    with torch.no_grad():
+        expected = own(x).mean(0)
+        torch.testing.assert_close(snn(x, 2).mean(0) / 2, expected)
+
+
+def test_levels_that_cannot_be_are_refused():
+    """None without a bound, and whole numbers only."""
+    for settings in ({"levels": 4}, {"levels": 0, "bound": 1.0}, {"levels": 2.5, "bound": 1.0}):
+        with pytest.raises(ValueError, match=r"levels is .*; allowed: a whole number, 1 or more"):
+            stdb.SpikingNeuron(**settings)
 
 
 def test_the_check_sees_what_a_hook_does_to_levels():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 import stdb
+from stdb.few_steps import SHARES
 from stdb.spikes import Spikes
 
 
@@ -249,7 +250,7 @@ def test_by_itself_a_network_with_biases_has_least_error_per_channel():
     snn = converted(net, x)
     found = stdb.balance_thresholds(snn, x, 4)
     assert (found.method, found.per) == ("mse", "channel")
-    assert {neuron.initial_membrane for neuron in snn.neurons.values()} == {0.5}
+    assert {neuron.initial_membrane for neuron in snn.neurons.values()} <= {*SHARES}
     assert found.agreement is not None
     assert stdb.balance_thresholds(snn, x, 4, percentile=99).method == "percentile"
     leaky = stdb.convert(net, stdb.DirectEncoder(), leak=0.9).eval()
@@ -381,13 +382,31 @@ def test_a_correction_that_does_not_help_is_not_kept():
     """At many steps nothing is left to win: weights and biases are those without it."""
     net, x = lively(simple()), images()
     snn = converted(net, x)
-    stdb.balance_thresholds(snn, x, 64, bias_correction=False)
+    stdb.balance_thresholds(snn, x, 64, bias_correction=False, initial_membrane=0.5)
     expected = states(snn)
-    found = stdb.balance_thresholds(snn, x, 64)
+    found = stdb.balance_thresholds(snn, x, 64, initial_membrane=0.5)
     before, after = found.agreement
     assert after <= before
     assert not found.corrected
     assert same(states(snn), expected)
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_the_initial_membrane_with_least_surprise_is_taken(correct):
+    """Of those that are tried, each by itself, with the decisions of torch's own network."""
+    net, x = lively(simple()), images(40)
+    decisions, surprises = net(x).argmax(1), {}
+    for share in SHARES:
+        snn = converted(net, x)
+        found = stdb.balance_thresholds(snn, x, 3, initial_membrane=share, bias_correction=correct)
+        assert found.corrected is correct
+        with torch.no_grad():
+            surprises[share] = float(F.cross_entropy(snn(x, 3) / 3, decisions))
+    expected = min(surprises, key=surprises.__getitem__)
+    snn = converted(net, x)
+    found = stdb.balance_thresholds(snn, x, 3, bias_correction=correct)
+    assert found.initial_membrane == expected
+    assert {neuron.initial_membrane for neuron in snn.neurons.values()} == {expected}
 
 
 # -- what cannot be --------------------------------------------------------------------------------
