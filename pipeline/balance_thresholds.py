@@ -124,6 +124,7 @@ def measured(worker: Worker, ann: nn.Module, found: Calibration) -> dict[str, An
     return {
         "method": balance.method,
         "per": balance.per,
+        "initial_membrane": balance.initial_membrane,
         "timesteps": found.timesteps,
         "corrected": balance.corrected,
         "accuracy": accuracy,

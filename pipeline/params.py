@@ -116,7 +116,7 @@ class BalanceThresholdsParams(Section):
     per: Literal["layer", "channel"] | None = None
     """Whether V is one of each layer or channel; None: channel with mse, layer with others."""
     initial_membrane: Rate | None = None
-    """U_0/V of every layer, in [0, 1); None: ½ with mse and learned, 0 with others."""
+    """U_0/V of every layer, in [0, 1); None: found with mse, ½ with learned, 0 with others."""
     bias_correction: bool | None = None
     """Whether mean rates are brought to the ANN's means; None: with mse and learned."""
     percentile: Annotated[float, Field(gt=0, le=100)]

@@ -86,7 +86,7 @@ def test_a_network_calibrated_for_few_steps_is_handed_on(tmp_path, network):
     assert list(state["means"].values()) == pytest.approx([float(a.mean()) for a in amplitudes])
     for neuron, amplitude in zip(snn.neurons.values(), amplitudes, strict=True):
         assert torch.equal(neuron.amplitude, amplitude)
-        assert neuron.initial_membrane == 0.5
+        assert neuron.initial_membrane == found.initial_membrane
     images = parts["test"].pixels()
     assert torch.equal(snn.eval()(images, 9), expected.eval()(images, 9))
 

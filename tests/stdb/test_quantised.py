@@ -73,7 +73,9 @@ def test_a_network_with_biases_is_its_untouched_ann_with_levels(per, levels):
     """A of least error for T = 8, U_0 = V/2, corrected biases left out."""
     ann, x = network(), images()
     snn = stdb.convert(ann, stdb.DirectEncoder(), example=x[:2])
-    balance = stdb.balance_thresholds(snn, x, timesteps=8, method="mse", per=per)
+    balance = stdb.balance_thresholds(
+        snn, x, timesteps=8, method="mse", per=per, initial_membrane=0.5
+    )
     assert balance.corrected
     amplitudes = [
         torch.tensor([n.unit], dtype=torch.float64)
