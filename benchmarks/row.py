@@ -27,9 +27,19 @@ from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, trai
 from pipeline.data import save_split
 from pipeline.data.sources import read_source
 from pipeline.errors import DataError, ParamsError, StageError
-from pipeline.files import ANN, CONVERSION, DATA, THRESHOLDS, write_json, write_text, writing
+from pipeline.files import (
+    ANN,
+    BALANCED,
+    CONVERSION,
+    DATA,
+    THRESHOLDS,
+    write_json,
+    write_text,
+    writing,
+)
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.worker import State, Worker
+from pipeline.learning.balanced import save_balanced
 from pipeline.learning.networks import save_weights
 from pipeline.overlays import merge
 from pipeline.params import Params
@@ -149,6 +159,7 @@ class Row:
             for name, value in thresholds.items()
         ]
         write_json(self.folder / THRESHOLDS, {"layers": layers})
+        save_balanced(state["balanced"], self.folder / BALANCED)
         return thresholds
 
     def convert(self) -> dict[str, Any]:

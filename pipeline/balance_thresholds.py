@@ -23,7 +23,12 @@ from pipeline.jobs.worker import Worker
 from pipeline.learning.balanced import balanced_state, save_balanced
 from pipeline.learning.calibration import Calibration, calibrate
 from pipeline.learning.evaluation import evaluate_ann, evaluate_snn
-from pipeline.learning.networks import build_ann, load_weights, recipe, use_threads
+from pipeline.learning.networks import (
+    build_ann,
+    load_weights,
+    recipe,
+    use_threads,
+)
 from pipeline.stage import Stage, stage_command
 
 PARTS = ("before", "after")  # a correction of biases
@@ -88,13 +93,14 @@ def balance_loop(worker: Worker) -> None:
     train = load_split(worker.path(DATA) / "train.safetensors")
     ann = build_ann(params.network, train)
     load_weights(ann, worker.path(ANN))
-    use_threads(worker, ann.to(worker.device), train, params.balance_thresholds.batch_size)
+    whole = params.balance_thresholds.batch_size * worker.world  # batches are not divided
+    use_threads(worker, ann.to(worker.device), train, whole)
     found = calibrate(worker, ann, train)
     snn, network = found.snn, recipe(params.network, train)
     worker.checkpoint(
         {
             "thresholds": dict(found.balance),
-            "means": {name: mean_threshold(neuron) for name, neuron in snn.neurons.items()},
+            "means": {name: neuron.mean_threshold for name, neuron in snn.neurons.items()},
             "kept": [n for n, neuron in snn.neurons.items() if neuron.balanced_threshold.isnan()],
             "metrics": measured(worker, ann, found),
             "balanced": balanced_state(snn, train, network, found.timesteps, found.wanted),
@@ -131,12 +137,6 @@ def measured(worker: Worker, ann: nn.Module, found: Calibration) -> dict[str, An
         "agreement": None if agreement is None else dict(zip(PARTS, agreement, strict=True)),
         "dead_channels": balance.dead,
     }
-
-
-def mean_threshold(neuron: stdb.SpikingNeuron) -> float:
-    """V; where weights hold A of each channel, and V is 1, the mean of V·A."""
-    mean = 1.0 if neuron.amplitude is None else float(neuron.amplitude.double().mean())
-    return neuron.threshold.item() * mean
 
 
 if __name__ == "__main__":

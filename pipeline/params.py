@@ -118,7 +118,8 @@ class BalanceThresholdsParams(Section):
     initial_membrane: Rate | None = None
     """U_0/V of every layer, in [0, 1); None: found with mse, ½ with learned, 0 with others."""
     bias_correction: bool | None = None
-    """Whether mean rates are brought to the ANN's means; None: with mse and learned."""
+    """Whether mean rates are brought to the ANN's means; None: with mse and learned. Algorithm 1
+    then runs over ``stdb.timesteps``, too."""
     percentile: Annotated[float, Field(gt=0, le=100)]
     """V is this percentile of a layer's weighted inputs; 100, the paper's way, is the maximum."""
     residual_blocks: bool
@@ -230,7 +231,7 @@ class StdbParams(Training):
     micro_batch: Count | None
     """Number of images that a worker presents at once; their gradients add up to the batch's."""
     chunk: Count | None
-    """Time steps that are computed at once; changes memory, not results. None chooses."""
+    """Time steps that are computed at once; changes memory, and rounding. None chooses."""
 
     @model_validator(mode="after")
     def _auto_chooses_all(self) -> "StdbParams":

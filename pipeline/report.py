@@ -50,7 +50,9 @@ def draw(params: Params, results: Results) -> dict[str, Figure]:
         "accuracy_by_timestep": figures.accuracy_by_timestep(
             results, rows_for(results.data.classes)
         ),
-        "spikes_per_layer": figures.spikes_per_layer(reduced, tuned, snn.thresholds),
+        "spikes_per_layer": figures.spikes_per_layer(
+            reduced, tuned, {name: n.mean_threshold for name, n in snn.neurons.items()}
+        ),
         "surrogate": figures.surrogate(params.stdb),
         "raster": figures.raster(snn, one.pixels(), one.ids, about["timesteps"]),
         "diagnosis": figures.diagnosis(plots.converted_diagnosis, plots.finetuned_diagnosis),

@@ -4,11 +4,14 @@ What stays until the backward pass grows with T: spikes as bits and a snapshot o
 and then, 1/8 + 2/16 byte a neuron-step; for a surrogate of membrane potentials whose steps are one
 chunk, currents, too; and of an analogue input the current that is the same at every step. What is
 only there while a chunk is worked on grows with the chunk: inputs and outputs of the largest layer
-and their gradients. So a smaller chunk, or fewer images at once, makes room for a longer
-presentation.
+and their gradients, in the products' precision. Where all steps are one chunk, as at few steps, no
+output of a chunk before is there, and no gradient of membranes goes on to one. So a smaller chunk,
+or fewer images at once, makes room for a longer presentation.
 """
 
 from collections.abc import Sequence
+
+import torch
 
 from .kernels import works_on_bits
 from .network import SpikingNetwork
@@ -30,6 +33,8 @@ def training_memory(
 ) -> int:
     """Peak bytes of a training step over model, gradients and optimiser state, to about 20 %.
 
+    In bfloat16 it may be a third more than is taken.
+
     Args:
         snn: the network.
         image_shape: (C, H, W), (C, L) or (n,).
@@ -41,6 +46,8 @@ def training_memory(
     first = next(snn.parameters())
     real, on_cpu = first.element_size(), works_on_bits(first.device)
     chunk = min(chunk or snn.chunk or default_chunk(batch_size), timesteps)
+    alone = on_cpu and chunk == timesteps
+    moved = 2 if on_cpu and snn.precision == torch.bfloat16 else real
     constant = bool(getattr(snn.encoder, "constant", False))
     per_image = 0.0
     for i, neuron in zip(graph.neurons, snn.neurons.values(), strict=True):
@@ -50,6 +57,7 @@ def training_memory(
         if constant and graph.of_input[source]:
             kept = 0  # it is one for all steps
         per_image += sizes[i] * _of_neuron(neuron, timesteps, chunk, real, kept * on_cpu)
+        per_image -= sizes[i] * real * alone  # nothing goes on to a chunk before
     for i, node in enumerate(graph.nodes):
         if isinstance(node.operator, MaxPool):  # sums, and those before each chunk
             per_image += sizes[node.inputs[0]] * real * (1 + timesteps / chunk)
@@ -61,10 +69,11 @@ def training_memory(
     for i in graph.body:
         node = graph.nodes[i]
         if node.operator.learns or isinstance(node.operator, Upsampling):
-            largest = max(largest, 2 * (sizes[node.inputs[0]] + sizes[i]))
+            around = 2 * sizes[node.inputs[0]] + (1 if alone else 2) * sizes[i]
+            largest = max(largest, around * (moved if node.operator.lowered else real))
         if node.operator.learns:
             weights += snn.module(i).weight.numel() * real
-    return int(batch_size * (per_image + chunk * largest * real) + weights + OVERHEAD)
+    return int(batch_size * (per_image + chunk * largest) + weights + OVERHEAD)
 
 
 def _of_neuron(

@@ -48,7 +48,7 @@ class SpikingNetwork(nn.Module):
         graph: the nodes in the order of a step.
         encoder: gives the input of each step.
         chunk: time steps that are computed at once; None chooses by batch size. It changes memory
-            and time, not results.
+            and time; of results no more than rounding.
         dropout_seed: chooses the dropout masks of training.
         precision: what dense convolutions and matrix products are made in, ``torch.bfloat16`` say,
             with membranes and sums in the type of the weights; None: in that type as well.

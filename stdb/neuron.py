@@ -92,6 +92,12 @@ class SpikingNeuron(nn.Module):
         self._initial_membrane = float(share)
 
     @property
+    def mean_threshold(self) -> float:
+        """V; where weights hold A of each channel, and V is 1, the mean of V·A."""
+        mean = 1.0 if self.amplitude is None else float(self.amplitude.double().mean())
+        return self.threshold.item() * mean
+
+    @property
     def needs_membrane(self) -> bool:
         """Whether the backward pass has to recompute membrane potentials."""
         learned_over = self.threshold.requires_grad and self.surrogate.over_threshold

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-import pipeline.params
+import pipeline.network_params
 import pipeline.preset
 import stdb
 import stdb.architectures
@@ -196,7 +196,7 @@ def test_a_row_of_the_table_is_an_architecture(run, here, monkeypatch):
     assert times == 1
     edited = ModuleType("stdb.architectures")
     exec(compile(with_row, file_of(row), "exec"), vars(edited))
-    for module in (stdb.architectures, pipeline.params):
+    for module in (stdb.architectures, pipeline.network_params):
         monkeypatch.setattr(module, "ARCHITECTURES", edited.ARCHITECTURES)
     params = params_with(here, network=network)
 

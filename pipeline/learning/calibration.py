@@ -61,6 +61,7 @@ def calibrate(worker: Worker, ann: nn.Module, train: Samples) -> Calibration:
     """
     params = worker.params.balance_thresholds
     snn = build_snn(ann, worker.params.stdb, params.seed, train).to(worker.device)
+    snn.chunk = None  # the stage does not track it, and it changes how sums are rounded
     plan = check_method(worker.params, snn)
     wanted = worker.params.stdb.first_timesteps if for_wanted_steps(plan) else None
     timesteps = wanted or params.timesteps

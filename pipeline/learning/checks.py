@@ -206,5 +206,5 @@ def check_calibration(labels: Tensor, classes: int) -> None:
         raise StageError(
             f"balance_thresholds.images draws {len(labels)} calibration images, all of class "
             f"{shown[0]} of {classes}, on which layers may be silent that others need; allowed: "
-            "more images, or another balance_thresholds.seed"
+            f"more images{', or another balance_thresholds.seed' if len(labels) > 1 else ''}"
         )

@@ -27,7 +27,10 @@ SCALED: dict[str, Scaled] = {  # name → what it stands for, and its value from
     "beta_100": ("beta", lambda value, timesteps: value * 100 / timesteps),
 }
 SEARCHABLE = (*StdbParams.model_fields, *SCALED)
-EXCLUDING = ("distil", "from_scratch", "logit_scale")  # a value of one may forbid another's
+EXCLUDING = (  # a value of one may forbid another's
+    *("distil", "from_scratch", "logit_scale"),
+    *("surrogate", "alpha", "beta", "over_threshold", *SCALED),
+)
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Bounds = Annotated[list[Finite], Field(min_length=2, max_length=2)]
@@ -199,20 +202,19 @@ def load_sweep(path: Path, base: StdbParams) -> SweepParams:
 def samples(space: dict[str, Range], base: StdbParams) -> Iterator[dict[str, Any]]:
     """Every value alone, T first, a scaled one at the least and the largest T; then the corners.
 
-    No parameter of ``stdb`` depends on another but those of :data:`SCALED` on T, and those of
-    :data:`EXCLUDING` on each other, of which all combinations are here; so what is allowed alone is
-    allowed together. Corners, up to 4096 of them, make sure of it.
+    What depends on T is here at the least and the largest; of those of :data:`EXCLUDING`, which
+    depend on each other, all combinations are, up to 4096; so what is allowed alone is allowed
+    together. Corners, up to 4096 of them, make sure of it.
     """
     steps = space["timesteps"].values if "timesteps" in space else [base.last_timesteps]
     yield from ({"timesteps": value} for value in steps)
     extremes = sorted({min(steps), max(steps)})
     for name, values in space.items():
-        for value in values.values:
-            yield from ({name: value} | {"timesteps": t} for t in extremes if name in SCALED)
-            if name not in SCALED:
-                yield {name: value}
+        for value in values.values if name != "timesteps" else []:
+            yield from ({name: value, "timesteps": t} for t in extremes)
     excluding = [[(name, v) for v in space[name].values] for name in EXCLUDING if name in space]
-    yield from map(dict, itertools.islice(itertools.product(*excluding), 4096))
+    several = itertools.islice(itertools.product(*excluding), 4096)
+    yield from ({**dict(pairs), "timesteps": extremes[-1]} for pairs in several)
     ends = [[(name, r.values[0]), (name, r.values[-1])] for name, r in space.items()]
     yield from map(dict, itertools.islice(itertools.product(*ends), 4096))
 

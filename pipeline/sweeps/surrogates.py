@@ -72,6 +72,11 @@ def load_comparison(path: Path, base: StdbParams) -> tuple[ComparisonParams, Kin
         ParamsError: names keys, values, and what is allowed.
     """
     comparison = load(path, ComparisonParams)
+    if base.from_scratch:
+        raise ParamsError(
+            "stdb.from_scratch is true, and what is compared starts from the converted network; "
+            "allowed: false"
+        )
     kind = comparison.networks.get(base.encoder)
     if kind is None:
         raise ParamsError(

@@ -22,11 +22,11 @@ from pipeline.jobs.plan import Plan
 from pipeline.jobs.run import Job, fit_on_ray, use_precision
 from pipeline.jobs.worker import Row, Worker
 from pipeline.learning.balanced import calibrated_for, keep_fixed
-from pipeline.learning.calibration import calibrate
+from pipeline.learning.calibration import calibrate, check_method, for_wanted_steps
 from pipeline.learning.evaluation import Evaluation, best_scale
 from pipeline.learning.finetuning import fine_tune
 from pipeline.learning.fit import order
-from pipeline.learning.networks import configure, load_converted
+from pipeline.learning.networks import build_snn, configure, load_converted
 from pipeline.params import Params
 from pipeline.sweeps.space import settings
 
@@ -131,7 +131,7 @@ def run_trial_training(
 
 
 def starting_point(worker: Worker, train: Samples) -> stdb.SpikingNetwork:
-    """What balance_thresholds handed on; calibrated anew where that is for another T.
+    """What balance_thresholds handed on; calibrated anew where the trial's T or λ want another.
 
     Args:
         worker: that this process is.
@@ -139,8 +139,9 @@ def starting_point(worker: Worker, train: Samples) -> stdb.SpikingNetwork:
     """
     params = worker.params.stdb
     ann, snn = load_converted(worker.params.network, params, train, worker.root)
-    made_for = calibrated_for(worker.path(BALANCED))
-    if made_for is not None and made_for != params.first_timesteps:
+    plan = check_method(worker.params, build_snn(ann, params, params.seed, train))
+    wanted = params.first_timesteps if for_wanted_steps(plan) else None
+    if wanted != calibrated_for(worker.path(BALANCED)):
         whole = load_split(worker.path(DATA) / "train.safetensors")
         snn = calibrate(worker, ann.to(worker.device), whole).snn
         configure(snn, params, params.seed, train)

@@ -274,7 +274,9 @@ class MlflowProcess:
         here = message.model_copy(update={"path": str(self.folder / message.path)})
         try:
             logged = register(self.client, run_id, here, self.source, commit)
-            self.client.log_outputs(self.parent_id, [LoggedModelOutput(logged, step=0)])
+            shown = self.client.get_run(self.parent_id).outputs  # MLflow refuses a second time
+            if logged not in [model.model_id for model in shown.model_outputs]:
+                self.client.log_outputs(self.parent_id, [LoggedModelOutput(logged, step=0)])
         finally:
             if before.status == "RUNNING":
                 self.client.update_run(run_id, status="RUNNING")

@@ -126,8 +126,8 @@ def test_the_parameters_say_how_a_loaded_network_is_driven(files):
 
 
 def test_the_file_holds_nothing_that_the_stage_does_not_track(files):
-    """The same bytes whatever surrogate and seed are, which DVC would not see."""
-    changed = {"surrogate": "linear", "learn_leaks": True, "seed": 9, "alpha": 9.0}
+    """The same bytes whatever surrogate, chunk and seed are, which DVC would not see."""
+    changed = {"surrogate": "linear", "chunk": 2, "learn_leaks": True, "seed": 9, "alpha": 9.0}
     params = DIRECT.model_copy(update=changed)
     state = run(files[0], balance_thresholds.balance_loop, params, balance_thresholds=BALANCING)
     written = (files[0] / BALANCED).read_bytes()

@@ -187,7 +187,22 @@ def test_a_trial_calibrates_for_its_own_steps(tmp_path, monkeypatch):
     again = trial.starting_point(one, parts["train"])
     assert torch.equal(again.eval()(images, 3), expected(images, 3))
     handed_on(folder, parts, NORMED, BALANCING)
-    trial.starting_point(one, parts["train"])
+    by_currents = worker(folder, few, network=NORMED, balance_thresholds=BALANCING)
+    trial.starting_point(by_currents, parts["train"])
+
+
+@pytest.mark.parametrize(("handed", "tried"), [(1.0, 0.95), (0.95, 1.0)])
+def test_a_trial_calibrates_for_its_own_leak(tmp_path, handed, tried):
+    """What ``auto`` is with one, Algorithm 1, is not what it is without."""
+    folder, parts = make_files(tmp_path)
+    auto = BALANCING.model_copy(update={"method": "auto"})
+    with_leak = {leak: DIRECT.model_copy(update={"leak": leak}) for leak in (handed, tried)}
+    handed_on(folder, parts, NORMED, auto, params=with_leak[handed])
+    one = worker(folder, with_leak[tried], network=NORMED, balance_thresholds=auto)
+    own = trial.starting_point(one, parts["train"])
+    expected, _, _ = handed_on(folder, parts, NORMED, auto, params=with_leak[tried])
+    images = parts["test"].pixels()
+    assert torch.equal(own.eval()(images, 3), expected.eval()(images, 3))
 
 
 def test_random_weights_do_without_what_was_handed_on(tmp_path):

@@ -96,6 +96,8 @@ def test_mlflow_and_dvc_call_an_accuracy_the_same(finished):
     assert (
         logged.pop("stdb_validation") == read(finished, "finetune_stdb")["accuracy"]["validation"]
     )
+    quantised = read(finished, "evaluate_converted")["quantised"]["reduced"]
+    assert logged.pop("quantised") == quantised
     assert logged == read(finished, "summary")["accuracy"]
     energy = {
         name: above.data.metrics[f"energy/{name}_pj"] / 1000

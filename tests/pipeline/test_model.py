@@ -133,7 +133,7 @@ def test_the_networks_of_one_run_are_of_its_children(database, network):
     assert {v.run_id for v in versions} == {process.children["T=6"], process.children["T=3"]}
     assert len(versions) == 2
     shown = database.get_run(process.parent_id).outputs.model_outputs
-    assert {model.model_id for model in shown} == {v.model_id for v in versions}
+    assert {f"models:/{model.model_id}" for model in shown} == {v.source for v in versions}
     assert database.get_run(process.run_id).info.status == "RUNNING"
 
 

@@ -94,6 +94,12 @@ def test_what_cannot_be_compared_is_refused(tmp_path, before, after, message):
     assert message in str(caught.value)
 
 
+def test_random_weights_are_not_compared():
+    """What is gained is gained over the converted network."""
+    with pytest.raises(ParamsError, match="from_scratch is true, and what is compared starts"):
+        load_comparison(FILE, BASE.model_copy(update={"from_scratch": True}))
+
+
 def test_a_network_without_a_comparison_is_refused(tmp_path):
     """With the encoders that have one."""
     path = tmp_path / "params.yaml"

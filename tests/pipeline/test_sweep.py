@@ -92,6 +92,25 @@ def test_what_cannot_be_searched_is_refused(tmp_path, space, message):
     assert message in refusal(tmp_path, space=space)
 
 
+def test_values_that_exclude_each_other_are_refused_wherever_they_stand_in_a_list(tmp_path):
+    """A trial that draws them would fail after the start; T decides nothing of it."""
+    space = ["surrogate: {choice: [stdb, auto, linear]}", "beta_100: {log_uniform: [0.01, 0.1]}"]
+    null = {"alpha": None, "beta": None, "over_threshold": None}
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT.replace(SPACE, "space:\n" + "".join(f"  {line}\n" for line in space)))
+    with pytest.raises(ParamsError, match="with surrogate: auto"):
+        load_sweep(path, BASE.model_copy(update=null))
+
+
+def test_a_list_of_t_in_the_parameters_does_not_speak_for_the_trials(tmp_path):
+    """Each has a T of its own, at which values have to be allowed, and no list."""
+    space = ["timesteps: {choice: [20, 40]}", "truncate: {choice: [8, 10]}"]
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT.replace(SPACE, "space:\n" + "".join(f"  {line}\n" for line in space)))
+    falling = {"timesteps": [8, 4], "logit_scale": "auto"}
+    assert load_sweep(path, BASE.model_copy(update=falling)).space["truncate"].values == [8, 10]
+
+
 def test_a_grid_has_values_only(tmp_path):
     """And knows how many combinations it has."""
     both = ["alpha: {grid: [0.1, 0.2]}", "seed: {grid: [0, 1, 2]}"]
