@@ -16,8 +16,8 @@ from tests.pipeline.support import STAGES, address_of, copy_of, ui
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 expect.set_options(timeout=browser.PATIENCE)
-ACCURACIES = ["ann", "converted", "scaled", "stdb", "stdb_validation"]
-LAYERS = ["conv1", "conv2", "conv3", "fc1", "fc2"]
+ACCURACIES = ["ann", "converted", "quantised", "scaled", "stdb", "stdb_validation"]
+SPIKES = ["conv1", "conv2", "conv3", "fc1", "fc2", "mean"]
 
 
 def chromium_or_skip() -> str:
@@ -153,7 +153,7 @@ def test_accuracy_and_spikes_are_drawn_for_both_runs(page, runs):
     ends, _ = runs
     row_of(page, ends[0].run_id).wait_for()
     show_charts(page)
-    for group, names in (("accuracy", ACCURACIES), ("spikes", LAYERS)):
+    for group, names in (("accuracy", ACCURACIES), ("spikes", SPIKES)):
         head = section(page, group)
         expect(head).to_contain_text(f"({len(names)})")
         head.evaluate("head => head.scrollIntoView()")  # charts out of sight are not drawn
@@ -206,7 +206,10 @@ def test_the_registered_model_has_a_champion(page, runs, repository):
     page.get_by_role("link", name="stdb-digits").click()
     expect(page.get_by_role("heading", name="stdb-digits")).to_be_visible()
     version = page.get_by_role("row").filter(has_text=f"Version {champion}")
-    expect(version.get_by_text("champion")).to_be_visible()
+    aliases = client.get_model_version("stdb-digits", champion).aliases
+    assert re.fullmatch(r"champion-t\d+", max(aliases, key=len))
+    for alias in aliases:
+        expect(version.get_by_text(f"@ {alias}", exact=True)).to_be_visible()
     expect(
         page.get_by_text('mlflow.pyfunc.load_model("models:/stdb-digits@champion")')
     ).to_be_visible()
