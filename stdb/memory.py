@@ -47,6 +47,7 @@ def training_memory(
     real, on_cpu = first.element_size(), works_on_bits(first.device)
     chunk = min(chunk or snn.chunk or default_chunk(batch_size), timesteps)
     alone = on_cpu and chunk == timesteps
+    carry = 0 if alone else real  # a membrane's gradient, which goes on to the chunk before
     moved = 2 if on_cpu and snn.precision == torch.bfloat16 else real
     constant = bool(getattr(snn.encoder, "constant", False))
     per_image = 0.0
@@ -56,8 +57,7 @@ def training_memory(
         kept = real if snn.precision is None or not (product.learns and product.lowered) else 2
         if constant and graph.of_input[source]:
             kept = 0  # it is one for all steps
-        per_image += sizes[i] * _of_neuron(neuron, timesteps, chunk, real, kept * on_cpu)
-        per_image -= sizes[i] * real * alone  # nothing goes on to a chunk before
+        per_image += sizes[i] * (carry + _of_neuron(neuron, timesteps, chunk, real, kept * alone))
     for i, node in enumerate(graph.nodes):
         if isinstance(node.operator, MaxPool):  # sums, and those before each chunk
             per_image += sizes[node.inputs[0]] * real * (1 + timesteps / chunk)
@@ -79,14 +79,12 @@ def training_memory(
 def _of_neuron(
     neuron: SpikingNeuron, timesteps: int, chunk: int, real: int, of_current: int
 ) -> float:
-    """Bytes that stay for a neuron until the backward pass; ``of_current``: those of a current."""
-    taken = 2 * real + 2 + timesteps / 8  # membrane and its gradient, spike time; bits
+    """Bytes that stay for a neuron until the backward pass; ``of_current``: of one that is kept."""
+    taken = real + 2 + timesteps / 8  # membrane, spike time; bits
     if neuron.surrogate.needs_ages:
         taken += timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
     if neuron.needs_membrane:
-        taken += real * timesteps / chunk
-        if chunk == timesteps:  # currents are kept
-            taken += timesteps * of_current
+        taken += real * timesteps / chunk + timesteps * of_current
     return taken
 
 

@@ -26,7 +26,7 @@ from pipeline.learning.calibration import calibrate, check_method, for_wanted_st
 from pipeline.learning.evaluation import Evaluation, best_scale
 from pipeline.learning.finetuning import fine_tune
 from pipeline.learning.fit import order
-from pipeline.learning.networks import build_snn, configure, load_converted
+from pipeline.learning.networks import configure, load_converted
 from pipeline.params import Params
 from pipeline.sweeps.space import settings
 
@@ -139,7 +139,7 @@ def starting_point(worker: Worker, train: Samples) -> stdb.SpikingNetwork:
     """
     params = worker.params.stdb
     ann, snn = load_converted(worker.params.network, params, train, worker.root)
-    plan = check_method(worker.params, build_snn(ann, params, params.seed, train))
+    plan = check_method(worker.params, snn)
     wanted = params.first_timesteps if for_wanted_steps(plan) else None
     if wanted != calibrated_for(worker.path(BALANCED)):
         whole = load_split(worker.path(DATA) / "train.safetensors")

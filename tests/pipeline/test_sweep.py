@@ -42,14 +42,14 @@ TEXT = (ROOT / "sweep/params.yaml").read_text()
 SPACE = TEXT[TEXT.index("space:") :]
 
 
-def load(tmp_path, before="", after="", space=None):
+def load(tmp_path, before="", after="", space=None, base=BASE):
     assert before in TEXT, f"{before!r} is not in sweep/params.yaml"
     text = TEXT.replace(before, after, 1)
     if space is not None:
         text = text.replace(SPACE, "space:\n" + "".join(f"  {line}\n" for line in space))
     path = tmp_path / "params.yaml"
     path.write_text(text)
-    return load_sweep(path, BASE)
+    return load_sweep(path, base)
 
 
 def refusal(tmp_path, *change, **changes) -> str:
@@ -96,19 +96,16 @@ def test_values_that_exclude_each_other_are_refused_wherever_they_stand_in_a_lis
     """A trial that draws them would fail after the start; T decides nothing of it."""
     space = ["surrogate: {choice: [stdb, auto, linear]}", "beta_100: {log_uniform: [0.01, 0.1]}"]
     null = {"alpha": None, "beta": None, "over_threshold": None}
-    path = tmp_path / "params.yaml"
-    path.write_text(TEXT.replace(SPACE, "space:\n" + "".join(f"  {line}\n" for line in space)))
     with pytest.raises(ParamsError, match="with surrogate: auto"):
-        load_sweep(path, BASE.model_copy(update=null))
+        load(tmp_path, space=space, base=BASE.model_copy(update=null))
 
 
 def test_a_list_of_t_in_the_parameters_does_not_speak_for_the_trials(tmp_path):
     """Each has a T of its own, at which values have to be allowed, and no list."""
     space = ["timesteps: {choice: [20, 40]}", "truncate: {choice: [8, 10]}"]
-    path = tmp_path / "params.yaml"
-    path.write_text(TEXT.replace(SPACE, "space:\n" + "".join(f"  {line}\n" for line in space)))
     falling = {"timesteps": [8, 4], "logit_scale": "auto"}
-    assert load_sweep(path, BASE.model_copy(update=falling)).space["truncate"].values == [8, 10]
+    sweep = load(tmp_path, space=space, base=BASE.model_copy(update=falling))
+    assert sweep.space["truncate"].values == [8, 10]
 
 
 def test_a_grid_has_values_only(tmp_path):
