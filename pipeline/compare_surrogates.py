@@ -24,7 +24,7 @@ from pipeline.jobs.run import run_job
 from pipeline.jobs.worker import Worker
 from pipeline.learning.evaluation import best_scale, evaluate_snn
 from pipeline.learning.networks import load_converted
-from pipeline.params import StdbParams
+from pipeline.params import Params
 from pipeline.stage import Stage, run_stage
 from pipeline.sweeps.search import Room, room_for_trials, search, work_folder
 from pipeline.sweeps.space import SweepParams
@@ -47,7 +47,7 @@ from pipeline.sweeps.trial import starting_point
 def main(stage: Stage, folder: Path) -> None:
     """Check everything, compare, write the table and the picture."""
     params = stage.params
-    comparison, kind = load_comparison(folder / "params.yaml", params.stdb)
+    comparison, kind = load_comparison(folder / "params.yaml", params)
     train = load_split(DATA / "train.safetensors")
     load_converted(params.network, params.stdb, train)  # refuses files of another network
     ann = read_ann_results().accuracy.validation
@@ -59,7 +59,7 @@ def main(stage: Stage, folder: Path) -> None:
     with room_for_trials(stage, comparison.resources) as room:
         trials = partial(searched, stage, room=room, work=work, scales=scales)
         for name in kind.surrogates:
-            base = base_of(name, kind, params.stdb)
+            base = base_of(name, kind, params)
             widths = width_search(comparison, kind, name)
             beta = best_width(kind, name, trials(widths, base, f"{name}-beta") if widths else [])
             if beta is not None:
@@ -95,7 +95,7 @@ def converted_loop(worker: Worker, timesteps: list[int]) -> None:
         at_t.params = worker.params.model_copy(
             update={"stdb": params.model_copy(update={"timesteps": t})}
         )
-        snn = starting_point(at_t, validation)
+        _, snn = starting_point(at_t, validation, worker.params)
         scale = params.threshold_scale
         if scale is None:
             scale = best_scale(worker, snn, validation, t, scales)
@@ -109,7 +109,7 @@ def converted_loop(worker: Worker, timesteps: list[int]) -> None:
 def searched(
     stage: Stage,
     sweep: SweepParams,
-    base: StdbParams,
+    base: Params,
     name: str,
     *,
     room: Room,

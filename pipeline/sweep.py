@@ -11,32 +11,35 @@ Out, in FOLDER: trials.csv, best_params.yaml, pareto.png, epochs.png, parallel.p
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pipeline.command import parser, print_on_any_terminal
-from pipeline.data import load_split
+from pipeline.data import Samples, load_split
 from pipeline.errors import StageError
 from pipeline.files import DATA, write_csv, write_text, writing
 from pipeline.handed_on import read_ann_results
-from pipeline.learning.networks import load_converted
+from pipeline.learning.calibration import check_method
+from pipeline.learning.networks import build_ann, load_converted, load_given
+from pipeline.params import Params
 from pipeline.stage import Stage, run_stage
 from pipeline.sweeps.front import candidates, choose, draw_curves, draw_front, draw_parallel
 from pipeline.sweeps.search import room_for_trials, search, work_folder
-from pipeline.sweeps.space import load_sweep, settings
+from pipeline.sweeps.space import SweepParams, load_sweep, samples, settings
 
 
 def main(stage: Stage, folder: Path) -> None:
     """Check everything, search, write what was found."""
     params = stage.params
-    sweep = load_sweep(folder / "params.yaml", params.stdb)
+    sweep = load_sweep(folder / "params.yaml", params)
     train = load_split(DATA / "train.safetensors")
-    load_converted(params.network, params.stdb, train)  # refuses files of another network
+    check_trials(sweep, params, train)
     accuracy = read_ann_results().accuracy.validation
     work = work_folder(stage)
     stage.hold(work / "lock", "this sweep")
     with room_for_trials(stage, sweep.resources) as room:
-        trials, epochs = search(stage, sweep, params.stdb, room, work)
+        trials, epochs = search(stage, sweep, params, room, work)
     tried = candidates(trials, list(sweep.space), sweep.cost)
     if not tried:
         spent = f"{sweep.budget} was spent before a trial's first epoch"
@@ -46,9 +49,8 @@ def main(stage: Stage, folder: Path) -> None:
     winner = choose(tried, sweep.cost, floor)
     write_csv(folder / "trials.csv", trials)
     chosen = {name: winner.trials[0][name] for name in sweep.space if name != "seed"}
-    best, before = settings(chosen, params.stdb).model_dump(), params.stdb.model_dump()
-    changed = {n: v for n, v in best.items() if v != before[n]}
-    text = yaml.safe_dump({"stdb": changed}, sort_keys=False)
+    best = settings(chosen, params, sweep.weights)
+    text = yaml.safe_dump(changes(best, params), sort_keys=False)
     write_text(folder / "best_params.yaml", text)
     with writing(folder / "pareto.png") as temporary:
         draw_front(tried, winner, sweep.cost, accuracy, floor, temporary)
@@ -58,14 +60,39 @@ def main(stage: Stage, folder: Path) -> None:
         draw_parallel(trials, list(sweep.space), temporary)
     for name in ("trials.csv", "best_params.yaml", "pareto.png", "epochs.png", "parallel.png"):
         stage.tracker.figure(folder / name)
-    stage.log({"accuracy/best_validation": winner.accuracy, "timesteps": best["timesteps"]})
+    stage.log({"accuracy/best_validation": winner.accuracy, "timesteps": best.stdb.last_timesteps})
     within = "within" if winner.accuracy >= floor else "none is within"
     stage.say(
-        f"{winner.accuracy:.2%} at T = {best['timesteps']}, {within} {sweep.floor} points of the "
-        f"ANN's {accuracy:.2%} (validation); make apply-best writes it into params.yaml"
+        f"{winner.accuracy:.2%} at T = {best.stdb.last_timesteps}, {within} {sweep.floor} points "
+        f"of the ANN's {accuracy:.2%} (validation); make apply-best writes it into params.yaml"
     )
     if not stage.runs_again:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def check_trials(sweep: SweepParams, params: Params, train: Samples) -> None:
+    """Refuse what trials could not start from, whatever they draw.
+
+    Raises:
+        StageError: the files are another network's, an ANN's levels are others, or a calibration
+            cannot be done.
+    """
+    _, snn = load_converted(params.network, params.stdb, train)
+    for levels, path in (sweep.weights or {}).items():
+        network = params.network.model_copy(update={"levels": levels})
+        load_given(build_ann(network, train), network, Path(path))
+    for sample in samples(sweep.space, params.stdb):
+        check_method(settings(sample, params, sweep.weights), snn)
+
+
+def changes(best: Params, before: Params) -> dict[str, Any]:
+    """Section → key → value, of what differs."""
+    sections, old = best.model_dump(), before.model_dump()
+    found = {
+        name: {key: value for key, value in section.items() if value != old[name][key]}
+        for name, section in sections.items()
+    }
+    return {name: section for name, section in found.items() if section}
 
 
 if __name__ == "__main__":

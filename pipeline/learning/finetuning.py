@@ -1,5 +1,6 @@
 """STDB fine-tuning (Algorithms 2 and 3), the same for the stage and the trials of a sweep."""
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 import stdb
 from pipeline.data import Samples
 from pipeline.errors import StageError
-from pipeline.files import ANN
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning.evaluation import (
     Evaluation,
@@ -23,13 +23,13 @@ from pipeline.learning.fit import BackwardPasses, Losses, Task, cross_entropy, f
 from pipeline.learning.networks import (
     build_ann,
     build_snn,
-    load_handed_on,
-    load_weights,
+    load_converted,
     use_surrogate,
     use_threads,
 )
 from pipeline.params import DistilParams, StdbAtT, StdbParams
 
+Networks = tuple[nn.Module, stdb.SpikingNetwork]  # an ANN, and what it is converted to
 SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 90.0
 STEPS = "timesteps"  # of an epoch's metrics: T, where it is one of several
 BATCH = 128  # images presented at once where nothing is learned
@@ -41,7 +41,7 @@ def fine_tune(
     train: Samples,
     validation: Samples,
     extra: Callable[[int, Evaluation], Row] = lambda _epoch, _evaluation: {},
-    start: stdb.SpikingNetwork | None = None,
+    start: Networks | None = None,
 ) -> tuple[stdb.SpikingNetwork, State]:
     """Algorithms 2 and 3 on the converted network, or on random weights.
 
@@ -51,7 +51,7 @@ def fine_tune(
         train: the images to learn from.
         validation: the images that choose the epoch.
         extra: further metrics of an epoch, from its evaluation.
-        start: the converted network; None: what balance_thresholds handed on.
+        start: the trained ANN and its converted network; None: what earlier stages handed on.
 
     Returns:
         The network with the weights of its best epoch, and the state of :func:`fit`; its ``tuned``
@@ -59,9 +59,9 @@ def fine_tune(
         ``best`` (validation accuracy), ``epoch``, and ``history``.
     """
     params = worker.params.stdb
-    snn = starting_network(worker, scale, train, validation, start)
+    ann, snn = starting_networks(worker, scale, train, validation, start)
     model = worker.data_parallel(snn)
-    losses = fine_tuning_losses(worker, train)
+    losses = fine_tuning_losses(worker, ann)
 
     def validate(at_t: StdbAtT, epoch: int) -> Row:
         evaluation = evaluate_snn(worker, snn, validation, at_t.timesteps, BATCH)
@@ -109,31 +109,29 @@ def fine_tune(
     return snn, state | {"tuned": tuned}
 
 
-def starting_network(
+def starting_networks(
     worker: Worker,
     scale: float,
     train: Samples,
     validation: Samples,
-    start: stdb.SpikingNetwork | None = None,
-) -> stdb.SpikingNetwork:
-    """The converted network at its scaled thresholds, or random weights; its output scaled.
+    start: Networks | None = None,
+) -> Networks:
+    """The ANN, and the converted network at its scaled thresholds, its output scaled.
 
-    ``start`` as for :func:`fine_tune`.
+    Or those of random weights. ``start`` as for :func:`fine_tune`.
     """
     params = worker.params.stdb
     torch.manual_seed(params.seed)
-    ann = build_ann(worker.params.network, train)
-    if not params.from_scratch:
-        load_weights(ann, worker.path(ANN))
-    use_threads(worker, ann.to(worker.device), train, params.batch_size)
     if params.from_scratch:
+        ann = build_ann(worker.params.network, train).to(worker.device)
         snn = build_snn(ann, params, params.seed, train).to(worker.device)
         balance_random(snn, train, params)
     elif start is not None:
-        snn = start
+        ann, snn = start
     else:
-        snn = load_handed_on(ann, worker.params.network, params, train, worker.root)
-        snn = snn.to(worker.device)
+        ann, snn = load_converted(worker.params.network, params, train, worker.root)
+        ann, snn = ann.to(worker.device), snn.to(worker.device)
+    use_threads(worker, ann, train, params.batch_size)
     if params.dropout is not None:
         for module in snn.net.modules():
             if isinstance(module, nn.Dropout):
@@ -143,7 +141,7 @@ def starting_network(
     if factor == "auto":
         factor = fitting_scale(worker, ann, snn, validation)
     snn.scale_output(factor)
-    return snn
+    return ann, snn
 
 
 def fitting_scale(
@@ -190,20 +188,18 @@ def backward_passes(
     return passes
 
 
-def fine_tuning_losses(worker: Worker, train: Samples) -> Losses:
-    """Cross-entropy, or with ``stdb.distil`` that and the divergence from the ANN."""
+def fine_tuning_losses(worker: Worker, ann: nn.Module) -> Losses:
+    """Cross-entropy, or with ``stdb.distil`` that and the divergence from the ANN as it is."""
     params = worker.params.stdb
     if params.distil is None:
         return cross_entropy
-    return distilling(load_teacher(worker, train), params.distil, params.precision)
+    return distilling(teacher_of(ann), params.distil, params.precision)
 
 
-def load_teacher(worker: Worker, train: Samples) -> nn.Module:
-    """The trained ANN as it is, in evaluation mode and without gradient."""
-    ann = build_ann(worker.params.network, train)
-    load_weights(ann, worker.path(ANN))
-    ann.to(worker.device).to(memory_format=torch.channels_last)
-    return ann.eval().requires_grad_(False)
+def teacher_of(ann: nn.Module) -> nn.Module:
+    """A copy of the trained ANN, in evaluation mode and without gradient."""
+    teacher = copy.deepcopy(ann).to(memory_format=torch.channels_last)
+    return teacher.eval().requires_grad_(False)
 
 
 def distilling(teacher: nn.Module, params: DistilParams, precision: str) -> Losses:

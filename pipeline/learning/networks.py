@@ -17,7 +17,7 @@ from pipeline.jobs.worker import Worker
 from pipeline.learning import published
 from pipeline.learning.balanced import AGAIN, keep_fixed, load_balanced
 from pipeline.learning.checks import build_own, check_room
-from pipeline.learning.weights import load_weights, save_weights
+from pipeline.learning.weights import load_weights, network_of, save_weights
 from pipeline.params import NetworkParams, StdbParams
 
 __all__ = [
@@ -81,10 +81,17 @@ def load_given(ann: nn.Module, params: NetworkParams, path: Path) -> int | None:
         as it was drawn, as of ``torchvision:`` networks; else None.
 
     Raises:
-        StageError: they are another network's.
+        StageError: they are another network's, or were trained with other levels.
     """
     of_torchvision = params.architecture.startswith(published.PREFIX)
-    return load_weights(ann, path, published.head(ann) if of_torchvision else None)
+    classes = load_weights(ann, path, published.head(ann) if of_torchvision else None)
+    levels = network_of(path).get("levels")
+    if levels not in (None, params.levels):
+        raise StageError(
+            f"the weights in {path} were trained with levels: {levels}, and network.levels is "
+            f"{params.levels}; allowed: {levels}"
+        )
+    return classes
 
 
 def example_of(data: Samples) -> Tensor:

@@ -105,6 +105,19 @@ def load_weights(
     return classes
 
 
+def network_of(path: Path) -> dict[str, Any]:
+    """What a file of :func:`save_weights` says of its network, as ``network`` in params.yaml.
+
+    Empty of a file of others, which does not say it.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        found = json.loads((file.metadata() or {}).get("config", "{}"))
+    network = found.get("network") if isinstance(found, dict) else None
+    return network if isinstance(network, dict) else {}
+
+
 def _read(path: Path) -> Any:
     """What the file holds."""
     try:

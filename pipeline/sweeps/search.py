@@ -18,7 +18,7 @@ from pipeline.jobs.failures import reason
 from pipeline.jobs.plan import Plan, machine
 from pipeline.jobs.ray_private import HEAD, trials_of
 from pipeline.learning.networks import surrogate_of
-from pipeline.params import StdbParams
+from pipeline.params import Params
 from pipeline.stage import Stage
 from pipeline.sweeps.space import ResourceParams, SweepParams, settings
 from pipeline.sweeps.trial import Common, run_trial
@@ -61,7 +61,7 @@ def room_for_trials(stage: Stage, resources: ResourceParams) -> Iterator[Room]:
 def search(
     stage: Stage,
     sweep: SweepParams,
-    base: StdbParams,
+    base: Params,
     room: Room,
     work: Path,
     scales: dict[int, float] | None = None,
@@ -71,7 +71,7 @@ def search(
     Args:
         stage: the sweep's.
         sweep: what is searched, and how.
-        base: the parameters of ``stdb`` that are not searched.
+        base: the parameters that are not searched.
         room: of :func:`room_for_trials`.
         work: where it is kept until it is done.
         scales: T → threshold scale, where ``base`` has none; what it lacks a trial finds itself.
@@ -83,15 +83,16 @@ def search(
     total = sweep.combinations if sweep.method == "grid" else sweep.trials
     resources = sweep.resources
     cpus = max(1, math.floor(resources.cpus))
-    of_trials = base.model_copy(update={"epochs": sweep.epochs})
+    of_trials = base.stdb.model_copy(update={"epochs": sweep.epochs})
     common = Common(
-        stage.params.model_copy(update={"stdb": of_trials}),
+        base.model_copy(update={"stdb": of_trials}),
         Path.cwd(),
         str(work / "states"),
         Plan(resources.workers, resources.workers, room.use_gpu, cpus),
         sweep.train_images,
         sweep.seed,
         scales or {},
+        sweep.weights or {},
     )
     stage.say(f"up to {total} trials, {room.parallel} at once")
     trainable = tune.with_resources(partial(run_trial, common=common), room.needed)
@@ -124,14 +125,14 @@ def plan_trials(resources: ResourceParams, cpus: int, gpus: int) -> tuple[int, b
     return parallel, each > 0, {"CPU": resources.cpus, "GPU": each}
 
 
-def tables(results: Any, sweep: SweepParams, base: StdbParams, work: Path) -> Tables:
+def tables(results: Any, sweep: SweepParams, base: Params, work: Path) -> Tables:
     """A row a trial and a row an epoch, from the states that trials keep."""
     trials, epochs = [], []
     for trial, result in zip(trials_of(results), results, strict=True):
         state = Checkpoints(str(work / "states"), "trial", trial.trial_id).load() or {}
         history = state.get("history", [])
         sample = {name: trial.config[name] for name in sweep.space}
-        params = settings(sample, base)
+        params = settings(sample, base, sweep.weights).stdb
         surrogate = surrogate_of(params)
         best: dict[str, Any] = max(history, key=lambda row: row["accuracy/validation"], default={})
         early = "stopped" if len(history) < sweep.epochs else "finished"

@@ -6,30 +6,45 @@ T would pair a T with another one's α. ``alpha_100`` and ``beta_100`` are their
     α = alpha_100 · √(100 / T)        β = beta_100 · 100 / T
 
 so that the surrogate decays by as much over a presentation, whatever its length. 0.3 and 0.01 are
-the paper's. ``alpha`` and ``beta`` themselves can be searched, too.
+the paper's. ``alpha`` and ``beta`` themselves can be searched, too. ``distil_weight`` is the weight
+of ``distil`` alone.
+
+What comes before the fine-tuning can be searched as well, and a trial then calibrates for itself:
+the parameters of ``balance_thresholds`` in :data:`CALIBRATION`, and ``levels`` of the ANN's
+activations, where there is a file of weights for each.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import ParamsError
-from pipeline.params import StdbParams
+from pipeline.params import Params, StdbParams
 from pipeline.typed import Count, NonNegative, Positive, Section, Seed, load, problems, shown
 
+Given = TypeVar("Given", bound=Section)
 Scaled = tuple[str, Callable[[float, int], float]]
 SCALED: dict[str, Scaled] = {  # name → what it stands for, and its value from this one's and T
     "alpha_100": ("alpha", lambda value, timesteps: value * math.sqrt(100 / timesteps)),
     "beta_100": ("beta", lambda value, timesteps: value * 100 / timesteps),
 }
-SEARCHABLE = (*StdbParams.model_fields, *SCALED)
+WEIGHT, TEMPERATURE = "distil_weight", 2.0
+"""The weight of ``distil``, and its temperature where params.yaml has none."""
+CALIBRATION = ("method", "per", "percentile", "initial_membrane", "bias_correction")
+LEVELS = "levels"
+SEARCHABLE = tuple(
+    name
+    for name in (*StdbParams.model_fields, *SCALED, WEIGHT, *CALIBRATION, LEVELS)
+    if name != "epochs"
+)
 EXCLUDING = (  # a value of one may forbid another's
-    *("distil", "from_scratch", "logit_scale"),
-    *("surrogate", "alpha", "beta", "over_threshold", *SCALED),
+    ("distil", WEIGHT, "from_scratch", "logit_scale"),
+    ("surrogate", "alpha", "beta", "over_threshold", *SCALED),
+    (*CALIBRATION, "leak"),
 )
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -140,21 +155,26 @@ class SweepParams(Section):
     asha: AshaParams | None
     """None: every trial runs to its end."""
     resources: ResourceParams
+    weights: dict[int, str] | None = None
+    """Number of levels → weights file of an ANN that was trained with as many: of each that
+    ``levels`` may be, besides ``network.levels`` of params.yaml, whose ANN is the pipeline's."""
     space: Annotated[dict[str, Range], Field(min_length=1)]
-    """Name → values: any parameter of ``stdb`` in params.yaml, alpha_100, beta_100."""
+    """Name → values: any parameter of ``stdb`` in params.yaml, alpha_100, beta_100, distil_weight;
+    of ``balance_thresholds`` method, per, percentile, initial_membrane, bias_correction; levels."""
 
     @model_validator(mode="after")
     def _space_is_known(self) -> "SweepParams":
         for name, values in self.space.items():
-            if name not in SEARCHABLE or name == "epochs":
-                allowed = ", ".join(n for n in SEARCHABLE if n != "epochs")
+            if name not in SEARCHABLE:
+                allowed = ", ".join(SEARCHABLE)
                 raise ValueError(f"space.{name} is nothing to search; allowed: {allowed}")
             if (self.method == "grid") != (values.kind == "grid"):
                 raise ValueError(
                     f"space.{name} is {values.kind} and method is {self.method}; allowed: grid "
                     "with method: grid, anything else with optuna or random"
                 )
-        for name, (base, _) in SCALED.items():
+        names = {name: base for name, (base, _) in SCALED.items()} | {WEIGHT: "distil"}
+        for name, base in names.items():
             if name in self.space and base in self.space:
                 raise ValueError(f"space has {name} and {base}; allowed: one of them")
         if self.method == "grid" and self.combinations > self.trials:
@@ -179,32 +199,54 @@ class SweepParams(Section):
         return math.prod(len(values.values) for values in self.space.values())
 
 
-def load_sweep(path: Path, base: StdbParams) -> SweepParams:
+def load_sweep(path: Path, base: Params) -> SweepParams:
     """Read and check a sweep's parameters; every value that can be drawn is allowed in params.yaml.
 
     Raises:
         ParamsError: names keys, values, and what is allowed.
     """
     sweep = load(path, SweepParams)
-    if base.progressive and "timesteps" not in sweep.space:
+    if base.stdb.progressive and "timesteps" not in sweep.space:
         raise ParamsError(
-            f"{path} cannot be used: stdb.timesteps is {base.timesteps}, and a trial has one T; "
-            "allowed: one in params.yaml, or timesteps in the space"
+            f"{path} cannot be used: stdb.timesteps is {base.stdb.timesteps}, and a trial has one "
+            "T; allowed: one in params.yaml, or timesteps in the space"
         )
     try:
-        for sample in samples(sweep.space, base):
-            settings(sample, base)
+        _check_levels(sweep, base.network.levels)
+        for sample in samples(sweep.space, base.stdb):
+            settings(sample, base, sweep.weights)
     except ParamsError as error:
         raise ParamsError(f"{path} cannot be used: space: {error}") from None
     return sweep
 
 
+def _check_levels(sweep: SweepParams, own: int | None) -> None:
+    """Refuse levels that no ANN was trained with.
+
+    Raises:
+        ParamsError: says which.
+    """
+    levels, weights = sweep.space.get(LEVELS), sweep.weights or {}
+    if levels is None:
+        if weights:
+            raise ParamsError("levels is not there, and weights are; allowed: weights: null")
+        return
+    if levels.kind not in ("choice", "grid"):
+        raise ParamsError(f"levels is {levels.kind}; allowed: choice, grid")
+    missing = [shown(n) for n in levels.values if type(n) is not int or n not in {own, *weights}]
+    if missing:
+        raise ParamsError(
+            f"levels is {', '.join(missing)}; allowed: {own}, which network.levels is, and those "
+            "that weights has a file for"
+        )
+
+
 def samples(space: dict[str, Range], base: StdbParams) -> Iterator[dict[str, Any]]:
     """Every value alone, T first, a scaled one at the least and the largest T; then the corners.
 
-    What depends on T is here at the least and the largest; of those of :data:`EXCLUDING`, which
-    depend on each other, all combinations are, up to 4096; so what is allowed alone is allowed
-    together. Corners, up to 4096 of them, make sure of it.
+    What depends on T is here at the least and the largest; of those in a line of
+    :data:`EXCLUDING`, which depend on each other, all combinations are, up to 4096; so what is
+    allowed alone is allowed together. Corners, up to 4096 of them, make sure of it.
     """
     steps = space["timesteps"].values if "timesteps" in space else [base.last_timesteps]
     yield from ({"timesteps": value} for value in steps)
@@ -212,35 +254,66 @@ def samples(space: dict[str, Range], base: StdbParams) -> Iterator[dict[str, Any
     for name, values in space.items():
         for value in values.values if name != "timesteps" else []:
             yield from ({name: value, "timesteps": t} for t in extremes)
-    excluding = [[(name, v) for v in space[name].values] for name in EXCLUDING if name in space]
-    several = itertools.islice(itertools.product(*excluding), 4096)
-    yield from ({**dict(pairs), "timesteps": extremes[-1]} for pairs in several)
+    for names in EXCLUDING:
+        pairs = [[(name, v) for v in space[name].values] for name in names if name in space]
+        several = itertools.islice(itertools.product(*pairs), 4096)
+        yield from ({**dict(chosen), "timesteps": extremes[-1]} for chosen in several)
     ends = [[(name, r.values[0]), (name, r.values[-1])] for name, r in space.items()]
     yield from map(dict, itertools.islice(itertools.product(*ends), 4096))
 
 
-def settings(sample: dict[str, Any], base: StdbParams) -> StdbParams:
-    """The ``stdb`` parameters of a trial: params.yaml's, with what was drawn.
+def settings(
+    sample: dict[str, Any], base: Params, weights: Mapping[int, str] | None = None
+) -> Params:
+    """The parameters of a trial: params.yaml's, with what was drawn.
 
     A T that was drawn takes the place of several, and the epochs at the last of them stay.
+
+    Args:
+        sample: name → value, of the names of a space.
+        base: params.yaml's.
+        weights: number of levels → weights file.
 
     Raises:
         ParamsError: a value is not allowed.
     """
-    values = base.model_dump() | {k: v for k, v in sample.items() if k not in SCALED}
+    calibration = {name: value for name, value in sample.items() if name in CALIBRATION}
+    changed: dict[str, Section] = {
+        "stdb": _with(base.stdb, _of_stdb(sample, base.stdb)),
+        "balance_thresholds": _with(base.balance_thresholds, calibration),
+    }
+    if LEVELS in sample and (levels := sample[LEVELS]) != base.network.levels:
+        changed["network"] = _with(base.network, {LEVELS: levels})
+        changed["train_ann"] = _with(base.train_ann, {"weights": (weights or {})[levels]})
+    return base.model_copy(update=changed)
+
+
+def _of_stdb(sample: dict[str, Any], base: StdbParams) -> dict[str, Any]:
+    """What a sample says of ``stdb``, in its own names."""
+    values = {name: value for name, value in sample.items() if name in StdbParams.model_fields}
     if isinstance(steps := sample.get("timesteps"), list):
         raise ParamsError(f"timesteps is {shown(steps)}; allowed: one T, since a trial has one")
     if steps is not None and isinstance(base.epochs, list):
         values["epochs"] = base.epochs[-1]
+    for name in (name for name in (*SCALED, WEIGHT) if name in sample):
+        if type(sample[name]) not in (int, float):
+            raise ParamsError(f"{name} is {shown(sample[name])}; allowed: a number")
     for name, (stands_for, of) in SCALED.items():
         if name in sample:
-            if type(sample[name]) not in (int, float):
-                raise ParamsError(f"{name} is {shown(sample[name])}; allowed: a number")
-            values[stands_for] = of(sample[name], values["timesteps"])
+            steps = base.last_timesteps if steps is None else steps
+            values[stands_for] = of(sample[name], steps)
+    if WEIGHT in sample:
+        temperature = TEMPERATURE if base.distil is None else base.distil.temperature
+        values["distil"] = {"weight": sample[WEIGHT], "temperature": temperature}
+    return values
+
+
+def _with(base: Given, values: dict[str, Any]) -> Given:
+    """A section with other values, checked."""
     try:
-        return StdbParams(**values)
+        return type(base)(**base.model_dump() | values)
     except ValidationError as error:
-        raise ParamsError(problems(error, StdbParams)[0]) from None
+        raise ParamsError(problems(error, type(base))[0]) from None
 
 
 def short(value: Any) -> str:

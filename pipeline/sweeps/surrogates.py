@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.errors import ParamsError
-from pipeline.params import StdbParams
+from pipeline.params import Params
 from pipeline.sweeps.space import ResourceParams, SweepParams, settings
 from pipeline.typed import Count, NonNegative, Section, Seed, Steps, load, one_of
 from stdb import ENCODERS, SURROGATES
@@ -65,23 +65,24 @@ class ComparisonParams(Section):
     """By ``stdb.encoder``: what is compared on such networks."""
 
 
-def load_comparison(path: Path, base: StdbParams) -> tuple[ComparisonParams, KindParams]:
+def load_comparison(path: Path, base: Params) -> tuple[ComparisonParams, KindParams]:
     """Read and check a comparison's parameters; all of them, and those for this network.
 
     Raises:
         ParamsError: names keys, values, and what is allowed.
     """
     comparison = load(path, ComparisonParams)
-    if base.from_scratch:
+    if base.stdb.from_scratch:
         raise ParamsError(
             "stdb.from_scratch is true, and what is compared starts from the converted network; "
             "allowed: false"
         )
-    kind = comparison.networks.get(base.encoder)
+    encoder = base.stdb.encoder
+    kind = comparison.networks.get(encoder)
     if kind is None:
         raise ParamsError(
-            f"{path} has nothing for stdb.encoder: {base.encoder}; allowed: "
-            f"{', '.join(comparison.networks)}, or networks.{base.encoder} in it"
+            f"{path} has nothing for stdb.encoder: {encoder}; allowed: "
+            f"{', '.join(comparison.networks)}, or networks.{encoder} in it"
         )
     try:
         for name in kind.surrogates:
@@ -92,10 +93,10 @@ def load_comparison(path: Path, base: StdbParams) -> tuple[ComparisonParams, Kin
     return comparison, kind
 
 
-def base_of(name: str, kind: KindParams, base: StdbParams) -> StdbParams:
-    """The parameters of ``stdb`` with a surrogate as it is by itself."""
+def base_of(name: str, kind: KindParams, base: Params) -> Params:
+    """The parameters with a surrogate as it is by itself."""
     own = {"surrogate": name, "alpha": None, "beta": None, "over_threshold": kind.over_threshold}
-    return base.model_copy(update=own)
+    return base.model_copy(update={"stdb": base.stdb.model_copy(update=own)})
 
 
 def width_search(comparison: ComparisonParams, kind: KindParams, name: str) -> SweepParams | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import stdb
 from pipeline.data import Samples, load_split, subset
@@ -26,7 +27,13 @@ from pipeline.learning.calibration import calibrate, check_method, for_wanted_st
 from pipeline.learning.evaluation import Evaluation, best_scale
 from pipeline.learning.finetuning import fine_tune
 from pipeline.learning.fit import order
-from pipeline.learning.networks import configure, load_converted
+from pipeline.learning.networks import (
+    build_ann,
+    build_snn,
+    configure,
+    load_converted,
+    load_given,
+)
 from pipeline.params import Params
 from pipeline.sweeps.space import settings
 
@@ -37,6 +44,7 @@ class Common:
 
     Attributes:
         params: all parameters, ``stdb.epochs`` those of a trial.
+        weights: number of levels → weights file of an ANN with as many.
         root: the repository.
         storage: where their states live.
         plan: the workers of each.
@@ -52,6 +60,7 @@ class Common:
     train_images: int | None
     seed: int
     scales: dict[int, float] = field(default_factory=dict)
+    weights: dict[int, str] = field(default_factory=dict)
 
 
 def run_trial(sample: dict[str, Any], common: Common) -> None:
@@ -66,10 +75,14 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
 
     name = ray.tune.get_context().get_trial_id()
     checkpoints = Checkpoints(common.storage, "trial", name)
-    stdb_params = settings(sample, common.params.stdb)
-    params = common.params.model_copy(update={"stdb": stdb_params})
-    known = common.scales.get(stdb_params.last_timesteps)
-    loop = partial(run_trial_training, images=common.train_images, seed=common.seed, known=known)
+    params = settings(sample, common.params, common.weights)
+    loop = partial(
+        run_trial_training,
+        images=common.train_images,
+        seed=common.seed,
+        known=common.scales.get(params.stdb.last_timesteps),
+        made=common.params,
+    )
     if common.plan.workers > 1:
         job = Job(params, "trial", checkpoints, common.plan, common.root, report_every=0.0)
         fit_on_ray(loop, job, TuneReportCallback())
@@ -88,7 +101,11 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
 
 
 def run_trial_training(
-    worker: Worker, images: int | None, seed: int, known: float | None = None
+    worker: Worker,
+    images: int | None,
+    seed: int,
+    known: float | None = None,
+    made: Params | None = None,
 ) -> None:
     """Fine-tune at the trial's parameters, and at the threshold scale that is best for its T.
 
@@ -97,11 +114,12 @@ def run_trial_training(
         images: training images, drawn by ``seed``; None: as many as ``stdb.images`` says.
         seed: draws them.
         known: the scale, where the parameters have none and it was found before.
+        made: the parameters of what the pipeline made; None: the trial's.
     """
     params = worker.params.stdb
     train, validation = worker.split("train"), worker.split("validation")
     train = subset(train, images or params.images, seed)
-    snn = starting_point(worker, train)
+    ann, snn = starting_point(worker, train, made)
     shapes = snn.shapes(train.shape)
     neurons = sum(math.prod(shapes[i]) for i in snn.graph.labels)
     learned = sum(map(len, order(len(train), params.batch_size, params.seed, 1)))
@@ -125,25 +143,38 @@ def run_trial_training(
         scales = worker.params.evaluate_converted
         before = copy.deepcopy(snn)
         scale = best_scale(worker, before, validation, params.last_timesteps, scales)
-    _, state = fine_tune(worker, scale, train, validation, extra, snn)
+    _, state = fine_tune(worker, scale, train, validation, extra, (ann, snn))
     if not validated:  # killed after its last epoch, before anybody noted that it was done
         worker.checkpoint(state, state["history"][-1:])
 
 
-def starting_point(worker: Worker, train: Samples) -> stdb.SpikingNetwork:
-    """What balance_thresholds handed on; calibrated anew where the trial's T or λ want another.
+def starting_point(
+    worker: Worker, train: Samples, made: Params | None = None
+) -> tuple[nn.Module, stdb.SpikingNetwork]:
+    """The ANN, and its spiking network as balance_thresholds does it at the trial's parameters.
+
+    What the pipeline made is taken where they are the same, for all that it depends on.
 
     Args:
         worker: that this process is.
         train: images of the training split.
+        made: the parameters of what the pipeline made; None: the trial's.
     """
-    params = worker.params.stdb
-    ann, snn = load_converted(worker.params.network, params, train, worker.root)
-    plan = check_method(worker.params, snn)
-    wanted = params.first_timesteps if for_wanted_steps(plan) else None
-    if wanted != calibrated_for(worker.path(BALANCED)):
+    params, path = worker.params, worker.path(ANN)
+    made = made or params
+    if params.network == made.network:
+        ann, snn = load_converted(params.network, params.stdb, train, worker.root)
+    else:
+        path = worker.path(Path(str(params.train_ann.weights)))
+        ann = build_ann(params.network, train)
+        load_given(ann, params.network, path)
+        snn = build_snn(ann, params.stdb, params.stdb.seed, train)
+    plan = check_method(params, snn)
+    wanted = params.stdb.first_timesteps if for_wanted_steps(plan) else None
+    asked = [(p.network, p.balance_thresholds, p.stdb.encoder, p.stdb.leak) for p in (params, made)]
+    if asked[0] != asked[1] or wanted != calibrated_for(worker.path(BALANCED)):
         whole = load_split(worker.path(DATA) / "train.safetensors")
         snn = calibrate(worker, ann.to(worker.device), whole).snn
-        configure(snn, params, params.seed, train)
-        keep_fixed(ann, snn, worker.path(ANN))
-    return snn.to(worker.device)
+        configure(snn, params.stdb, params.stdb.seed, train)
+        keep_fixed(ann, snn, path)
+    return ann.to(worker.device), snn.to(worker.device)

@@ -11,7 +11,7 @@ import pipeline.learning.finetuning
 from pipeline import finetune_stdb
 from pipeline.data import augment
 from pipeline.files import ANN
-from pipeline.learning.finetuning import distilling, load_teacher
+from pipeline.learning.finetuning import distilling, teacher_of
 from pipeline.learning.fit import order
 from pipeline.learning.networks import build_ann, load_weights
 from pipeline.params import DistilParams, ParamsError, StdbParams
@@ -136,7 +136,7 @@ def test_the_teacher_is_asked_once_for_each_batch(files, monkeypatch):
     asked, kept = [], {}
 
     def watched(*arguments):
-        teacher = load_teacher(*arguments)
+        teacher = teacher_of(*arguments)
         kept.update(teacher=teacher, before=copy.deepcopy(teacher.state_dict()))
 
         def note(module, inputs, logits):
@@ -145,7 +145,7 @@ def test_the_teacher_is_asked_once_for_each_batch(files, monkeypatch):
         teacher.register_forward_hook(note)
         return teacher
 
-    monkeypatch.setattr(pipeline.learning.finetuning, "load_teacher", watched)
+    monkeypatch.setattr(pipeline.learning.finetuning, "teacher_of", watched)
     finetune(files, DISTIL.model_copy(update={"truncate": 1}))
     assert asked == [(24, False, False)] * 2
     for name, value in kept["teacher"].state_dict().items():
@@ -156,7 +156,7 @@ def test_the_teacher_is_asked_once_for_each_batch(files, monkeypatch):
 def test_the_teacher_computes_in_the_precision_of_the_products(files):
     """In bfloat16 its products are rounded, its logits are float32."""
     train, seen = files[1]["train"].take(torch.arange(4)), []
-    teacher = load_teacher(worker(files[0]), train)
+    teacher = teacher_of(build_ann(NETWORK, train))
     teacher.register_forward_hook(lambda module, inputs, logits: seen.append(logits.dtype))
     losses = {
         precision: distilling(teacher, TEACHING, precision)(train.pixels())
@@ -200,7 +200,7 @@ def test_what_cannot_be_distilled_is_refused(changes, message):
     """By name, with what is allowed, before anything starts; the same for a sweep's values."""
     values = {"distil": {"weight": 0.7, "temperature": 2}} | changes
     with pytest.raises(ParamsError, match=message):
-        settings(values, PARAMS.stdb)
+        settings(values, PARAMS)
 
 
 def test_a_sweep_over_what_excludes_each_other_is_refused(tmp_path):
@@ -213,7 +213,7 @@ def test_a_sweep_over_what_excludes_each_other_is_refused(tmp_path):
         path = tmp_path / "params.yaml"
         path.write_text(f"{head}\nspace:\n{space}")
         if not refused:
-            assert set(load_sweep(path, PARAMS.stdb).space) == {"distil", "logit_scale"}
+            assert set(load_sweep(path, PARAMS).space) == {"distil", "logit_scale"}
             continue
         with pytest.raises(ParamsError, match=r"space: logit_scale is 0.5 beside distil"):
-            load_sweep(path, PARAMS.stdb)
+            load_sweep(path, PARAMS)

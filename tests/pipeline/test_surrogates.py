@@ -30,8 +30,15 @@ from pipeline.sweeps.surrogates import (
 from tests.pipeline.support import ROOT, STDB, Started, copy_of, make_files, worker
 
 FILE = ROOT / "sweep/surrogates/params.yaml"
-BASE = load_params(ROOT / "params.yaml").stdb
-DIRECT = BASE.model_copy(update={"encoder": "direct"})
+BASE = load_params(ROOT / "params.yaml")
+
+
+def based(**values):
+    """params.yaml's parameters with others of ``stdb``."""
+    return BASE.model_copy(update={"stdb": BASE.stdb.model_copy(update=values)})
+
+
+DIRECT = based(encoder="direct")
 
 
 def changed(tmp_path, before, after):
@@ -62,7 +69,7 @@ def test_a_cell_learns_with_its_surrogate_over_the_threshold():
     """Its own α; β as it was found, of STDB by T; others have none to search."""
     comparison, few = load_comparison(FILE, DIRECT)
     sample = {"surrogate": "stdb", "beta_100": 0.02, "timesteps": 4, "seed": 1}
-    found = settings(sample, base_of("stdb", few, DIRECT))
+    found = settings(sample, base_of("stdb", few, DIRECT)).stdb
     assert (found.timesteps, found.seed) == (4, 1)
     surrogate = surrogate_of(found)
     assert (surrogate.name, surrogate.alpha, surrogate.beta) == ("stdb", 0.3, 0.5)
@@ -97,7 +104,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, before, after, message):
 def test_random_weights_are_not_compared():
     """What is gained is gained over the converted network."""
     with pytest.raises(ParamsError, match="from_scratch is true, and what is compared starts"):
-        load_comparison(FILE, BASE.model_copy(update={"from_scratch": True}))
+        load_comparison(FILE, based(from_scratch=True))
 
 
 def test_a_network_without_a_comparison_is_refused(tmp_path):

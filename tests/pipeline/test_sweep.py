@@ -20,24 +20,33 @@ from safetensors.torch import load_file
 import pipeline.sweeps.trial
 from pipeline.errors import ParamsError, StageError
 from pipeline.files import ANN
+from pipeline.learning.networks import described
+from pipeline.learning.weights import save_weights
 from pipeline.overlays import apply
-from pipeline.params import load_params
+from pipeline.params import DistilParams, load_params
+from pipeline.sweep import changes, check_trials
 from pipeline.sweeps.front import candidates, choose, draw_curves, draw_parallel, front
 from pipeline.sweeps.search import plan_trials
 from pipeline.sweeps.space import BudgetParams, ResourceParams, load_sweep, settings
 from pipeline.sweeps.tuner import ACCURACY, Budget, Halving
 from tests.pipeline.dependencies import covered, needed
 from tests.pipeline.support import (
+    BALANCING,
+    DIRECT,
     LAYER_THRESHOLDS,
+    MSE,
+    NORMED,
     ROOT,
     STDB,
     Started,
     copy_of,
+    handed_on,
     make_files,
     worker,
 )
 
-BASE = load_params(ROOT / "params.yaml").stdb
+BASE = load_params(ROOT / "params.yaml")
+LEVELS = NORMED.model_copy(update={"activation": "qcfs", "levels": 4})
 TEXT = (ROOT / "sweep/params.yaml").read_text()
 SPACE = TEXT[TEXT.index("space:") :]
 
@@ -50,6 +59,11 @@ def load(tmp_path, before="", after="", space=None, base=BASE):
     path = tmp_path / "params.yaml"
     path.write_text(text)
     return load_sweep(path, base)
+
+
+def based(section="stdb", **values):
+    """params.yaml's parameters with others of one section."""
+    return BASE.model_copy(update={section: getattr(BASE, section).model_copy(update=values)})
 
 
 def refusal(tmp_path, *change, **changes) -> str:
@@ -97,14 +111,14 @@ def test_values_that_exclude_each_other_are_refused_wherever_they_stand_in_a_lis
     space = ["surrogate: {choice: [stdb, auto, linear]}", "beta_100: {log_uniform: [0.01, 0.1]}"]
     null = {"alpha": None, "beta": None, "over_threshold": None}
     with pytest.raises(ParamsError, match="with surrogate: auto"):
-        load(tmp_path, space=space, base=BASE.model_copy(update=null))
+        load(tmp_path, space=space, base=based(**null))
 
 
 def test_a_list_of_t_in_the_parameters_does_not_speak_for_the_trials(tmp_path):
     """Each has a T of its own, at which values have to be allowed, and no list."""
     space = ["timesteps: {choice: [20, 40]}", "truncate: {choice: [8, 10]}"]
     falling = {"timesteps": [8, 4], "logit_scale": "auto"}
-    sweep = load(tmp_path, space=space, base=BASE.model_copy(update=falling))
+    sweep = load(tmp_path, space=space, base=based(**falling))
     assert sweep.space["truncate"].values == [8, 10]
 
 
@@ -123,15 +137,123 @@ def test_a_grid_has_values_only(tmp_path):
     assert "asha.grace is 9; allowed: up to epochs, 4" in refusal(tmp_path, "grace: 1", "grace: 9")
 
 
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (["method: {choice: [mse, best]}"], "space: method is 'best'; allowed: "),
+        (["initial_membrane: {uniform: [0.3, 1.0]}"], "space: initial_membrane is 1.0; allowed: "),
+        (["distil_weight: {choice: [0.5, 2.0]}"], "space: distil.weight is 2.0; allowed: "),
+        (["distil_weight: {choice: [high]}"], "space: distil_weight is 'high'; allowed: a number"),
+        (["levels: {choice: [4, 8]}"], "levels is 8; allowed: 4, which network.levels is, and"),
+        (["levels: {choice: [[4], 4]}"], r"levels is \[4\]; allowed: "),
+        (["levels: {integer: [2, 4]}"], "levels is integer; allowed: choice, grid"),
+    ],
+)
+def test_a_calibration_that_cannot_be_searched_is_refused(tmp_path, space, message):
+    """As what params.yaml would refuse, and levels that no ANN was trained with."""
+    base = based("network", activation="qcfs", levels=4)
+    with pytest.raises(ParamsError, match=message):
+        load(tmp_path, space=space, base=base)
+
+
+def test_weights_without_levels_are_refused(tmp_path):
+    """They would stand for nothing."""
+    message = refusal(tmp_path, "weights: null", "weights: {2: models/two.safetensors}")
+    assert "levels is not there, and weights are; allowed: weights: null" in message
+
+
+def test_what_comes_before_the_fine_tuning_is_drawn_too():
+    """The calibration, the ANN with as many levels, and the weight of distillation alone."""
+    base = based("network", activation="qcfs", levels=4)
+    sample = {"method": "mse", "initial_membrane": 0.4, "levels": 2, "distil_weight": 0.3}
+    found = settings(sample, base, {2: "two.safetensors"})
+    assert found.balance_thresholds.method == "mse"
+    assert found.balance_thresholds.initial_membrane == 0.4
+    assert (found.network.levels, found.train_ann.weights) == (2, "two.safetensors")
+    assert found.stdb.distil == DistilParams(weight=0.3, temperature=2.0)
+    warmer = based(distil=DistilParams(weight=0.9, temperature=5.0))
+    assert settings({"distil_weight": 0.3}, warmer).stdb.distil.temperature == 5.0
+    assert settings({"levels": 4}, base) == base  # the pipeline's own ANN has as many
+
+
+def test_the_winner_is_written_by_section():
+    """What differs from params.yaml, wherever it stands there."""
+    base = based("network", activation="qcfs", levels=4)
+    best = settings({"timesteps": 2, "method": "mse", "levels": 2}, base, {2: "two.pt"})
+    assert changes(best, base) == {
+        "network": {"levels": 2},
+        "train_ann": {"weights": "two.pt"},
+        "balance_thresholds": {"method": "mse"},
+        "stdb": {"timesteps": 2},
+    }
+
+
+def test_a_trial_starts_from_the_network_of_its_levels(tmp_path):
+    """That file's ANN, calibrated as the stage would: the same network to the last bit."""
+    folder, parts = make_files(tmp_path)
+    images = parts["test"].pixels()
+    two, four = (LEVELS.model_copy(update={"levels": n}) for n in (2, 4))
+    learned = BALANCING.model_copy(update={"method": "learned"})
+    expected, _, ann = handed_on(folder, parts, two, learned)
+    shutil.move(folder / ANN, folder / "two.safetensors")
+    other, _, _ = handed_on(folder, parts, four, learned)
+    made = worker(folder, DIRECT, network=four, balance_thresholds=learned).params
+    one = worker(folder, DIRECT)
+    one.params = settings({"levels": 2}, made, {2: "two.safetensors"})
+    teacher, own = pipeline.sweeps.trial.starting_point(one, parts["train"], made)
+    assert torch.equal(own.eval()(images, 3), expected.eval()(images, 3))
+    assert not torch.equal(own(images, 3), other.eval()(images, 3))
+    assert torch.equal(teacher.eval()(images), ann(images))
+    rows = []
+    one.send = rows.extend
+    pipeline.sweeps.trial.run_trial_training(one, images=30, seed=0, made=made)
+    assert [row["epoch"] for row in rows] == [1]
+
+
+def test_a_trial_calibrates_by_the_method_that_was_drawn(tmp_path):
+    """And for the encoder: what was handed on is of params.yaml's."""
+    folder, parts = make_files(tmp_path)
+    images = parts["test"].pixels()
+    plain = BALANCING.model_copy(update={"method": "maximum"})
+    for sample, network in (({"method": "mse"}, NORMED), ({"encoder": "poisson"}, NORMED)):
+        made = worker(folder, DIRECT, network=network, balance_thresholds=plain).params
+        one = worker(folder, DIRECT)
+        one.params = settings(sample, made)
+        balancing = one.params.balance_thresholds
+        expected, _, _ = handed_on(folder, parts, network, balancing, one.params.stdb)
+        handed_on(folder, parts, network, plain)
+        _, own = pipeline.sweeps.trial.starting_point(one, parts["train"], made)
+        assert torch.equal(own.eval()(images, 3), expected.eval()(images, 3))
+
+
+def test_what_no_trial_could_start_from_is_refused_before_the_first(tmp_path, monkeypatch):
+    """A method that the network does not allow, a file of other levels."""
+    folder, parts = make_files(tmp_path)
+    monkeypatch.chdir(folder)
+    handed_on(folder, parts, LEVELS, BALANCING.model_copy(update={"method": "learned"}))
+    made = worker(folder, DIRECT, network=LEVELS, balance_thresholds=MSE).params
+    text = TEXT.replace(
+        SPACE, "space: {method: {choice: [mse, percentile]}, leak: {choice: [0.9]}}"
+    )
+    (folder / "sweep.yaml").write_text(text)
+    with pytest.raises(StageError, match=r"method is mse with stdb\.leak: 0\.9; allowed: leak: 1"):
+        check_trials(load_sweep(folder / "sweep.yaml", made), made, parts["train"])
+    text = TEXT.replace(SPACE, "space: {levels: {choice: [2, 4]}}")
+    text = text.replace("weights: null", "weights: {2: models/ann.safetensors}")
+    (folder / "sweep.yaml").write_text(text)
+    save_weights(load_file(ANN), ANN, network=described(LEVELS))
+    with pytest.raises(StageError, match=r"trained with levels: 4, and network\.levels is 2"):
+        check_trials(load_sweep(folder / "sweep.yaml", made), made, parts["train"])
+
+
 @pytest.mark.parametrize(("timesteps", "alpha", "beta"), [(100, 0.3, 0.01), (25, 0.6, 0.04)])
 def test_alpha_and_beta_follow_the_time_steps(timesteps, alpha, beta):
     """The paper's at T = 100; larger at a smaller T, the decay over a presentation the same."""
-    found = settings({"alpha_100": 0.3, "beta_100": 0.01, "timesteps": timesteps}, BASE)
+    found = settings({"alpha_100": 0.3, "beta_100": 0.01, "timesteps": timesteps}, BASE).stdb
     assert (found.alpha, found.beta) == (pytest.approx(alpha), pytest.approx(beta))
     assert found.timesteps == timesteps
-    assert settings({"alpha": 0.7}, BASE).alpha == 0.7
-    untouched = settings({"timesteps": timesteps}, BASE).model_dump()
-    assert untouched == BASE.model_dump() | {"timesteps": timesteps}
+    assert settings({"alpha": 0.7}, BASE).stdb.alpha == 0.7
+    assert settings({"timesteps": timesteps}, BASE) == based(timesteps=timesteps)
 
 
 def test_a_sweep_depends_on_the_code_that_makes_its_result():
