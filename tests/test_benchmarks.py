@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import row
+import stdb
+from benchmarks import at_scale, row
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,3 +110,48 @@ def test_a_row_with_other_parameters_is_refused(images, tmp_path, capsys):
     ):
         assert row.main([*command, *more]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_step_is_computed_from_its_products_and_its_neurons(monkeypatch):
+    """By hand: twice the products and three times the neurons of what was measured, at half T."""
+    small, large = (at_scale.Work(1e6 * m, 1000 * n, 4000, snn=None) for m, n in ((1, 1), (2, 3)))
+    monkeypatch.setattr(at_scale, "work", lambda *_: small)
+    runs = [
+        {"timesteps": 100, "batch": 10, "seconds": 5.0, "products": 1.0},
+        {"timesteps": 4, "batch": 100, "seconds": 0.9, "products": 0.1},
+    ]
+    measured = {"network": "vgg5", "image_size": 32, "runs": runs}
+    many, few = (at_scale.rates(measured, steps) for steps in (30, 8))
+    assert many.product == pytest.approx(1.0 / (1000 * 1e6))
+    assert many.neuron == pytest.approx(4.0 / (1000 * 1000))
+    assert at_scale.seconds_per_image(large, many, 50) == pytest.approx(50 * (2e-3 + 12e-3))
+    assert few.neuron == pytest.approx(0.8 / (400 * 1000))
+
+
+def test_gradients_wait_for_the_slowest_link():
+    """A ring sends 2(n − 1)/n of the bytes; within a node its own link counts."""
+    assert at_scale.waiting(1000, 1, 1.0) == 0
+    assert at_scale.waiting(1000, 8, 1.0) == pytest.approx(1750 / at_scale.WITHIN)
+    assert at_scale.waiting(1000, 64, 500.0) == pytest.approx(2 * 63 / 64 * 2)
+
+
+def test_a_network_is_counted():
+    """VGG5's multiply-accumulates and neurons, by hand, at 8×8 pixels."""
+    of = at_scale.work("vgg5", 8, 10)
+    convolutions = 64 * 9 * (3 * 64 + 64 // 4 * 128 + 128 // 4 * 128)
+    ann = stdb.build("vgg5", in_channels=3, image_size=8, num_classes=10)
+    layers = [m for m in ann.modules() if hasattr(m, "in_features")]
+    assert of.products == convolutions + sum(m.in_features * m.out_features for m in layers)
+    assert of.neurons == 64 * 64 + 2 * 16 * 128 + sum(m.out_features for m in layers[:-1])
+    assert of.gradients == 4 * sum(p.numel() for p in ann.parameters())
+
+
+@pytest.mark.slow
+def test_the_page_has_what_the_command_prints():
+    """docs/cluster.md, from the file of what was measured."""
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.at_scale"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() in page
