@@ -78,7 +78,7 @@ def check_trials(sweep: SweepParams, params: Params, train: Samples) -> None:
             cannot be done.
     """
     _, snn = load_converted(params.network, params.stdb, train)
-    for levels, path in (sweep.weights or {}).items():
+    for levels, path in sweep.weights.items():
         network = params.network.model_copy(update={"levels": levels})
         load_given(build_ann(network, train), network, Path(path))
     for sample in samples(sweep.space, params.stdb):

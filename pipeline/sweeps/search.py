@@ -92,7 +92,7 @@ def search(
         sweep.train_images,
         sweep.seed,
         scales or {},
-        sweep.weights or {},
+        sweep.weights,
     )
     stage.say(f"up to {total} trials, {room.parallel} at once")
     trainable = tune.with_resources(partial(run_trial, common=common), room.needed)

@@ -133,6 +133,15 @@ class ResourceParams(Section):
     """Number of GPUs of a worker; a fraction shares one; auto: one where there are any."""
 
 
+class AnnParams(Section):
+    """A trained ANN."""
+
+    levels: Count
+    """Number of levels of its activations, 1 or more."""
+    weights: str
+    """Its weights file."""
+
+
 class SweepParams(Section):
     """All of sweep/params.yaml."""
 
@@ -155,9 +164,9 @@ class SweepParams(Section):
     asha: AshaParams | None
     """None: every trial runs to its end."""
     resources: ResourceParams
-    weights: dict[int, str] | None = None
-    """Number of levels → weights file of an ANN that was trained with as many: of each that
-    ``levels`` may be, besides ``network.levels`` of params.yaml, whose ANN is the pipeline's."""
+    anns: list[AnnParams] = Field(default_factory=list)
+    """The ANN of each number that ``levels`` may be, besides ``network.levels`` of params.yaml,
+    whose ANN is the pipeline's."""
     space: Annotated[dict[str, Range], Field(min_length=1)]
     """Name → values: any parameter of ``stdb`` in params.yaml, alpha_100, beta_100, distil_weight;
     of ``balance_thresholds`` method, per, percentile, initial_membrane, bias_correction; levels."""
@@ -187,6 +196,11 @@ class SweepParams(Section):
                 f"asha.grace is {self.asha.grace}; allowed: up to epochs, {self.epochs}"
             )
         return self
+
+    @property
+    def weights(self) -> dict[int, str]:
+        """Number of levels → weights file."""
+        return {ann.levels: ann.weights for ann in self.anns}
 
     @property
     def cost(self) -> str | None:
@@ -226,18 +240,20 @@ def _check_levels(sweep: SweepParams, own: int | None) -> None:
     Raises:
         ParamsError: says which.
     """
-    levels, weights = sweep.space.get(LEVELS), sweep.weights or {}
+    levels = sweep.space.get(LEVELS)
     if levels is None:
-        if weights:
-            raise ParamsError("levels is not there, and weights are; allowed: weights: null")
+        if sweep.anns:
+            raise ParamsError("levels is not there, and anns are; allowed: anns: []")
         return
     if levels.kind not in ("choice", "grid"):
         raise ParamsError(f"levels is {levels.kind}; allowed: choice, grid")
-    missing = [shown(n) for n in levels.values if type(n) is not int or n not in {own, *weights}]
+    missing = [
+        shown(n) for n in levels.values if type(n) is not int or n not in {own, *sweep.weights}
+    ]
     if missing:
         raise ParamsError(
             f"levels is {', '.join(missing)}; allowed: {own}, which network.levels is, and those "
-            "that weights has a file for"
+            "of anns"
         )
 
 

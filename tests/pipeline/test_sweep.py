@@ -156,10 +156,10 @@ def test_a_calibration_that_cannot_be_searched_is_refused(tmp_path, space, messa
         load(tmp_path, space=space, base=base)
 
 
-def test_weights_without_levels_are_refused(tmp_path):
+def test_anns_without_levels_are_refused(tmp_path):
     """They would stand for nothing."""
-    message = refusal(tmp_path, "weights: null", "weights: {2: models/two.safetensors}")
-    assert "levels is not there, and weights are; allowed: weights: null" in message
+    message = refusal(tmp_path, "anns: []", "anns: [{levels: 2, weights: two.pt}]")
+    assert "levels is not there, and anns are; allowed: anns: []" in message
 
 
 def test_what_comes_before_the_fine_tuning_is_drawn_too():
@@ -239,7 +239,7 @@ def test_what_no_trial_could_start_from_is_refused_before_the_first(tmp_path, mo
     with pytest.raises(StageError, match=r"method is mse with stdb\.leak: 0\.9; allowed: leak: 1"):
         check_trials(load_sweep(folder / "sweep.yaml", made), made, parts["train"])
     text = TEXT.replace(SPACE, "space: {levels: {choice: [2, 4]}}")
-    text = text.replace("weights: null", "weights: {2: models/ann.safetensors}")
+    text = text.replace("anns: []", "anns: [{levels: 2, weights: models/ann.safetensors}]")
     (folder / "sweep.yaml").write_text(text)
     save_weights(load_file(ANN), ANN, network=described(LEVELS))
     with pytest.raises(StageError, match=r"trained with levels: 4, and network\.levels is 2"):
