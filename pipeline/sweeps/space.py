@@ -247,9 +247,10 @@ def _check_levels(sweep: SweepParams, own: int | None) -> None:
         return
     if levels.kind not in ("choice", "grid"):
         raise ParamsError(f"levels is {levels.kind}; allowed: choice, grid")
-    missing = [
-        shown(n) for n in levels.values if type(n) is not int or n not in {own, *sweep.weights}
-    ]
+    if len(sweep.weights) < len(sweep.anns):
+        raise ParamsError("anns has several of the same levels; allowed: one of each")
+    there = {own, *sweep.weights}
+    missing = [shown(n) for n in levels.values if type(n) is not int or n not in there]
     if missing:
         raise ParamsError(
             f"levels is {', '.join(missing)}; allowed: {own}, which network.levels is, and those "

@@ -162,6 +162,16 @@ def test_anns_without_levels_are_refused(tmp_path):
     assert "levels is not there, and anns are; allowed: anns: []" in message
 
 
+def test_two_anns_of_the_same_levels_are_refused(tmp_path):
+    """One of them would be left out."""
+    two = "anns: [{levels: 2, weights: a.pt}, {levels: 2, weights: b.pt}]"
+    base = based("network", activation="qcfs", levels=4)
+    space = ["levels: {choice: [2, 4]}"]
+    assert "anns has several of the same levels" in refusal(
+        tmp_path, "anns: []", two, space=space, base=base
+    )
+
+
 def test_what_comes_before_the_fine_tuning_is_drawn_too():
     """The calibration, the ANN with as many levels, and the weight of distillation alone."""
     base = based("network", activation="qcfs", levels=4)
