@@ -27,6 +27,7 @@ import stdb
 MEASURED, RESULTS = Path("benchmarks/measured.yaml"), Path("benchmarks/results.json")
 IMAGES, CLASSES, SIZE = 1_281_167, 1000, 224  # of ImageNet's training split
 BATCH = 32  # images of a GPU and step
+COPIES = 6  # weights, gradients, those that are sent, and three moments of Adam with amsgrad
 A_NODE = 8  # GPUs
 LINKS = {"25 Gbit/s": 25e9 / 8, "100 Gbit/s": 100e9 / 8, "400 Gbit/s": 400e9 / 8}  # between nodes
 WITHIN = 200e9  # bytes a second between the GPUs of a node
@@ -42,7 +43,7 @@ class Work:
         products: multiply-accumulates of its forward pass.
         neurons: number of spiking neurons.
         gradients: bytes of all gradients.
-        snn: the network.
+        snn: the network on no CPU, and without values.
     """
 
     products: float
@@ -80,7 +81,7 @@ def work(name: str, size: int, classes: int) -> Work:
         ann.to("meta")(torch.zeros(1, 3, size, size, device="meta"))
     shapes = snn.shapes((3, size, size))
     neurons = sum(math.prod(shapes[i]) for i in snn.graph.neurons)
-    return Work(counter.get_total_flops() / 2, neurons, gradients, snn)
+    return Work(counter.get_total_flops() / 2, neurons, gradients, snn.to("meta"))
 
 
 def rates(measured: dict[str, Any], timesteps: int) -> Rates:
@@ -142,7 +143,7 @@ def costs(measured: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 "network": name,
                 "T": steps,
                 "hours": hours,
-                "gib": (memory + 4 * of.gradients) / 2**30,  # weights, gradients, two moments
+                "gib": (memory + COPIES * of.gradients) / 2**30,
                 "cores": decode / image,
                 "shares": {
                     link: waiting(of.gradients, GPUS[-1], speed) / computing

@@ -21,7 +21,7 @@ from pipeline.errors import StageError
 from pipeline.files import DATA, write_csv, write_text, writing
 from pipeline.handed_on import read_ann_results
 from pipeline.learning.calibration import check_method
-from pipeline.learning.networks import build_ann, load_converted, load_given
+from pipeline.learning.networks import build_ann, configure, load_converted, load_given
 from pipeline.params import Params
 from pipeline.stage import Stage, run_stage
 from pipeline.sweeps.front import candidates, choose, draw_curves, draw_front, draw_parallel
@@ -34,9 +34,12 @@ def main(stage: Stage, folder: Path) -> None:
     params = stage.params
     sweep = load_sweep(folder / "params.yaml", params)
     train = load_split(DATA / "train.safetensors")
-    check_trials(sweep, params, train)
+    try:
+        check_trials(sweep, params, train)
+    except StageError as error:
+        raise StageError(f"{folder / 'params.yaml'} cannot be used: {error}") from error
     accuracy = read_ann_results().accuracy.validation
-    work = work_folder(stage)
+    work = work_folder(stage, sweep.weights.values())
     stage.hold(work / "lock", "this sweep")
     with room_for_trials(stage, sweep.resources) as room:
         trials, epochs = search(stage, sweep, params, room, work)
@@ -81,8 +84,14 @@ def check_trials(sweep: SweepParams, params: Params, train: Samples) -> None:
     for levels, path in sweep.weights.items():
         network = params.network.model_copy(update={"levels": levels})
         load_given(build_ann(network, train), network, Path(path))
+    checked = set()
     for sample in samples(sweep.space, params.stdb):
-        check_method(settings(sample, params, sweep.weights), snn)
+        trial = settings(sample, params, sweep.weights)
+        asked = (trial.balance_thresholds.model_dump_json(), trial.stdb.leak)
+        if asked not in checked:
+            configure(snn, trial.stdb, trial.stdb.seed, train)
+            check_method(trial, snn)
+            checked.add(asked)
 
 
 def changes(best: Params, before: Params) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def starting_networks(
     torch.manual_seed(params.seed)
     if params.from_scratch:
         ann = build_ann(worker.params.network, train).to(worker.device)
+        use_threads(worker, ann, train, params.batch_size)  # which what is found depends on
         snn = build_snn(ann, params, params.seed, train).to(worker.device)
         balance_random(snn, train, params)
     elif start is not None:

@@ -81,16 +81,16 @@ def load_given(ann: nn.Module, params: NetworkParams, path: Path) -> int | None:
         as it was drawn, as of ``torchvision:`` networks; else None.
 
     Raises:
-        StageError: they are another network's, or were trained with other levels.
+        StageError: they are another network's, or were trained with another activation.
     """
     of_torchvision = params.architecture.startswith(published.PREFIX)
     classes = load_weights(ann, path, published.head(ann) if of_torchvision else None)
-    levels = network_of(path).get("levels")
-    if levels not in (None, params.levels):
-        raise StageError(
-            f"the weights in {path} were trained with levels: {levels}, and network.levels is "
-            f"{params.levels}; allowed: {levels}"
-        )
+    for key, there in network_of(path).items():
+        if key in ("activation", "levels") and there != (wanted := getattr(params, key)):
+            raise StageError(
+                f"the weights in {path} were trained with {key}: {there}, and network.{key} is "
+                f"{wanted}; allowed: {there}"
+            )
     return classes
 
 

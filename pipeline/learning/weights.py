@@ -112,8 +112,11 @@ def network_of(path: Path) -> dict[str, Any]:
     """
     if path.suffix != ".safetensors":
         return {}
-    with safe_open(path, framework="pt") as file:
-        found = json.loads((file.metadata() or {}).get("config", "{}"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("config", "{}"))
+    except ValueError:  # others' metadata
+        return {}
     network = found.get("network") if isinstance(found, dict) else None
     return network if isinstance(network, dict) else {}
 

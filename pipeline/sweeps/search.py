@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.environment import TUNE, set_default_environment
 from pipeline.errors import StageError
+from pipeline.files import digest
 from pipeline.jobs.address import cluster_address
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.cluster import ray_cluster
@@ -161,9 +162,17 @@ def tables(results: Any, sweep: SweepParams, base: Params, work: Path) -> Tables
     return trials, epochs
 
 
-def work_folder(stage: Stage) -> Path:
-    """Where an unfinished sweep is kept."""
+def work_folder(stage: Stage, files: Iterable[str] = ()) -> Path:
+    """Where an unfinished sweep is kept.
+
+    Args:
+        stage: the sweep's.
+        files: that trials read and no stage tracks; of others' contents it is another sweep.
+    """
     storage = stage.params.cluster.storage
     if "://" in storage:
         raise StageError(f"cluster.storage is {storage}; allowed for a sweep: a folder")
-    return Path(storage).resolve() / f"{stage.name}-{stage.key}"
+    name = f"{stage.name}-{stage.key}"
+    for file in files:
+        name = f"{name}-{digest(Path(file))[:8]}"
+    return Path(storage).resolve() / name

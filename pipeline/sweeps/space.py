@@ -247,8 +247,14 @@ def _check_levels(sweep: SweepParams, own: int | None) -> None:
         return
     if levels.kind not in ("choice", "grid"):
         raise ParamsError(f"levels is {levels.kind}; allowed: choice, grid")
-    if len(sweep.weights) < len(sweep.anns):
-        raise ParamsError("anns has several of the same levels; allowed: one of each")
+    unused = [ann.levels for ann in sweep.anns if ann.levels not in levels.values]
+    if unused:
+        raise ParamsError(f"anns has levels {unused[0]}, and levels has not; allowed: none such")
+    if own in sweep.weights or len(sweep.weights) < len(sweep.anns):
+        raise ParamsError(
+            f"anns has several of the same levels, or {own}, which network.levels is and the "
+            "pipeline's ANN has; allowed: one of each other"
+        )
     there = {own, *sweep.weights}
     missing = [shown(n) for n in levels.values if type(n) is not int or n not in there]
     if missing:
@@ -259,22 +265,19 @@ def _check_levels(sweep: SweepParams, own: int | None) -> None:
 
 
 def samples(space: dict[str, Range], base: StdbParams) -> Iterator[dict[str, Any]]:
-    """Every value alone, T first, a scaled one at the least and the largest T; then the corners.
+    """Values that a trial may have, such that what is allowed for each is allowed for all.
 
-    What depends on T is here at the least and the largest; of those in a line of
-    :data:`EXCLUDING`, which depend on each other, all combinations are, up to 4096; so what is
-    allowed alone is allowed together. Corners, up to 4096 of them, make sure of it.
+    Every T alone; every other value at the least and the largest T, together with those that it
+    depends on (a line of :data:`EXCLUDING`), in up to 4096 combinations; then the corners, as many.
     """
     steps = space["timesteps"].values if "timesteps" in space else [base.last_timesteps]
     yield from ({"timesteps": value} for value in steps)
-    extremes = sorted({min(steps), max(steps)})
-    for name, values in space.items():
-        for value in values.values if name != "timesteps" else []:
-            yield from ({name: value, "timesteps": t} for t in extremes)
-    for names in EXCLUDING:
-        pairs = [[(name, v) for v in space[name].values] for name in names if name in space]
-        several = itertools.islice(itertools.product(*pairs), 4096)
-        yield from ({**dict(chosen), "timesteps": extremes[-1]} for chosen in several)
+    together = [[n for n in names if n in space] for names in EXCLUDING]
+    alone = [[n] for n in space if n != "timesteps" and n not in itertools.chain(*together)]
+    for names in [*alone, *filter(None, together)]:
+        pairs = [[(name, value) for value in space[name].values] for name in names]
+        for chosen in itertools.islice(itertools.product(*pairs), 4096):
+            yield from ({**dict(chosen), "timesteps": t} for t in sorted({min(steps), max(steps)}))
     ends = [[(name, r.values[0]), (name, r.values[-1])] for name, r in space.items()]
     yield from map(dict, itertools.islice(itertools.product(*ends), 4096))
 

@@ -33,9 +33,12 @@ from pipeline.learning.networks import (
     configure,
     load_converted,
     load_given,
+    use_threads,
 )
 from pipeline.params import Params
 from pipeline.sweeps.space import settings
+
+OF_CALIBRATION = ("encoder", "leak", "precision", "events")  # what it takes of ``stdb``, and T
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,19 @@ def starting_point(
         snn = build_snn(ann, params.stdb, params.stdb.seed, train)
     plan = check_method(params, snn)
     wanted = params.stdb.first_timesteps if for_wanted_steps(plan) else None
-    asked = [(p.network, p.balance_thresholds, p.stdb.encoder, p.stdb.leak) for p in (params, made)]
-    if asked[0] != asked[1] or wanted != calibrated_for(worker.path(BALANCED)):
+    if not _calibrates_alike(worker, made) or wanted != calibrated_for(worker.path(BALANCED)):
         whole = load_split(worker.path(DATA) / "train.safetensors")
-        snn = calibrate(worker, ann.to(worker.device), whole).snn
+        batch = params.balance_thresholds.batch_size * worker.world  # batches are not divided
+        use_threads(worker, ann.to(worker.device), whole, batch)
+        snn = calibrate(worker, ann, whole).snn
         configure(snn, params.stdb, params.stdb.seed, train)
         keep_fixed(ann, snn, path)
     return ann.to(worker.device), snn.to(worker.device)
+
+
+def _calibrates_alike(worker: Worker, made: Params) -> bool:
+    """Whether a calibration at a trial's parameters is that at others, T apart."""
+    chosen = {k: v for k, v in worker.choices.items() if getattr(made.stdb, k) == "auto"}
+    made_stdb, params = made.stdb.model_copy(update=chosen), worker.params
+    same = (params.network, params.balance_thresholds) == (made.network, made.balance_thresholds)
+    return same and all(getattr(params.stdb, k) == getattr(made_stdb, k) for k in OF_CALIBRATION)

@@ -26,8 +26,8 @@ from pipeline.overlays import apply
 from pipeline.params import DistilParams, load_params
 from pipeline.sweep import changes, check_trials
 from pipeline.sweeps.front import candidates, choose, draw_curves, draw_parallel, front
-from pipeline.sweeps.search import plan_trials
-from pipeline.sweeps.space import BudgetParams, ResourceParams, load_sweep, settings
+from pipeline.sweeps.search import plan_trials, work_folder
+from pipeline.sweeps.space import BudgetParams, ResourceParams, load_sweep, samples, settings
 from pipeline.sweeps.tuner import ACCURACY, Budget, Halving
 from tests.pipeline.dependencies import covered, needed
 from tests.pipeline.support import (
@@ -162,14 +162,40 @@ def test_anns_without_levels_are_refused(tmp_path):
     assert "levels is not there, and anns are; allowed: anns: []" in message
 
 
-def test_two_anns_of_the_same_levels_are_refused(tmp_path):
-    """One of them would be left out."""
-    two = "anns: [{levels: 2, weights: a.pt}, {levels: 2, weights: b.pt}]"
+def test_values_are_tried_with_those_that_trials_have(tmp_path):
+    """A percentile that is drawn goes with the method that is drawn, not with params.yaml's."""
+    base = based("balance_thresholds", method="learned")
+    space = ["method: {choice: [percentile]}", "percentile: {uniform: [99, 99.9]}"]
+    found = load(tmp_path, space=space, base=base)
+    for sample in samples(found.space, base.stdb):
+        assert ("percentile" in sample) == ("method" in sample), sample
+
+
+@pytest.mark.parametrize(
+    ("anns", "message"),
+    [
+        ("[{levels: 2, weights: a.pt}]", "anns has levels 2, and levels has not"),
+        ("[{levels: 4, weights: a.pt}]", "or 4, which network.levels is"),
+        ("[{levels: 8, weights: a.pt}, {levels: 8, weights: b.pt}]", "several of the same levels"),
+    ],
+)
+def test_anns_that_no_trial_would_take_are_refused(tmp_path, anns, message):
+    """They would be left out without a word."""
     base = based("network", activation="qcfs", levels=4)
-    space = ["levels: {choice: [2, 4]}"]
-    assert "anns has several of the same levels" in refusal(
-        tmp_path, "anns: []", two, space=space, base=base
-    )
+    space = ["levels: {choice: [4, 8]}"]
+    assert message in refusal(tmp_path, "anns: []", f"anns: {anns}", space=space, base=base)
+
+
+def test_a_sweep_of_another_ann_does_not_go_on(tmp_path):
+    """A file of the same name and another content is another sweep."""
+    stage = SimpleNamespace(params=BASE, name="sweep", key="k")
+    file = tmp_path / "two.pt"
+    folders = []
+    for content in (b"a", b"b", b"a"):
+        file.write_bytes(content)
+        folders.append(work_folder(stage, [str(file)]))
+    assert folders[0] == folders[2] != folders[1]
+    assert work_folder(stage).name == "sweep-k"
 
 
 def test_what_comes_before_the_fine_tuning_is_drawn_too():
@@ -221,17 +247,17 @@ def test_a_trial_starts_from_the_network_of_its_levels(tmp_path):
 
 
 def test_a_trial_calibrates_by_the_method_that_was_drawn(tmp_path):
-    """And for the encoder: what was handed on is of params.yaml's."""
+    """And for the encoder and the precision: what was handed on is of params.yaml's."""
     folder, parts = make_files(tmp_path)
     images = parts["test"].pixels()
     plain = BALANCING.model_copy(update={"method": "maximum"})
-    for sample, network in (({"method": "mse"}, NORMED), ({"encoder": "poisson"}, NORMED)):
-        made = worker(folder, DIRECT, network=network, balance_thresholds=plain).params
+    for sample in ({"method": "mse"}, {"encoder": "poisson"}, {"precision": "bf16"}):
+        made = worker(folder, DIRECT, network=NORMED, balance_thresholds=plain).params
         one = worker(folder, DIRECT)
         one.params = settings(sample, made)
         balancing = one.params.balance_thresholds
-        expected, _, _ = handed_on(folder, parts, network, balancing, one.params.stdb)
-        handed_on(folder, parts, network, plain)
+        expected, _, _ = handed_on(folder, parts, NORMED, balancing, one.params.stdb)
+        handed_on(folder, parts, NORMED, plain)
         _, own = pipeline.sweeps.trial.starting_point(one, parts["train"], made)
         assert torch.equal(own.eval()(images, 3), expected.eval()(images, 3))
 
@@ -248,6 +274,11 @@ def test_what_no_trial_could_start_from_is_refused_before_the_first(tmp_path, mo
     (folder / "sweep.yaml").write_text(text)
     with pytest.raises(StageError, match=r"method is mse with stdb\.leak: 0\.9; allowed: leak: 1"):
         check_trials(load_sweep(folder / "sweep.yaml", made), made, parts["train"])
+    auto = worker(folder, DIRECT, network=LEVELS).params  # with a leak it is Algorithm 1
+    text = TEXT.replace(SPACE, "space: {per: {choice: [channel]}, leak: {choice: [1.0, 0.9]}}")
+    (folder / "sweep.yaml").write_text(text)
+    with pytest.raises(StageError, match="per is channel with the method maximum"):
+        check_trials(load_sweep(folder / "sweep.yaml", auto), auto, parts["train"])
     text = TEXT.replace(SPACE, "space: {levels: {choice: [2, 4]}}")
     text = text.replace("anns: []", "anns: [{levels: 2, weights: models/ann.safetensors}]")
     (folder / "sweep.yaml").write_text(text)
