@@ -275,9 +275,12 @@ def samples(space: dict[str, Range], base: StdbParams) -> Iterator[dict[str, Any
     together = [[n for n in names if n in space] for names in EXCLUDING]
     alone = [[n] for n in space if n != "timesteps" and n not in itertools.chain(*together)]
     for names in [*alone, *filter(None, together)]:
+        first = {name: space[name].values[0] for name in names}
+        each = ({**first, name: value} for name in names for value in space[name].values)
         pairs = [[(name, value) for value in space[name].values] for name in names]
-        for chosen in itertools.islice(itertools.product(*pairs), 4096):
-            yield from ({**dict(chosen), "timesteps": t} for t in sorted({min(steps), max(steps)}))
+        several = map(dict, itertools.islice(itertools.product(*pairs), 4096))
+        for chosen in itertools.chain(each, several if len(names) > 1 else ()):
+            yield from ({**chosen, "timesteps": t} for t in sorted({min(steps), max(steps)}))
     ends = [[(name, r.values[0]), (name, r.values[-1])] for name, r in space.items()]
     yield from map(dict, itertools.islice(itertools.product(*ends), 4096))
 

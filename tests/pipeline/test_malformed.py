@@ -95,7 +95,7 @@ def with_thresholds(path: Path, _) -> None:
 
 OPENED = {  # door → as its stage opens it; all others are the report's
     "params.yaml": lambda path, _: load_params(path),
-    "sweep.yaml": lambda path, _: load_sweep(path, PARAMS.stdb),
+    "sweep.yaml": lambda path, _: load_sweep(path, PARAMS),
     "overlay.yaml": lambda path, _: apply(path, Path("params.yaml")),
     "dvc.yaml": lambda path, _: read_spec(path, "train_ann"),
     "network.py": with_network,

@@ -39,17 +39,27 @@ def finetune(files, params, **sections):
     return one
 
 
+def whole(params):
+    """All parameters, with these of ``stdb``."""
+    return PARAMS.model_copy(update={"stdb": params})
+
+
+def drawn(sample, params):
+    """The parameters of ``stdb`` of a trial."""
+    return settings(sample, whole(params)).stdb
+
+
 # -- parameters ------------------------------------------------------------------------------------
 
 
 def test_each_t_has_its_epochs():
     """A number is the same for each; one T in a list is that T alone."""
-    params = settings({}, FALLING)
+    params = drawn({}, FALLING)
     assert [(p.timesteps, p.epochs) for p in params.at_each()] == [(3, 2), (2, 1)]
     assert (params.first_timesteps, params.last_timesteps) == (3, 2)
-    same = settings({}, FALLING.model_copy(update={"epochs": 5}))
+    same = drawn({}, FALLING.model_copy(update={"epochs": 5}))
     assert [(p.timesteps, p.epochs) for p in same.at_each()] == [(3, 5), (2, 5)]
-    (alone,) = settings({"logit_scale": 0.5}, STDB.model_copy(update={"timesteps": [3]})).at_each()
+    (alone,) = drawn({"logit_scale": 0.5}, STDB.model_copy(update={"timesteps": [3]})).at_each()
     assert vars(alone) == vars(STDB) | {"logit_scale": 0.5}
 
 
@@ -83,18 +93,18 @@ def test_what_does_not_fall_is_refused(change, message):
 
 def test_a_sweep_searches_one_t(tmp_path):
     """One that was drawn takes the place of several; else several are refused."""
-    drawn = settings({"timesteps": 5}, FALLING)
-    assert (drawn.timesteps, drawn.epochs) == (5, 1)
+    one = drawn({"timesteps": 5}, FALLING)
+    assert (one.timesteps, one.epochs) == (5, 1)
     with pytest.raises(ParamsError, match=r"timesteps is \[4, 2\]; allowed: one T, since a trial"):
-        settings({"timesteps": [4, 2]}, STDB)
+        drawn({"timesteps": [4, 2]}, STDB)
     text = (ROOT / "sweep/params.yaml").read_text()
     head = text[: text.index("\nspace:")]
     path = tmp_path / "params.yaml"
     path.write_text(f"{head}\nspace:\n  timesteps: {{grid: [2, 4]}}\n".replace("optuna", "grid"))
-    assert load_sweep(path, FALLING).space["timesteps"].values == [2, 4]
+    assert load_sweep(path, whole(FALLING)).space["timesteps"].values == [2, 4]
     path.write_text(f"{head}\nspace:\n  alpha: {{grid: [0.1, 0.3]}}\n".replace("optuna", "grid"))
     with pytest.raises(ParamsError, match=r"stdb.timesteps is \[3, 2\], and a trial has one T"):
-        load_sweep(path, FALLING)
+        load_sweep(path, whole(FALLING))
 
 
 # -- the loop --------------------------------------------------------------------------------------
