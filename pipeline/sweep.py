@@ -34,10 +34,7 @@ def main(stage: Stage, folder: Path) -> None:
     params = stage.params
     sweep = load_sweep(folder / "params.yaml", params)
     train = load_split(DATA / "train.safetensors")
-    try:
-        check_trials(sweep, params, train)
-    except StageError as error:
-        raise StageError(f"{folder / 'params.yaml'} cannot be used: {error}") from error
+    check_trials(sweep, params, train)
     accuracy = read_ann_results().accuracy.validation
     work = work_folder(stage, sweep.weights.values())
     stage.hold(work / "lock", "this sweep")
@@ -81,17 +78,20 @@ def check_trials(sweep: SweepParams, params: Params, train: Samples) -> None:
             cannot be done.
     """
     _, snn = load_converted(params.network, params.stdb, train)
-    for levels, path in sweep.weights.items():
-        network = params.network.model_copy(update={"levels": levels})
-        load_given(build_ann(network, train), network, Path(path))
     checked = set()
-    for sample in samples(sweep.space, params.stdb):
-        trial = settings(sample, params, sweep.weights)
-        asked = (trial.balance_thresholds.model_dump_json(), trial.stdb.leak)
-        if asked not in checked:
-            configure(snn, trial.stdb, trial.stdb.seed, train)
-            check_method(trial, snn)
-            checked.add(asked)
+    try:
+        for levels, path in sweep.weights.items():
+            network = params.network.model_copy(update={"levels": levels})
+            load_given(build_ann(network, train), network, Path(path))
+        for sample in samples(sweep.space, params.stdb):
+            trial = settings(sample, params, sweep.weights)
+            asked = (trial.balance_thresholds.model_dump_json(), trial.stdb.leak)
+            if asked not in checked:
+                configure(snn, trial.stdb, trial.stdb.seed, train)
+                check_method(trial, snn)
+                checked.add(asked)
+    except StageError as error:
+        raise StageError(f"the sweep's parameters cannot be used: {error}") from error
 
 
 def changes(best: Params, before: Params) -> dict[str, Any]:

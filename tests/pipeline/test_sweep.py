@@ -283,7 +283,7 @@ def test_what_no_trial_could_start_from_is_refused_before_the_first(tmp_path, mo
     text = text.replace("anns: []", "anns: [{levels: 2, weights: models/ann.safetensors}]")
     (folder / "sweep.yaml").write_text(text)
     save_weights(load_file(ANN), ANN, network=described(LEVELS))
-    with pytest.raises(StageError, match=r"trained with levels: 4, and network\.levels is 2"):
+    with pytest.raises(StageError, match=r"sweep's .*with levels: 4, and network\.levels is 2"):
         check_trials(load_sweep(folder / "sweep.yaml", made), made, parts["train"])
 
 
