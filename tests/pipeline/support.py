@@ -262,6 +262,14 @@ def address_of(started) -> str:
 # -- loops -----------------------------------------------------------------------------------------
 
 PARAMS = load_params(ROOT / "params.yaml")
+
+
+def based(section="stdb", **values):
+    """params.yaml's parameters with others of one section."""
+    changed = getattr(PARAMS, section).model_copy(update=values)
+    return PARAMS.model_copy(update={section: changed})
+
+
 NETWORK = NetworkParams(
     architecture="vgg5", width=0.1, hidden=16, dropout=0.3, classifier_dropout=0.5
 )

@@ -15,7 +15,6 @@ from pipeline.compare_surrogates import best_width, converted_loop, searched
 from pipeline.errors import ParamsError, StageError
 from pipeline.files import write_json
 from pipeline.learning.networks import surrogate_of
-from pipeline.params import load_params
 from pipeline.sweeps.space import settings
 from pipeline.sweeps.surrogates import (
     base_of,
@@ -27,17 +26,19 @@ from pipeline.sweeps.surrogates import (
     sentence,
     width_search,
 )
-from tests.pipeline.support import ROOT, STDB, Started, copy_of, make_files, worker
+from tests.pipeline.support import (
+    PARAMS,
+    ROOT,
+    STDB,
+    Started,
+    based,
+    copy_of,
+    make_files,
+    worker,
+)
 
 FILE = ROOT / "sweep/surrogates/params.yaml"
-BASE = load_params(ROOT / "params.yaml")
-
-
-def based(**values):
-    """params.yaml's parameters with others of ``stdb``."""
-    return BASE.model_copy(update={"stdb": BASE.stdb.model_copy(update=values)})
-
-
+BASE = PARAMS
 DIRECT = based(encoder="direct")
 
 

@@ -36,16 +36,18 @@ from tests.pipeline.support import (
     LAYER_THRESHOLDS,
     MSE,
     NORMED,
+    PARAMS,
     ROOT,
     STDB,
     Started,
+    based,
     copy_of,
     handed_on,
     make_files,
     worker,
 )
 
-BASE = load_params(ROOT / "params.yaml")
+BASE = PARAMS
 LEVELS = NORMED.model_copy(update={"activation": "qcfs", "levels": 4})
 TEXT = (ROOT / "sweep/params.yaml").read_text()
 SPACE = TEXT[TEXT.index("space:") :]
@@ -59,11 +61,6 @@ def load(tmp_path, before="", after="", space=None, base=BASE):
     path = tmp_path / "params.yaml"
     path.write_text(text)
     return load_sweep(path, base)
-
-
-def based(section="stdb", **values):
-    """params.yaml's parameters with others of one section."""
-    return BASE.model_copy(update={section: getattr(BASE, section).model_copy(update=values)})
 
 
 def refusal(tmp_path, *change, **changes) -> str:
