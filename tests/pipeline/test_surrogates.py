@@ -38,7 +38,6 @@ from tests.pipeline.support import (
 )
 
 FILE = ROOT / "sweep/surrogates/params.yaml"
-BASE = PARAMS
 DIRECT = based(encoder="direct")
 
 
@@ -59,7 +58,7 @@ def test_each_kind_of_network_has_its_cells():
     assert (comparison.images, comparison.seeds) == (2500, [0, 1, 2])
     assert few.timesteps == [1, 2, 4, 8, 16, 32]
     assert set(few.surrogates) == {"stdb", "rectangle", "linear", "exponential"}
-    _, paper = load_comparison(FILE, BASE)
+    _, paper = load_comparison(FILE, PARAMS)
     assert paper.timesteps == [8, 32, 64, 128]
     assert set(paper.surrogates) == {"stdb", "rectangle"}
     assert cell_search(comparison, few, "rectangle", None).combinations == 18
@@ -98,7 +97,7 @@ def test_a_cell_learns_with_its_surrogate_over_the_threshold():
 def test_what_cannot_be_compared_is_refused(tmp_path, before, after, message):
     """Before anything is computed; names what is wrong."""
     with pytest.raises(ParamsError) as caught:
-        load_comparison(changed(tmp_path, before, after), BASE)
+        load_comparison(changed(tmp_path, before, after), PARAMS)
     assert message in str(caught.value)
 
 
@@ -113,7 +112,7 @@ def test_a_network_without_a_comparison_is_refused(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(FILE.read_text().partition("  poisson:")[0])
     with pytest.raises(ParamsError, match=r"nothing for stdb.encoder: poisson; allowed: direct"):
-        load_comparison(path, BASE)
+        load_comparison(path, PARAMS)
 
 
 # -- what it comes to ------------------------------------------------------------------------------

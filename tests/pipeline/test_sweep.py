@@ -47,13 +47,12 @@ from tests.pipeline.support import (
     worker,
 )
 
-BASE = PARAMS
 LEVELS = NORMED.model_copy(update={"activation": "qcfs", "levels": 4})
 TEXT = (ROOT / "sweep/params.yaml").read_text()
 SPACE = TEXT[TEXT.index("space:") :]
 
 
-def load(tmp_path, before="", after="", space=None, base=BASE):
+def load(tmp_path, before="", after="", space=None, base=PARAMS):
     assert before in TEXT, f"{before!r} is not in sweep/params.yaml"
     text = TEXT.replace(before, after, 1)
     if space is not None:
@@ -74,7 +73,7 @@ def refusal(tmp_path, *change, **changes) -> str:
 
 def test_every_parameter_of_a_sweep_is_documented():
     """As those of the pipeline are."""
-    sweep = load_sweep(ROOT / "sweep/params.yaml", BASE)
+    sweep = load_sweep(ROOT / "sweep/params.yaml", PARAMS)
     for part in (type(sweep), BudgetParams, ResourceParams):
         for name, field in part.model_fields.items():
             assert field.description or name in ("budget", "asha", "resources"), name
@@ -185,7 +184,7 @@ def test_anns_that_no_trial_would_take_are_refused(tmp_path, anns, message):
 
 def test_a_sweep_of_another_ann_does_not_go_on(tmp_path):
     """A file of the same name and another content is another sweep."""
-    stage = SimpleNamespace(params=BASE, name="sweep", key="k")
+    stage = SimpleNamespace(params=PARAMS, name="sweep", key="k")
     file = tmp_path / "two.pt"
     folders = []
     for content in (b"a", b"b", b"a"):
@@ -287,11 +286,11 @@ def test_what_no_trial_could_start_from_is_refused_before_the_first(tmp_path, mo
 @pytest.mark.parametrize(("timesteps", "alpha", "beta"), [(100, 0.3, 0.01), (25, 0.6, 0.04)])
 def test_alpha_and_beta_follow_the_time_steps(timesteps, alpha, beta):
     """The paper's at T = 100; larger at a smaller T, the decay over a presentation the same."""
-    found = settings({"alpha_100": 0.3, "beta_100": 0.01, "timesteps": timesteps}, BASE).stdb
+    found = settings({"alpha_100": 0.3, "beta_100": 0.01, "timesteps": timesteps}, PARAMS).stdb
     assert (found.alpha, found.beta) == (pytest.approx(alpha), pytest.approx(beta))
     assert found.timesteps == timesteps
-    assert settings({"alpha": 0.7}, BASE).stdb.alpha == 0.7
-    assert settings({"timesteps": timesteps}, BASE) == based(timesteps=timesteps)
+    assert settings({"alpha": 0.7}, PARAMS).stdb.alpha == 0.7
+    assert settings({"timesteps": timesteps}, PARAMS) == based(timesteps=timesteps)
 
 
 def test_a_sweep_depends_on_the_code_that_makes_its_result():
