@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
-from pipeline.environment import RAY, set_default_environment
+from pipeline.environment import OWN_RAY, RAY, set_default_environment
 from pipeline.errors import StageError
 from pipeline.jobs.address import WAY_OUT, is_loopback, place_of
 from pipeline.jobs.checkpoints import Checkpoints
@@ -33,7 +33,7 @@ def ray_cluster(
     Raises:
         StageError: it cannot be joined, or did not start.
     """
-    set_default_environment(RAY)
+    set_default_environment(RAY if address else RAY | OWN_RAY)
     handler = signal.getsignal(signal.SIGTERM)  # Ray's own would end the process
     with _joined(address, logs) if address else own_ray(say, dashboard=dashboard, logs=logs):
         import ray

@@ -161,13 +161,17 @@ def _states(content: Any, depth: int = 3) -> Iterator[State]:
 
 def _with_own_names(state: State, own: Mapping[str, Tensor]) -> State:
     """The state with the network's names, in wrappers' prefixes or in older files' spelling."""
-    state = _without_prefixes(state, own)
-    if state.keys() == own.keys():
-        return state
-    again = {published.renamed(name): tensor for name, tensor in state.items()}
-    again = {n: t for n, t in again.items() if n in own or not n.startswith(published.AUXILIARY)}
-    counts = {n: t for n, t in own.items() if n.endswith(COUNTS) and n not in again}
-    return again | counts if again.keys() | counts.keys() == own.keys() else state
+    for inner in _unwrapped(state, own):
+        for spelt in (inner, {published.renamed(name): tensor for name, tensor in inner.items()}):
+            found = {
+                name: tensor
+                for name, tensor in spelt.items()
+                if name in own or not name.startswith(published.AUXILIARY)
+            }
+            counts = {n: t for n, t in own.items() if n.endswith(COUNTS) and n not in found}
+            if (found | counts).keys() == own.keys():
+                return found | counts
+    return state
 
 
 def _has_other_classes(state: State, own: Mapping[str, Tensor], head: str) -> bool:
@@ -178,15 +182,15 @@ def _has_other_classes(state: State, own: Mapping[str, Tensor], head: str) -> bo
     return len(theirs) != len(ours) and theirs.shape[1:] == ours.shape[1:]
 
 
-def _without_prefixes(state: State, own: Mapping[str, Tensor]) -> State:
-    """The state with the network's names, where wrappers' prefixes make the difference."""
+def _unwrapped(state: State, own: Mapping[str, Tensor]) -> Iterator[State]:
+    """The state as it is, then with one wrapper's prefix after the other taken off."""
     inner = {name: tensor for name, tensor in state.items() if name not in BESIDE or name in own}
-    while inner and inner.keys() != own.keys():
-        prefix = next((p for p in PREFIXES if all(n.startswith(p) for n in inner)), None)
-        if prefix is None:
-            return state
+    yield inner
+    while prefix := next(
+        (p for p in PREFIXES if inner and all(n.startswith(p) for n in inner)), ""
+    ):
         inner = {name.removeprefix(prefix): tensor for name, tensor in inner.items()}
-    return inner or state
+        yield inner
 
 
 def _differences(state: State, own: Mapping[str, Tensor]) -> list[str]:

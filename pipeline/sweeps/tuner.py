@@ -2,6 +2,8 @@
 
 import json
 import math
+import pickle
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -185,12 +187,46 @@ class Watch(tune.Callback):
         return tune.Callback, ()  # Tune keeps callbacks in a file; this one is of this process
 
 
+def can_go_on(folder: Path) -> bool:
+    """Whether Tune can go on from what it keeps in a folder; else nothing is left there.
+
+    It writes in place, so that a kill leaves a file that ends early. All that was written when that
+    file was (a session's files end alike) is removed: the session before it is gone on from.
+    """
+    if not whole(folder / "tuner.pkl"):
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    for file in folder.glob("*-*.*"):
+        if file.is_file() and not whole(file):
+            for other in folder.glob(f"*-{session_of(file)}.*"):
+                other.unlink()
+    if not list(folder.glob("experiment_state-*.json")):
+        shutil.rmtree(folder)
+        return False
+    return True
+
+
+def session_of(file: Path) -> str:
+    """When the attempt began that wrote a file of Tune's: ``…-2026-11-27_17-34-08.json``."""
+    return "-".join(file.stem.split("-")[-5:])
+
+
+def whole(file: Path) -> bool:
+    """Whether a JSON or pickle file is there, from its beginning to its end."""
+    try:
+        content = file.read_bytes()
+        json.loads(content) if file.suffix == ".json" else pickle.loads(content)
+    except Exception:  # a pickle that was cut off raises what it likes
+        return False
+    return True
+
+
 def make_tuner(
     trainable: Callable[..., Any], sweep: SweepParams, folder: Path, parallel: int, watch: Watch
 ) -> tune.Tuner:
     """A new sweep in ``folder``, or the one that was interrupted there."""
     path = folder / "trials"
-    if tune.Tuner.can_restore(path):
+    if can_go_on(path):
         watch.say("goes on: finished trials are kept")
         tuner = tune.Tuner.restore(str(path), trainable, param_space=space(sweep))
         replace_callbacks(tuner, [watch])

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -28,7 +29,7 @@ from pipeline.sweep import changes, check_trials
 from pipeline.sweeps.front import candidates, choose, draw_curves, draw_parallel, front
 from pipeline.sweeps.search import plan_trials, work_folder
 from pipeline.sweeps.space import BudgetParams, ResourceParams, load_sweep, samples, settings
-from pipeline.sweeps.tuner import ACCURACY, Budget, Halving
+from pipeline.sweeps.tuner import ACCURACY, Budget, Halving, can_go_on
 from tests.pipeline.dependencies import covered, needed
 from tests.pipeline.support import (
     BALANCING,
@@ -362,6 +363,45 @@ def test_values_of_any_kind_can_be_drawn_and_told_apart(tmp_path):
     for draw in (draw_parallel, draw_curves):
         draw(rows, ["distil", "clip"], tmp_path / "drawn.png")
         assert (tmp_path / "drawn.png").stat().st_size > 1000
+
+
+EARLIER, LATER = "2026-11-27_17-34-08", "2026-11-27_17-40-59"
+
+
+@pytest.mark.parametrize(
+    ("torn", "left"),
+    [
+        ("", {EARLIER, LATER}),
+        (f"experiment_state-{LATER}.json", {EARLIER}),
+        (f"searcher-state-{LATER}.pkl", {EARLIER}),
+        (f"search_gen_state-{EARLIER}.json", {LATER}),
+        ("tuner.pkl", set()),
+    ],
+)
+def test_what_a_kill_left_half_written_is_not_gone_on_from(tmp_path, torn, left):
+    """Of a session that ends early nothing is taken; the one before it stands for it."""
+    folder = tmp_path / "trials"
+    (folder / "trial-2026").mkdir(parents=True)
+    names = {"experiment_state-{}.json", "search_gen_state-{}.json", "searcher-state-{}.pkl"}
+    files = {name.format(session) for name in names for session in (EARLIER, LATER)}
+    for name in {*files, "tuner.pkl"}:
+        content = b"{}" if name.endswith(".json") else pickle.dumps({"a": [1]})
+        (folder / name).write_bytes(content[: len(content) // 2] if name == torn else content)
+    assert can_go_on(folder) == bool(left)
+    found = {file.name for file in folder.glob("*-*.*")}
+    assert found == {name.format(session) for name in names for session in left}
+    assert folder.exists() == bool(left)
+
+
+def test_a_sweep_that_was_killed_before_its_first_state_starts_afresh(tmp_path):
+    """An empty tuner.pkl, or one beside which there is nothing."""
+    for content in (b"", pickle.dumps({})):
+        folder = tmp_path / "trials"
+        folder.mkdir()
+        (folder / "tuner.pkl").write_bytes(content)
+        assert not can_go_on(folder)
+        assert not folder.exists()
+    assert not can_go_on(folder)
 
 
 def test_a_budget_counts_a_trial_once_also_after_a_kill(tmp_path):

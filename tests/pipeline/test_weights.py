@@ -20,6 +20,15 @@ def small():
     return stdb.build("vgg5", 1, 8, 10, width=0.1, hidden=16)
 
 
+def normalised():
+    return stdb.build("vgg5", 1, 8, 10, width=0.1, hidden=16, normalisation="batch")
+
+
+def without_counts(state):
+    """Batch norms of before PyTorch 0.4.1."""
+    return {n: value for n, value in state.items() if not n.endswith("num_batches_tracked")}
+
+
 def prefixed(state, prefix):
     return {f"{prefix}{name}": value for name, value in state.items()}
 
@@ -36,17 +45,22 @@ WRAPPED = {
     "ema beside another": lambda s: {"model": {"other": torch.zeros(1)}, "ema": s},
     "two containers": lambda s: {"model": {"state_dict": prefixed(s, "net.")}},
     "an averaged model": lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},
-    "half precision": lambda s: {name: value.half() for name, value in s.items()},
-    "a parameter": lambda s: {name: nn.Parameter(value) for name, value in s.items()},
+    "half precision": lambda s: {n: v.half() if v.is_floating_point() else v for n, v in s.items()},
+    "an old file": without_counts,
+    "an old file of DataParallel": lambda s: {"state_dict": prefixed(without_counts(s), "module.")},
+    "a parameter": lambda s: {n: nn.Parameter(v, requires_grad=False) for n, v in s.items()},
 }
 
 
+@pytest.mark.parametrize("make", [small, normalised])
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrappers_are_taken_off(tmp_path, name):
+def test_wrappers_are_taken_off(tmp_path, name, make):
     """The values are those of the file."""
-    good = {k: v.half().float() for k, v in small().state_dict().items()}
+    good = {
+        k: v.half().float() if v.is_floating_point() else v for k, v in make().state_dict().items()
+    }
     torch.save(WRAPPED[name](good), tmp_path / "weights.pt")
-    network = small()
+    network = make()
     load_weights(network, tmp_path / "weights.pt")
     for key, value in network.state_dict().items():
         assert torch.equal(value, good[key])

@@ -36,20 +36,23 @@ else:
     stdb.balance_thresholds(snn.eval(), images[:2], 10, percentile=98)
 snn.train().chunk = chunk
 weights = [p for p in snn.parameters() if p.requires_grad]
-# a short run first: it compiles kernels, which takes memory, too
-for windows in ([min(window, chunk)], [window] * (steps // window)):
-    for p in weights:
-        p.grad = torch.zeros_like(p)
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    base = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+
+def train(windows):
     for p in weights:
         p.grad = None
     presentation = snn.present(images)
     for size in windows:
         F.cross_entropy(snn(presentation, size), torch.arange(batch) % 10).backward()
-    peak = status("VmHWM") - base
-    del presentation
+
+train([min(window, chunk)])  # it compiles kernels, which takes memory, too
+for p in weights:
+    p.grad = torch.zeros_like(p)
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+base = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+for _ in range(3):  # of one batch, what glibc keeps in fragments differs by a quarter
+    train([window] * (steps // window))
+peak = status("VmHWM") - base
 print(peak, stdb.training_memory(snn, (3, 32, 32), window, batch))
 """
 
@@ -86,11 +89,11 @@ def test_the_predicted_peak_is_right_within_a_fifth(setting):
 @pytest.mark.parametrize(
     "setting", [("resnet9", 1, 128), ("resnet9", 4, 64), ("resnet9", 8, 64), ("vgg9", 4, 64)]
 )
-@pytest.mark.parametrize(("precision", "least"), [("float32", 0.8), ("bf16", 0.67)])
+@pytest.mark.parametrize(("precision", "least"), [("float32", 0.8), ("bf16", 0.7)])
 def test_the_predicted_peak_of_few_steps_is_right_within_a_fifth(setting, precision, least):
     """Networks with biases, analogue input, a membrane-based surrogate, and V that learns.
 
-    In bfloat16 less is taken than is predicted, by up to a third.
+    In bfloat16 less is taken than is predicted, by up to a quarter.
     """
     architecture, steps, batch = setting
     peak, predicted = measure(architecture, steps, steps, batch, steps, 256, precision)
