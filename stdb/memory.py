@@ -5,8 +5,9 @@ and then, 1/8 + 2/16 byte a neuron-step; for a surrogate of membrane potentials 
 chunk, currents, too; and of an analogue input the current that is the same at every step. What is
 only there while a chunk is worked on grows with the chunk: inputs and outputs of the largest layer
 and their gradients, in the products' precision. Where all steps are one chunk, as at few steps, no
-output of a chunk before is there, and no gradient of membranes goes on to one. So a smaller chunk,
-or fewer images at once, makes room for a longer presentation.
+output of a chunk before is there, and no gradient of membranes goes on to one; and a layer's
+current is kept while layers above it are worked on, so that the peak lies at one of the layers. So
+a smaller chunk, or fewer images at once, makes room for a longer presentation.
 """
 
 from collections.abc import Sequence
@@ -33,8 +34,6 @@ def training_memory(
 ) -> int:
     """Peak bytes of a training step over model, gradients and optimiser state, to about 20 %.
 
-    In bfloat16 it may be a third more than is taken.
-
     Args:
         snn: the network.
         image_shape: (C, H, W), (C, L) or (n,).
@@ -51,13 +50,14 @@ def training_memory(
     moved = 2 if on_cpu and snn.precision == torch.bfloat16 else real
     constant = bool(getattr(snn.encoder, "constant", False))
     per_image = 0.0
+    of_currents = dict.fromkeys(graph.body, 0)  # that are kept: neuron node → bytes
     for i, neuron in zip(graph.neurons, snn.neurons.values(), strict=True):
         (source,) = graph.nodes[i].inputs
         product = graph.nodes[source].operator
         kept = real if snn.precision is None or not (product.learns and product.lowered) else 2
-        if constant and graph.of_input[source]:
-            kept = 0  # it is one for all steps
-        per_image += sizes[i] * (carry + _of_neuron(neuron, timesteps, chunk, real, kept * alone))
+        per_image += sizes[i] * (carry + _of_neuron(neuron, timesteps, chunk, real))
+        if alone and neuron.needs_membrane and not (constant and graph.of_input[source]):
+            of_currents[i] = sizes[i] * timesteps * kept  # of an input, one for all steps
     for i, node in enumerate(graph.nodes):
         if isinstance(node.operator, MaxPool):  # sums, and those before each chunk
             per_image += sizes[node.inputs[0]] * real * (1 + timesteps / chunk)
@@ -65,26 +65,27 @@ def training_memory(
             per_image += sizes[i] * real
         if isinstance(node.operator, Dropout) and snn.module(i).p > 0:
             per_image += sizes[i] * real
-    largest, weights = 0, 0
+    largest, below, weights = 0, 0, 0
     for i in graph.body:
         node = graph.nodes[i]
+        around = 0
         if node.operator.learns or isinstance(node.operator, Upsampling):
-            around = 2 * sizes[node.inputs[0]] + (1 if alone else 2) * sizes[i]
-            largest = max(largest, around * (moved if node.operator.lowered else real))
+            around = 2 * sizes[node.inputs[0]] + (1 if alone and moved < real else 2) * sizes[i]
+            around *= chunk * (moved if node.operator.lowered else real)
+        below += of_currents[i]
+        largest = max(largest, below + around)
         if node.operator.learns:
             weights += snn.module(i).weight.numel() * real
-    return int(batch_size * (per_image + chunk * largest) + weights + OVERHEAD)
+    return int(batch_size * (per_image + largest) + weights + OVERHEAD)
 
 
-def _of_neuron(
-    neuron: SpikingNeuron, timesteps: int, chunk: int, real: int, of_current: int
-) -> float:
-    """Bytes that stay for a neuron until the backward pass; ``of_current``: of one that is kept."""
+def _of_neuron(neuron: SpikingNeuron, timesteps: int, chunk: int, real: int) -> float:
+    """Bytes that stay for a neuron until the backward pass, without a current."""
     taken = real + 2 + timesteps / 8  # membrane, spike time; bits
     if neuron.surrogate.needs_ages:
         taken += timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
     if neuron.needs_membrane:
-        taken += real * timesteps / chunk + timesteps * of_current
+        taken += real * timesteps / chunk
     return taken
 
 

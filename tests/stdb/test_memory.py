@@ -89,15 +89,12 @@ def test_the_predicted_peak_is_right_within_a_fifth(setting):
 @pytest.mark.parametrize(
     "setting", [("resnet9", 1, 128), ("resnet9", 4, 64), ("resnet9", 8, 64), ("vgg9", 4, 64)]
 )
-@pytest.mark.parametrize(("precision", "least"), [("float32", 0.8), ("bf16", 0.7)])
-def test_the_predicted_peak_of_few_steps_is_right_within_a_fifth(setting, precision, least):
-    """Networks with biases, analogue input, a membrane-based surrogate, and V that learns.
-
-    In bfloat16 less is taken than is predicted, by up to a quarter.
-    """
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_predicted_peak_of_few_steps_is_right_within_a_fifth(setting, precision):
+    """Networks with biases, analogue input, a membrane-based surrogate, and V that learns."""
     architecture, steps, batch = setting
     peak, predicted = measure(architecture, steps, steps, batch, steps, 256, precision)
-    assert least < peak / predicted < 1.2
+    assert 0.8 < peak / predicted < 1.2
 
 
 @pytest.mark.slow
