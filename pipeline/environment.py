@@ -25,8 +25,8 @@ RAY = {
     "RAY_raylet_start_wait_time_s": "29",
     "RAY_agent_register_timeout_ms": "60000",
 }
-# of a Ray that is started here: one that was killed with its job leaves agents, which would look for
-# it for over a minute
+# of a Ray that is started here: one that was killed with its job leaves agents, which would look
+# for it for over a minute
 OWN_RAY = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
 # its state is written soon, ctrl-C is the stage's own, its progress tables are off
 TUNE = {

@@ -122,17 +122,18 @@ def starting_networks(
     """
     params = worker.params.stdb
     torch.manual_seed(params.seed)
+    snn = None
     if params.from_scratch:
         ann = build_ann(worker.params.network, train).to(worker.device)
-        use_threads(worker, ann, train, params.batch_size)  # which what is found depends on
-        snn = build_snn(ann, params, params.seed, train).to(worker.device)
-        balance_random(snn, train, params)
     elif start is not None:
         ann, snn = start
     else:
         ann, snn = load_converted(worker.params.network, params, train, worker.root)
         ann, snn = ann.to(worker.device), snn.to(worker.device)
     use_threads(worker, ann, train, params.batch_size)
+    if snn is None:  # its thresholds depend on the threads
+        snn = build_snn(ann, params, params.seed, train).to(worker.device)
+        balance_random(snn, train, params)
     if params.dropout is not None:
         for module in snn.net.modules():
             if isinstance(module, nn.Dropout):
