@@ -238,12 +238,14 @@ CONTENDERS: dict[str, Callable[[stdb.SpikingNetwork, int], nn.Module]] = {
 PEERS = ("step-by-step", "snntorch", "spikingjelly", "spikingjelly-memopt")  # these keep much
 
 
-def products(workload: Workload, batch: int, train: bool) -> Callable[[], None]:
+def products(
+    workload: Workload, batch: int, train: bool, device: torch.device | str = "cpu"
+) -> Callable[[], None]:
     """The layers' bare products over T·B images, in pieces of 256, on random dense inputs.
 
     Those of an analogue input are the same at every step, so they are made once.
     """
-    ann, timesteps = plain(workload), workload.timesteps
+    ann, timesteps = plain(workload).to(device), workload.timesteps
     inputs: list[tuple[nn.Module, Tensor]] = []
     hooks = [
         m.register_forward_hook(lambda module, given, _: inputs.append((module, given[0].detach())))
@@ -252,7 +254,7 @@ def products(workload: Workload, batch: int, train: bool) -> Callable[[], None]:
     ]
     count = min(256, timesteps * batch)
     with torch.no_grad():
-        ann.eval()(images(count).contiguous(memory_format=torch.channels_last))
+        ann.eval()(images(count).to(device, memory_format=torch.channels_last))
     for hook in hooks:
         hook.remove()
     rounds = timesteps * batch / count
@@ -327,18 +329,24 @@ def void(_: object) -> None:
     """Drop a result."""
 
 
-def step(contender: str, workload: Workload, phase: str, batch: int) -> Callable[[], None]:
+def step(
+    contender: str,
+    workload: Workload,
+    phase: str,
+    batch: int,
+    device: torch.device | str = "cpu",
+) -> Callable[[], None]:
     """One training step, presentation or balancing, as a function."""
     if contender == "products":
-        return products(workload, batch, phase == "train")
-    snn = network(workload)
+        return products(workload, batch, phase == "train", device)
+    snn = network(workload, device)
     if phase == "balance":
         snn.eval()
         return balance(contender, snn, workload)
     model = CONTENDERS[contender](snn, workload.timesteps)
     lowered = workload.lowered is not None and contender != "stdb"
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=lowered)
-    x, y = images(batch), labels(batch)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=lowered)
+    x, y = images(batch).to(device), labels(batch).to(device)
     if phase == "infer":
         model.eval()
         return lambda: void(torch.no_grad()(autocast(model))(x))

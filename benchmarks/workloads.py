@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import stdb
@@ -82,17 +83,28 @@ QUICK = [
 def plain(workload: Workload) -> nn.Module:
     """The ANN."""
     torch.manual_seed(0)
-    ann = stdb.build(
-        workload.architecture, 3, 32, 10, width=workload.width, hidden=workload.hidden,
-        dropout=0.0 if workload.few else 0.2, normalisation="batch" if workload.few else "none",
-    )  # fmt: skip
+    if workload.architecture == "resnet18":
+        ann = resnet18()
+    else:
+        ann = stdb.build(
+            workload.architecture, 3, 32, 10, width=workload.width, hidden=workload.hidden,
+            dropout=0.0 if workload.few else 0.2, normalisation="batch" if workload.few else "none",
+        )  # fmt: skip
     for module in ann.modules():
         if isinstance(module, nn.BatchNorm2d):  # a bias to be folded
             nn.init.uniform_(module.bias, -0.1, 0.1)
     return ann.eval()
 
 
-def network(workload: Workload) -> stdb.SpikingNetwork:
+def resnet18() -> nn.Module:
+    """torchvision's, as it is usual for images of 32 pixels: a stem of 3×3, no pooling in it."""
+    ann = torchvision.models.resnet18(num_classes=10)
+    ann.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    ann.maxpool = nn.Identity()
+    return ann
+
+
+def network(workload: Workload, device: torch.device | str = "cpu") -> stdb.SpikingNetwork:
     """The network that it is converted to, its thresholds such that all layers are as dense.
 
     A trained network spikes like that (:mod:`benchmarks.trained`). At random weights' maxima
@@ -104,10 +116,10 @@ def network(workload: Workload) -> stdb.SpikingNetwork:
         stdb.Rectangle(1.0, 1.0, True) if workload.few else stdb.STDB(0.3, 0.01),
         learn_thresholds=workload.few,
         precision=workload.lowered,
-    ).eval()  # fmt: skip
+    ).to(device).eval()  # fmt: skip
     for neuron in snn.neurons.values():
         neuron.initial_membrane = 0.5 if workload.few else 0.0
-    x, steps = images(2), min(100, workload.timesteps)
+    x, steps = images(2).to(device), min(100, workload.timesteps)
     stdb.balance_thresholds(snn, x, min(20, steps), percentile=95)
     for _ in range(20):  # each layer's V moves with its density, those below settle first
         with torch.no_grad(), stdb.record_spikes(snn) as statistics:
@@ -137,6 +149,6 @@ def labels(count: int) -> Tensor:
 def neuron_steps(snn: stdb.SpikingNetwork, workload: Workload, batch: int) -> int:
     """Spiking neurons × time steps × images."""
     with torch.no_grad(), stdb.record_spikes(snn) as statistics:
-        snn(images(1), 1)
+        snn(images(1).to(next(snn.parameters()).device), 1)
     neurons = sum(m.numel() for name, m in statistics.maps.items() if name != "input")
     return neurons * workload.timesteps * batch

@@ -30,6 +30,7 @@ from pipeline.learning.evaluation import (
     diagnose,
     evaluate_snn,
     fitting_logit_scale,
+    levels_of,
     longest,
 )
 from pipeline.learning.finetuning import BATCH, fine_tune
@@ -167,7 +168,10 @@ def log_networks(stage: Stage, tuned: list[dict[str, Any]], train: Samples) -> N
             child = child_of(steps)
             stage.tracker.child(child, {"stdb.timesteps": steps, "stdb.epochs": at_t.epochs})
         found = {"accuracy/test": test.accuracy[-1], "accuracy/best_validation": one["best"]}
+        found |= {"energy/test_pj": test.energy, "spikes/mean": test.mean_spikes}
         stage.tracker.log(found, child=child)
+        for t in levels_of([steps], steps):
+            stage.tracker.log({"accuracy/at_timestep": test.accuracy[t - 1]}, t, child)
         path = network_of(steps) if child else SNN
         stage.tracker.model(path, model_name(params.data), example(train), about, child)
         if child:

@@ -9,6 +9,7 @@ Out, in FOLDER: trials.csv, best_params.yaml, pareto.png, epochs.png, parallel.p
 """
 
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def main(stage: Stage, folder: Path) -> None:
     sweep = load_sweep(folder / "params.yaml", params)
     train = load_split(DATA / "train.safetensors")
     check_trials(sweep, params, train)
+    for doubt in doubts(sweep, params):
+        stage.say(doubt)
     accuracy = read_ann_results().accuracy.validation
     work = work_folder(stage, sweep.weights.values())
     stage.hold(work / "lock", "this sweep")
@@ -92,6 +95,24 @@ def check_trials(sweep: SweepParams, params: Params, train: Samples) -> None:
                 checked.add(asked)
     except StageError as error:
         raise StageError(f"the sweep's parameters cannot be used: {error}") from error
+
+
+def doubts(sweep: SweepParams, params: Params) -> Iterator[str]:
+    """What is allowed, and hardly what a search for few steps is meant to do."""
+
+    def tried(name: str, own: Any) -> list[Any]:
+        return sweep.space[name].values if name in sweep.space else [own]
+
+    scales = tried("threshold_scale", 1.0)
+    methods = tried("method", params.balance_thresholds.method)
+    if max(scale or 1.0 for scale in scales) < 1 and {"mse", "learned"} & {*methods}:
+        yield (
+            f"threshold_scale is searched up to {max(scales):g}, and thresholds of mse and learned "
+            "are right at 1: docs/sweeps.md has a space for few steps"
+        )
+    surrogates = tried("surrogate", params.stdb.surrogate)
+    if "beta_100" in sweep.space and {"rectangle", "linear"} >= {*surrogates}:
+        yield "beta_100 is searched, and the surrogate has no β"
 
 
 def changes(best: Params, before: Params) -> dict[str, Any]:

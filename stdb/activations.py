@@ -115,7 +115,7 @@ class QCFS(Clip):
 
     def __init__(self, levels: int, bound: float = USUAL) -> None:
         super().__init__(bound)
-        if not (isinstance(levels, int) and levels >= 1):
+        if not isinstance(levels, int) or isinstance(levels, bool) or levels < 1:
             raise ValueError(f"levels is {levels!r}; allowed: a whole number, 1 or more")
         self.levels = levels
 
@@ -164,6 +164,9 @@ def start_bounds(
         network: with ``Clip`` or ``QCFS`` layers; others stay as they are.
         batches: of images, as the network takes them.
         percentile: above 0, at most 100.
+
+    Raises:
+        ValueError: there are no images, or what arrives at a layer is no number; names the layer.
     """
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; allowed: above 0, at most 100")
@@ -173,7 +176,11 @@ def start_bounds(
     def look(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         values = inputs[0].float().flatten()
         place = math.ceil(len(values) * percentile / 100)
-        found[layer].append(values.kthvalue(place).values)
+        value = values.kthvalue(place).values  # what is no number counts as the largest
+        if not torch.isfinite(value):
+            name = next(name for name, one in layers.items() if one is layer)
+            raise ValueError(f"values that arrive at {name} are not finite; allowed: numbers")
+        found[layer].append(value)
         layer.bound.copy_(torch.stack(found[layer]).mean().clamp(min=LEAST))  # type: ignore[operator]
 
     modes = {module: module.training for module in network.modules()}
@@ -191,6 +198,8 @@ def start_bounds(
             module.training = training
         for name, buffer in network.named_buffers():
             buffer.copy_(buffers[name])
+    if layers and not any(found.values()):
+        raise ValueError("no batches of images; allowed: one or more")
     return {name: float(layer.bound) for name, layer in layers.items()}
 
 

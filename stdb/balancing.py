@@ -95,6 +95,8 @@ def balance_thresholds(  # noqa: PLR0913 (each with a default, by keyword)
     images = all_images(images).to(next(snn.parameters()).device)
     if len(images) < 1 and reduce is None:
         raise ValueError("no calibration images")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; allowed: 1 or more")
     keep_at_one = set() if residual_blocks else residual_layers(snn)
 
     def present() -> list[LayerwiseRun]:

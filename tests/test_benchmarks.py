@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import stdb
-from benchmarks import at_scale, row
+from benchmarks import at_scale, gpu, row
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +32,49 @@ def test_every_contender_runs():
     rows = [line for line in result.stdout.splitlines() if line.startswith("| vgg5")]
     assert len(rows) == 7 + 6 + 2 + 2 + 6 + 5  # train, infer, record, balance; few steps: two
     assert (ROOT / "benchmarks/results.json").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+def test_what_is_run_on_a_gpu_runs_here_and_goes_on(tmp_path):
+    """Out of minutes after every result; then the table. A result that is known stays."""
+    pytest.importorskip("spikingjelly", reason="peers are missing: make setup-bench")
+    out = tmp_path / "gpu.json"
+    command = ["--device", "cpu", "--quick", "--out", str(out), "--minutes"]
+    assert gpu.main([*command, "0"]) == gpu.UNFINISHED
+    first = json.loads(out.read_text())
+    assert list(first) == ["about", "kernels"]
+    out.write_text(json.dumps(first | {"kernels": {"kept": True}}))
+    assert gpu.main([*command, "60"]) == 0
+    found = json.loads(out.read_text())
+    assert found["kernels"] == {"kept": True}
+    assert "passed" in found["golden vectors"]
+    (workload,) = gpu.QUICK[:1]
+    for phase in ("train", "infer"):
+        for contender in gpu.CONTENDERS:
+            assert found[f"{workload.name}, {phase}, {contender}"]["ms"] > 0
+    assert 0 < found[f"{workload.name}, profile"]["outside products"] < 1
+    assert f"| {workload.name} | train | stdb |" in gpu.table(found)
+
+
+def test_a_gpu_that_is_not_there_is_said_at_once(capsys):
+    """And an error of one result does not hide the others."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "no GPU is there that torch sees" in capsys.readouterr().err
+
+
+def test_a_kernel_that_is_wrong_is_found(tmp_path, monkeypatch):
+    """One spike more; the error is in the file, and the next result is found all the same."""
+    right = gpu.reference.fire
+    monkeypatch.setattr(gpu.kernels, "fire", lambda *a, **k: right(*a, **k) ^ 1)
+    results = gpu.Results(tmp_path / "gpu.json", 60, {})
+    results.once("kernels", lambda: gpu.check_kernels(torch.device("cpu"), 2))
+    results.once("next", lambda: 1)
+    assert "AssertionError: spikes of" in results.found["kernels"]["error"]
+    assert json.loads((tmp_path / "gpu.json").read_text())["next"] == 1
 
 
 SMALL = [

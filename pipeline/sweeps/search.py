@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from pipeline.environment import TUNE, set_default_environment
 from pipeline.errors import StageError
 from pipeline.files import digest
 from pipeline.jobs.address import cluster_address
-from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.cluster import ray_cluster
 from pipeline.jobs.failures import reason
 from pipeline.jobs.plan import Plan, machine
@@ -22,7 +22,7 @@ from pipeline.learning.networks import surrogate_of
 from pipeline.params import Params
 from pipeline.stage import Stage
 from pipeline.sweeps.space import ResourceParams, SweepParams, settings
-from pipeline.sweeps.trial import Common, run_trial
+from pipeline.sweeps.trial import Common, run_trial, states_of
 
 Tables = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
@@ -94,6 +94,7 @@ def search(
         sweep.seed,
         scales or {},
         sweep.weights,
+        time.time(),
     )
     stage.say(f"up to {total} trials, {room.parallel} at once")
     trainable = tune.with_resources(partial(run_trial, common=common), room.needed)
@@ -130,9 +131,9 @@ def tables(results: Any, sweep: SweepParams, base: Params, work: Path) -> Tables
     """A row a trial and a row an epoch, from the states that trials keep."""
     trials, epochs = [], []
     for trial, result in zip(trials_of(results), results, strict=True):
-        state = Checkpoints(str(work / "states"), "trial", trial.trial_id).load() or {}
-        history = state.get("history", [])
         sample = {name: trial.config[name] for name in sweep.space}
+        state = states_of(str(work / "states"), sample, trial.trial_id).load() or {}
+        history = state.get("history", [])
         params = settings(sample, base, sweep.weights).stdb
         surrogate = surrogate_of(params)
         best: dict[str, Any] = max(history, key=lambda row: row["accuracy/validation"], default={})

@@ -5,7 +5,10 @@ never reads the test split.
 """
 
 import copy
+import hashlib
+import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,6 +57,7 @@ class Common:
         train_images: training images of each; None: as many as ``stdb.images`` says.
         seed: draws them.
         scales: T → threshold scale, where ``stdb.threshold_scale`` is None; what it lacks is found.
+        began: when this attempt at the sweep did, in seconds since 1970.
     """
 
     params: Params
@@ -64,6 +68,7 @@ class Common:
     seed: int
     scales: dict[int, float] = field(default_factory=dict)
     weights: dict[int, str] = field(default_factory=dict)
+    began: float = 0.0
 
 
 def run_trial(sample: dict[str, Any], common: Common) -> None:
@@ -76,8 +81,8 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
     import ray.tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    name = ray.tune.get_context().get_trial_id()
-    checkpoints = Checkpoints(common.storage, "trial", name)
+    checkpoints = states_of(common.storage, sample, ray.tune.get_context().get_trial_id())
+    adopt(checkpoints, common.began)
     params = settings(sample, common.params, common.weights)
     loop = partial(
         run_trial_training,
@@ -101,6 +106,26 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
     worker = with_choices(worker)
     use_precision(worker)
     loop(worker)
+
+
+def states_of(storage: str, sample: dict[str, Any], trial: str) -> Checkpoints:
+    """Where a trial's states are: below what was drawn, and its id."""
+    drawn = hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()
+    return Checkpoints(storage, "trial", f"{drawn[:16]}-{trial}")
+
+
+def adopt(checkpoints: Checkpoints, began: float) -> None:
+    """Take the states of a trial of the same values that nobody goes on with.
+
+    It is one of before ``began``, of a search whose own record of it was lost.
+    """
+    own = Path(checkpoints.folder)
+    if not own.exists():
+        for other in sorted(own.parent.glob(f"{own.name.rpartition('-')[0]}-*")):
+            if all(file.stat().st_mtime < began for file in other.iterdir()):
+                with suppress(OSError):  # somebody else took it
+                    other.rename(own)
+                    return
 
 
 def run_trial_training(

@@ -2,9 +2,10 @@
 
 import json
 import math
-import pickle
+import pickletools
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.stage import Stage
 from pipeline.sweeps.space import BudgetParams, SweepParams, short
 
 ACCURACY = "accuracy/best"
+SPENT = "spent.json"
 LOGGED = ("epoch", "neuron_steps", "energy_delay", "spikes")  # besides metrics of a group
 
 
@@ -190,20 +192,19 @@ class Watch(tune.Callback):
 def can_go_on(folder: Path) -> bool:
     """Whether Tune can go on from what it keeps in a folder; else nothing is left there.
 
-    It writes in place, so that a kill leaves a file that ends early. All that was written when that
-    file was (a session's files end alike) is removed: the session before it is gone on from.
+    It writes in place, so that a kill may leave a file that ends early. All that was written when
+    that file was (a session's files end alike) is removed: the session before it is gone on from.
+    Trials that are then unknown are taken by :func:`pipeline.sweeps.trial.adopt`.
     """
-    if not whole(folder / "tuner.pkl"):
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
-    for file in folder.glob("*-*.*"):
-        if file.is_file() and not whole(file):
-            for other in folder.glob(f"*-{session_of(file)}.*"):
-                other.unlink()
-    if not list(folder.glob("experiment_state-*.json")):
-        shutil.rmtree(folder)
-        return False
-    return True
+    if whole(folder / "tuner.pkl"):
+        for file in folder.glob("[!.]*-*.*"):
+            if file.is_file() and not file.name.startswith("tmp-") and not whole(file):
+                for other in folder.glob(f"*-{session_of(file)}.*"):
+                    other.unlink()
+        if list(folder.glob("experiment_state-*.json")):
+            return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def session_of(file: Path) -> str:
@@ -212,11 +213,14 @@ def session_of(file: Path) -> str:
 
 
 def whole(file: Path) -> bool:
-    """Whether a JSON or pickle file is there, from its beginning to its end."""
+    """Whether a JSON or pickle file is there, from its beginning to its end; nothing of it runs."""
     try:
         content = file.read_bytes()
-        json.loads(content) if file.suffix == ".json" else pickle.loads(content)
-    except Exception:  # a pickle that was cut off raises what it likes
+        if file.suffix == ".json":
+            json.loads(content)
+        else:
+            deque(pickletools.genops(content), maxlen=0)
+    except (FileNotFoundError, ValueError):
         return False
     return True
 
@@ -226,11 +230,15 @@ def make_tuner(
 ) -> tune.Tuner:
     """A new sweep in ``folder``, or the one that was interrupted there."""
     path = folder / "trials"
+    begun = path.exists()
     if can_go_on(path):
         watch.say("goes on: finished trials are kept")
         tuner = tune.Tuner.restore(str(path), trainable, param_space=space(sweep))
         replace_callbacks(tuner, [watch])
         return tuner
+    if begun:
+        watch.say("the kill cut off what Tune keeps: the search begins again, with its trials")
+        (folder / SPENT).unlink(missing_ok=True)
     return tune.Tuner(
         trainable,
         param_space=space(sweep),
@@ -244,7 +252,7 @@ def make_tuner(
         run_config=tune.RunConfig(
             name=path.name,
             storage_path=str(folder),
-            stop=Budget(sweep.budget, folder / "spent.json"),
+            stop=Budget(sweep.budget, folder / SPENT),
             callbacks=[watch],
             verbose=0,
         ),

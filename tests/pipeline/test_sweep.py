@@ -23,13 +23,15 @@ from pipeline.errors import ParamsError, StageError
 from pipeline.files import ANN
 from pipeline.learning.networks import described
 from pipeline.learning.weights import save_weights
-from pipeline.overlays import apply
-from pipeline.params import DistilParams, load_params
-from pipeline.sweep import changes, check_trials
+from pipeline.overlays import apply, merge
+from pipeline.params import DistilParams, Params, load_params
+from pipeline.sweep import changes, check_trials, doubts
 from pipeline.sweeps.front import candidates, choose, draw_curves, draw_parallel, front
 from pipeline.sweeps.search import plan_trials, work_folder
 from pipeline.sweeps.space import BudgetParams, ResourceParams, load_sweep, samples, settings
+from pipeline.sweeps.trial import adopt, states_of
 from pipeline.sweeps.tuner import ACCURACY, Budget, Halving, can_go_on
+from pipeline.typed import read_yaml, validate
 from tests.pipeline.dependencies import covered, needed
 from tests.pipeline.support import (
     BALANCING,
@@ -209,6 +211,19 @@ def test_what_comes_before_the_fine_tuning_is_drawn_too():
     assert settings({"levels": 4}, base) == base  # the pipeline's own ANN has as many
 
 
+def test_a_space_that_does_not_suit_few_steps_is_said(tmp_path):
+    """The digits' space on a network for few steps; not on the digits', nor docs/sweeps.md's."""
+    own = load_sweep(ROOT / "sweep/params.yaml", PARAMS)
+    assert list(doubts(own, PARAMS)) == []
+    values = read_yaml(ROOT / "params.yaml")
+    merge(values, read_yaml(ROOT / "presets/qcfs-resnet9-cifar10-t4.yaml"), "the preset")
+    few = validate(values, Params, "the preset")
+    said = list(doubts(own, few))
+    assert len(said) == 2
+    assert "threshold_scale is searched up to 0.6" in said[0]
+    assert "beta_100 is searched, and the surrogate has no β" in said[1]
+
+
 def test_the_winner_is_written_by_section():
     """What differs from params.yaml, wherever it stands there."""
     base = based("network", activation="qcfs", levels=4)
@@ -384,13 +399,31 @@ def test_what_a_kill_left_half_written_is_not_gone_on_from(tmp_path, torn, left)
     (folder / "trial-2026").mkdir(parents=True)
     names = {"experiment_state-{}.json", "search_gen_state-{}.json", "searcher-state-{}.pkl"}
     files = {name.format(session) for name in names for session in (EARLIER, LATER)}
+    unknown = b"cno_such_module\nClass\n."  # of a library that has changed since: it is whole
     for name in {*files, "tuner.pkl"}:
-        content = b"{}" if name.endswith(".json") else pickle.dumps({"a": [1]})
+        content = b"{}" if name.endswith(".json") else unknown
         (folder / name).write_bytes(content[: len(content) // 2] if name == torn else content)
+    for name in (f"tmp-search_gen_state-{LATER}.json", f".1f-tmp-searcher-state-{LATER}.pkl"):
+        (folder / name).write_bytes(b"")  # Ray had not come to their renaming
     assert can_go_on(folder) == bool(left)
-    found = {file.name for file in folder.glob("*-*.*")}
+    found = {file.name for file in folder.glob("[!.]*-*.*") if "tmp" not in file.name}
     assert found == {name.format(session) for name in names for session in left}
     assert folder.exists() == bool(left)
+
+
+def test_a_search_that_begins_again_takes_its_trials(tmp_path):
+    """States of the same values, of before; those of another's, or in use, stay."""
+    sample = {"timesteps": 4, "distil": None}
+    before = states_of(str(tmp_path), sample, "a_00001")
+    before.save({"epoch": 3})
+    states_of(str(tmp_path), {**sample, "timesteps": 2}, "a_00002").save({"epoch": 7})
+    in_use = states_of(str(tmp_path), dict(reversed(sample.items())), "b_00000")
+    adopt(in_use, time.time() - 3600)
+    assert in_use.load() is None
+    first, second = (states_of(str(tmp_path), sample, f"b_0000{k}") for k in (1, 2))
+    for one in (first, second, first):
+        adopt(one, time.time() + 1)
+    assert (before.load(), first.load(), second.load()) == (None, {"epoch": 3}, None)
 
 
 def test_a_sweep_that_was_killed_before_its_first_state_starts_afresh(tmp_path):

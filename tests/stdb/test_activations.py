@@ -99,6 +99,12 @@ def test_a_bound_stays_above_0():
         (lambda: stdb.build("vgg5", activation="clip", levels=4), "levels is 4 with activation cl"),
         (lambda: stdb.build("vgg5", activation="qcfs"), "levels is None with activation qcfs; all"),
         (lambda: stdb.start_bounds(stdb.Clip(), [], 0), "percentile is 0; allowed: above 0"),
+        (lambda: stdb.start_bounds(stdb.Clip(), []), "no batches of images; allowed: one or more"),
+        (
+            lambda: stdb.start_bounds(nn.Sequential(stdb.Clip()), [torch.full((2, 3), math.nan)]),
+            "values that arrive at 0 are not finite; allowed: numbers",
+        ),
+        (lambda: stdb.QCFS(True), "levels is True; allowed: a whole number, 1 or more"),
     ],
 )
 def test_what_is_not_allowed_is_refused(make, said):
