@@ -31,14 +31,14 @@ class Spikes:
         packed: (T, ⌈M/8⌉) bits of (T, M), channels last.
         shape: of the dense form.
         dtype: of the dense form.
-        dense: it, where it exists already.
+        dense: it, where it exists already, maybe of another type.
     """
 
     def __init__(
         self, packed: Tensor, shape: torch.Size, dtype: torch.dtype, dense: Tensor | None = None
     ) -> None:
         self.packed, self.shape, self.dtype = packed, shape, dtype
-        self._dense = {} if dense is None else {dtype: dense}
+        self._dense = {} if dense is None else {dense.dtype: dense}
 
     @property
     def neurons(self) -> int:
@@ -50,7 +50,7 @@ class Spikes:
         dtype = dtype or self.dtype
         if dtype not in self._dense:
             listed = kernels.works_on_bits(self.packed.device)
-            whole = None if listed else self._dense.get(self.dtype)
+            whole = None if listed else next(iter(self._dense.values()), None)
             if whole is None:
                 matrix = kernels.unpack(self.packed, self.neurons, dtype)
                 self._dense[dtype] = from_matrix(matrix, self.shape)
@@ -68,7 +68,7 @@ class Spikes:
     def counts(self) -> Tensor:
         """(B, …): spikes of each neuron in this chunk."""
         if not kernels.works_on_bits(self.packed.device):
-            return self.dense().sum(0)
+            return self.dense(next(iter(self._dense), None)).sum(0, dtype=self.dtype)
         counts = kernels.count_spikes(self.packed, self.neurons, self.dtype)
         return from_matrix(counts[None], (1, *self.shape[1:]))[0]
 

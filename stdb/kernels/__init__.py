@@ -5,7 +5,7 @@ device       backend                       holds
 ===========  ============================  ==========================================
 CPU          numba                         :mod:`.neurons`, :mod:`.gradients`, :mod:`.events`,
                                            :mod:`.products`
-CUDA         Triton                        :mod:`.gpu`
+CUDA         Triton                        :mod:`.gpu`, :mod:`.gpu_gradients`
 any other    torch, the oracle of both     :mod:`.reference`
 ===========  ============================  ==========================================
 
@@ -112,7 +112,7 @@ def fire(
         leak: λ.
         last_spike: (M,) int16, brought to the end of the chunk as by :func:`note_last_spikes`.
         start: the number of steps before the chunk.
-        spikes: (T, M), filled with zeros and ones; it may be ``current``, which is lost then.
+        spikes: (T, M) of any type, filled with zeros and ones.
         bias: (C,) what is added to the current of each channel, M being channels last.
         steps: T, where the current is constant.
 
