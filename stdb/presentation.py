@@ -371,8 +371,9 @@ class Presentation:
         times = self.last_spike[i] if keep and neuron.surrogate.needs_ages else None
         if times is not None and chunk.snapshot:
             chunk.last_spike[i] = times.clone()
-        spikes = None
-        if not kernels.works_on_bits(matrix.device):  # as products read them
+        spikes, nodes = None, self.network.graph.nodes
+        reads_numbers = any(n.operator.product for n in nodes if i in n.inputs)
+        if reads_numbers and not kernels.works_on_bits(matrix.device):
             dtype = self.sites[i].precision or real
             spikes = matrix.new_empty(chunk.steps, matrix.shape[1], dtype=dtype)
         packed = kernels.fire(

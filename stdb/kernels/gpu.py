@@ -15,6 +15,8 @@ from torch import Tensor
 from . import bits
 from .gpu_gradients import backpropagate
 from .launch import launch, triton
+from .layout import to_matrix
+from .pooled import pooled_shape
 from .reference import count_spikes
 
 if triton is not None:
@@ -22,7 +24,15 @@ if triton is not None:
 
     from .launch import spikes_at, store_bits
 
-__all__ = ["available", "backpropagate", "count_spikes", "fire", "note_last_spikes", "unpack"]
+__all__ = [
+    "available",
+    "average",
+    "backpropagate",
+    "count_spikes",
+    "fire",
+    "note_last_spikes",
+    "unpack",
+]
 
 if triton is not None:
 
@@ -85,6 +95,36 @@ if triton is not None:
             last = tl.where(spiked, start + t + 1, last)
         tl.store(times + neuron, last.to(tl.int16), mask=neuron < count)
 
+    @triton.jit(do_not_specialize=["steps", "height", "width", "row", "column"])
+    def _average(
+        packed, mask, averages, count, in_bytes, steps, channel_bytes, height, width, row, column,
+        size: tl.constexpr, has_mask: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
+        # bytes of a pooled pixel's channels; they are summed over the pixels of its window
+        byte = tl.program_id(0) * block + tl.arange(0, block)
+        neuron = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+        inside = neuron < count
+        source = byte
+        if size > 1:
+            pixel = byte // channel_bytes
+            image, y = pixel // width // height, pixel // width % height
+            first = (image * column + y * size) * row + pixel % width * size
+            source = first * channel_bytes + byte % channel_bytes
+        if has_mask:
+            part = tl.load(mask + neuron, mask=inside, other=0.0).to(tl.float32)
+        for t in range(steps):
+            total = tl.zeros([block, 8], dtype=tl.int32)
+            for k in tl.static_range(size * size):
+                place = source + (k // size * row + k % size) * channel_bytes
+                total += spikes_at(packed, t, in_bytes, place, byte * 8 < count).to(tl.int32)
+            value = total.to(tl.float32)
+            if size > 1:
+                value = tl.div_rn(value, tl.zeros_like(value) + size * size)
+            if has_mask:
+                value *= part
+            place = tl.cast(t, tl.int64) * count + neuron
+            tl.store(averages + place, value.to(averages.dtype.element_ty), mask=inside)
+
 
 @functools.cache
 def available(device: torch.device) -> bool:
@@ -138,3 +178,20 @@ def note_last_spikes(packed: Tensor, last_spike: Tensor, start: int) -> None:
     """See :func:`stdb.kernels.note_last_spikes`."""
     steps, row_bytes = packed.shape
     launch(_note_last_spikes, row_bytes, packed, last_spike, len(last_spike), steps, start)
+
+
+def average(
+    packed: Tensor, shape: torch.Size, size: int, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`stdb.kernels.average`."""
+    pooled = pooled_shape(shape, size)
+    out = torch.empty(len(packed), pooled[1:].numel(), dtype=dtype, device=packed.device)
+    sides = (*pooled[3:], *shape[3:]) if size > 1 else (1, 1, 1, 1)
+    height, width, column, row = sides
+    launch(
+        _average, bits.row_bytes(out.shape[1]), packed,
+        out if mask is None else to_matrix(mask[None]), out, out.shape[1], packed.shape[1],
+        len(packed), shape[2] // 8, height, width, row, column, size=size,
+        has_mask=mask is not None,
+    )  # fmt: skip
+    return out

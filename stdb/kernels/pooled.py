@@ -45,3 +45,11 @@ class PooledGradient:
         images = F.interpolate(self.above.flatten(0, 1), scale_factor=self.size) / self.size**2
         grad = images.unflatten(0, self.above.shape[:2])
         return to_layout(grad if self.mask is None else grad * self.mask)
+
+
+def pooled_shape(shape: torch.Size, size: int) -> torch.Size:
+    """(T, B, C, H, W) → that of averages over windows, which may leave a rest; the same for 1."""
+    if size == 1:
+        return shape
+    *rest, height, width = shape
+    return torch.Size((*rest, height // size, width // size))

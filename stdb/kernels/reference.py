@@ -6,11 +6,12 @@ A chunk is a matrix (T, M) in memory order: T steps of M = batch × neurons of o
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import bits
 from .layer import Layer, LayerGradient
-from .layout import to_matrix
+from .layout import from_matrix, to_matrix
 from .pooled import PooledGradient
 
 
@@ -64,6 +65,16 @@ def note_last_spikes(packed: Tensor, last_spike: Tensor, start: int) -> None:
 def count_spikes(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """See :func:`stdb.kernels.count_spikes`."""
     return bits.unpack(packed, count, dtype).sum(0)
+
+
+def average(
+    packed: Tensor, shape: torch.Size, size: int, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`stdb.kernels.average`."""
+    spikes = from_matrix(bits.unpack(packed, shape[1:].numel(), torch.float32), shape)
+    if size > 1:
+        spikes = F.avg_pool2d(spikes.flatten(0, 1), size).unflatten(0, shape[:2])
+    return to_matrix(spikes if mask is None else spikes * mask).to(dtype)
 
 
 def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient:

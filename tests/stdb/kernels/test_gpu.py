@@ -18,7 +18,8 @@ from stdb.kernels import gpu, gpu_gradients, launch  # noqa: E402
 
 # membranes, and currents and gradients beside them
 FLOATS = (("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64"))
-INTEGERS = {"count": "i32", "steps": "i32", "start": "i32", "channels": "i32", "width": "i32"}
+INTEGERS = dict.fromkeys(("count", "steps", "start", "channels", "width", "height"), "i32")
+INTEGERS |= dict.fromkeys(("row", "column", "in_bytes", "channel_bytes"), "i32")
 KERNELS = {
     name: value
     for module in (gpu, gpu_gradients)
@@ -34,7 +35,7 @@ def specialisations():
     for real, read in FLOATS:
         reals = ("bias", "membrane", "mask", "before", "membranes", "carry", "passed", "totals")
         types = bits | dict.fromkeys((*reals, "sums"), f"*{real}") | INTEGERS
-        types |= dict.fromkeys(("current", "spikes", "above", "target"), f"*{read}")
+        types |= dict.fromkeys(("current", "spikes", "averages", "above", "target"), f"*{read}")
         types |= dict.fromkeys(("alpha", "beta", "threshold", "leak"), "fp64")
         for constant, whole in itertools.product((False, True), repeat=2):
             flags = dict.fromkeys(("has_bias", "has_spikes", "notes"), whole)
@@ -42,6 +43,8 @@ def specialisations():
         for constants in backward_forms():
             yield "_backpropagate", types | {"kept": "*u8"}, constants
         yield "_unpack", types, {}
+        for size, has_mask in itertools.product((1, 2, 3), (False, True)):
+            yield "_average", types, {"size": size, "has_mask": has_mask}
     other = types | {"kept": "*i16", "above": "*bf16", "mask": "*fp32", "target": "*fp32"}
     yield from (("_backpropagate", other, form) for form in backward_forms() if is_of_age(form))
     yield "_note_last_spikes", bits | INTEGERS, {}
@@ -87,7 +90,8 @@ def test_the_compiler_takes_every_kernel(form, architecture, tmp_path, monkeypat
     for name, given, constants in specialisations():
         kernel = KERNELS[name]
         special = {p.name for p in kernel.params if not p.do_not_specialize}
-        ones = {"count", "channels"} & set(kernel.arg_names) if form == "ones" else ()
+        small = {"count", "channels", "channel_bytes"} & set(kernel.arg_names)
+        ones = small if form == "ones" else ()
         fixed = constants | {"block": launch.BYTES_PER_PROGRAM} | dict.fromkeys(ones, 1)
         types = given | dict.fromkeys(fixed, "constexpr")
         if form == "long":
