@@ -14,15 +14,17 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 import stdb  # noqa: E402
-from stdb.kernels import gpu, gpu_gradients, launch  # noqa: E402
+from stdb.kernels import gpu, gpu_gradients, gpu_random, launch  # noqa: E402
 
 # membranes, and currents and gradients beside them
 FLOATS = (("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64"))
 INTEGERS = dict.fromkeys(("count", "steps", "start", "channels", "width", "height"), "i32")
-INTEGERS |= dict.fromkeys(("row", "column", "in_bytes", "channel_bytes"), "i32")
+INTEGERS |= dict.fromkeys(
+    ("row", "column", "in_bytes", "channel_bytes", "numbers", "pixels"), "i32"
+)
 KERNELS = {
     name: value
-    for module in (gpu, gpu_gradients)
+    for module in (gpu, gpu_gradients, gpu_random)
     for name, value in vars(module).items()
     if "block" in getattr(value, "arg_names", ())  # else it is called by one
 }
@@ -31,7 +33,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 def specialisations():
     """(kernel, types of its arguments, constants) of all that the GPU's backend launches."""
-    bits = {"packed": "*u8", "times": "*i16"}
+    bits = {"packed": "*u8", "times": "*i16", "keys": "*i64", "rate": "fp32", "scale": "fp64"}
     for real, read in FLOATS:
         reals = ("bias", "membrane", "mask", "before", "membranes", "carry", "passed", "totals")
         types = bits | dict.fromkeys((*reals, "sums"), f"*{real}") | INTEGERS
@@ -43,10 +45,12 @@ def specialisations():
         for constants in backward_forms():
             yield "_backpropagate", types | {"kept": "*u8"}, constants
         yield "_unpack", types, {}
+        yield "_draw", types | {"out": f"*{real}"}, {"masks": True}
         for size, has_mask in itertools.product((1, 2, 3), (False, True)):
             yield "_average", types, {"size": size, "has_mask": has_mask}
     other = types | {"kept": "*i16", "above": "*bf16", "mask": "*fp32", "target": "*fp32"}
     yield from (("_backpropagate", other, form) for form in backward_forms() if is_of_age(form))
+    yield "_draw", types | {"out": "*fp32"}, {"masks": False}
     yield "_note_last_spikes", bits | INTEGERS, {}
 
 
@@ -130,13 +134,14 @@ def test_all_kernels_are_compiled_here():
 def test_the_interpreter_agrees_with_the_reference():
     """The tests of all backends, with the GPU's in the place of the CPU's."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is imported
-    tests = Path(__file__).with_name("test_backends.py")
+    here = Path(__file__).parent
+    tests = [str(here / "test_backends.py"), str(here / "test_gpu_random.py")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "stdb.kernels.gpu" in subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--collect-only", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", *tests],
         env=environment, capture_output=True, text=True,
     ).stdout  # fmt: skip
