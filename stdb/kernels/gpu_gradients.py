@@ -186,12 +186,11 @@ def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient
     has_membrane = layer.current is not None
     keeps = has_membrane and (formula in ("linear", "exponential") or layer.learns_leak)
     summed = layer.learns_threshold or layer.learns_leak
-    of_age = torch.uint8 if steps <= LONGEST_OF_BYTES else torch.int16
-    kept = (
-        scratch(formula == "rectangle", steps, row_bytes, dtype=torch.uint8)
-        if formula != "age"
-        else scratch(True, steps, count, dtype=of_age)
-    )
+    of_age = formula == "age"
+    kept = scratch(
+        of_age or formula == "rectangle", steps, count if of_age else row_bytes,
+        dtype=torch.int16 if of_age and steps > LONGEST_OF_BYTES else torch.uint8,
+    )  # fmt: skip
     passed, totals = scratch(layer.carries, count), scratch(layer.channels > 0, count)
     sums = scratch(summed, triton.cdiv(row_bytes, BYTES_PER_PROGRAM), 3)
     launch(
