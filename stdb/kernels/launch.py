@@ -11,6 +11,8 @@ try:
 except ImportError:
     triton = None
 
+__all__ = ["BYTES_PER_PROGRAM", "OPTIONS", "launch", "triton"]
+
 BYTES_PER_PROGRAM = 64  # 512 neurons
 # numbers are rounded as plain torch rounds them: no product and sum in one
 OPTIONS = {"enable_fp_fusion": False}

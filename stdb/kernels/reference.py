@@ -30,12 +30,13 @@ def fire(
     """Eq. 2 over a chunk, step after step; see :func:`stdb.kernels.fire`."""
     current = whole(current, bias, steps or len(current), membrane.dtype)
     fired = (membrane > threshold).to(membrane.dtype)
-    dense = torch.empty_like(current) if spikes is None else spikes
+    dense = torch.empty_like(current, dtype=torch.bool) if spikes is None else spikes
     for t in range(len(current)):
         if leak != 1.0:
             membrane.mul_(leak)
         membrane.add_(fired, alpha=-threshold).add_(current[t])
-        fired = torch.gt(membrane, threshold, out=dense[t])
+        fired = (membrane > threshold).to(membrane.dtype)
+        dense[t] = fired
     packed = bits.pack(dense)
     if last_spike is not None:
         note_last_spikes(packed, last_spike, start)
