@@ -29,7 +29,7 @@ KERNELS = {
     for name, value in vars(module).items()
     if "block" in getattr(value, "arg_names", ())  # else it is called by one
 }
-# bytes: in four forms of the backward pass, with 32, 56, 96 and 128 registers, the compiler puts one
+# bytes: in four forms of the backward pass, of 32, 56, 96 and 128 registers, the compiler puts one
 # or two on the stack, for more threads at once
 SPILLED = 8
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
