@@ -1,11 +1,17 @@
 """Other precisions and other devices than the one the rest of the tests runs on."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import stdb
+from stdb import kernels
+from stdb.kernels import gpu, neurons
+
+BACKEND = gpu if os.environ.get("TRITON_INTERPRET") == "1" else neurons
 
 SURROGATES = [stdb.STDB(), stdb.Linear(0.3), stdb.Exponential(0.3, 0.5)]
 
@@ -77,6 +83,27 @@ def test_nothing_inside_a_presentation_waits_for_a_value(surrogate, learn, preci
     assert logits.is_meta
     logits.sum().backward()
     assert all(p.grad.is_meta for p in snn.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("surrogate", [stdb.STDB(), stdb.Rectangle(0.3, 1.0, True)])
+@pytest.mark.parametrize("chunk", [5, 12])
+def test_a_network_whose_products_do_not_read_bits(precision, surrogate, chunk, monkeypatch):
+    """As on a GPU, where spikes are numbers: all is as with bits; ``test_gpu.py`` has its kernels."""
+    found = []
+    for own, on_bits in ((BACKEND, False), (neurons, True)):
+        monkeypatch.setattr(kernels, "backend", lambda _, own=own: own)
+        monkeypatch.setattr(kernels, "works_on_bits", lambda _, on_bits=on_bits: on_bits)
+        snn = network(precision, surrogate, learn_thresholds=True)
+        snn.events, snn.chunk = "never", chunk
+        with stdb.record_spikes(snn, trains=True) as statistics:
+            F.cross_entropy(snn(images(), 12), torch.arange(3)).backward()
+        trains = [statistics.train(name) for name in statistics.trains]
+        found.append((trains, [p.grad for p in snn.parameters() if p.requires_grad]))
+    (trains, gradients), (other_trains, others) = found
+    assert all(torch.equal(a, b) for a, b in zip(trains, other_trains, strict=True))
+    for a, b in zip(gradients, others, strict=True):
+        assert (a - b).norm() <= (1e-5 if precision is None else 0.01) * b.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

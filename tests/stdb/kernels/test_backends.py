@@ -1,4 +1,4 @@
-"""Every backend against the reference in plain torch, on random shapes.
+"""Every backend against the reference in plain torch, on random shapes; and that one by hand.
 
 With TRITON_INTERPRET=1 the GPU's kernels are among the backends: ``test_gpu.py`` runs this file so.
 """
@@ -10,7 +10,6 @@ import os
 import hypothesis
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,6 @@ from stdb import kernels
 from stdb.kernels import PooledGradient, bits, gpu, neurons, parallel, reference
 from stdb.kernels.layout import to_matrix
 from stdb.kernels.pooled import pooled_shape
-from tests.stdb.test_devices import network
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [gpu] if INTERPRETED else [neurons]
@@ -354,28 +352,31 @@ def test_many_steps_at_once(backend, steps):
     close(backend.backpropagate(grad.clone(), layer), reference.backpropagate(grad.clone(), layer))
 
 
-@backends
-@pytest.mark.parametrize("precision", [None, torch.bfloat16])
-@pytest.mark.parametrize("surrogate", [stdb.STDB(), stdb.Rectangle(0.3, 1.0, True)])
-@pytest.mark.parametrize("chunk", [5, 12])
-def test_a_network_whose_products_do_not_read_bits(
-    backend, precision, surrogate, chunk, monkeypatch
-):
-    """As on a GPU: spikes are numbers, and all is as with bits."""
-    images, found = torch.rand(3, 2, 8, 8) * 2 - 1, []
-    for own, on_bits in ((backend, False), (neurons, True)):
-        monkeypatch.setattr(kernels, "backend", lambda _, own=own: own)
-        monkeypatch.setattr(kernels, "works_on_bits", lambda _, on_bits=on_bits: on_bits)
-        snn = network(precision, surrogate, learn_thresholds=True)
-        snn.events, snn.chunk = "never", chunk
-        with stdb.record_spikes(snn, trains=True) as statistics:
-            F.cross_entropy(snn(images, 12), torch.arange(3)).backward()
-        trains = [statistics.train(name) for name in statistics.trains]
-        found.append((trains, [p.grad for p in snn.parameters() if p.requires_grad]))
-    (trains, gradients), (other_trains, others) = found
-    assert all(torch.equal(a, b) for a, b in zip(trains, other_trains, strict=True))
-    for a, b in zip(gradients, others, strict=True):
-        assert (a - b).norm() <= (1e-5 if precision is None else 0.01) * b.norm()
+@pytest.mark.parametrize("leak", [1.0, 0.75])
+def test_the_reference_by_hand(leak):
+    """Eq. 2 and Eq. 11 written out, neuron after neuron, in Python's numbers."""
+    chunk = Chunk(7, 5, 3, torch.float64, leak)
+    membrane, times = chunk.membrane.clone(), chunk.times.clone()
+    packed = reference.fire(chunk.current, membrane, 0.5, leak, last_spike=times, start=4)
+    spikes = bits.unpack(packed, 5, torch.float64)
+    grad = chunk.normal(7, 5)
+    layer = kernels.Layer(
+        packed, stdb.STDB(0.3, 0.05), 0.5, torch.float64, leak, start=4, last_spike=chunk.times
+    )
+    found = reference.backpropagate(grad.clone(), layer).current
+    for m in range(5):
+        u, last, slopes = float(chunk.membrane[m]), int(chunk.times[m]), []
+        for t in range(7):
+            u = leak * u - 0.5 * (u > 0.5) + float(chunk.current[t, m])
+            assert float(spikes[t, m]) == (u > 0.5)
+            last = 5 + t if u > 0.5 else last
+            slopes.append(0.3 * 2.718281828459045 ** (-0.05 * (5 + t - last)) if last else 0.0)
+        assert float(membrane[m]) == pytest.approx(u)
+        assert int(times[m]) == last
+        after = 0.0
+        for t in reversed(range(7)):
+            after = float(grad[t, m]) * slopes[t] + leak * after
+            assert float(found[t, m]) == pytest.approx(after)
 
 
 def test_a_backend_for_every_device():

@@ -140,7 +140,8 @@ def test_the_interpreter_agrees_with_the_reference():
     """The tests of all backends, with the GPU's in the place of the CPU's."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is imported
     here = Path(__file__).parent
-    tests = [str(here / "test_backends.py"), str(here / "test_gpu_random.py")]
+    devices = f"{here.parent / 'test_devices.py'}::test_a_network_whose_products_do_not_read_bits"
+    tests = [str(here / "test_backends.py"), str(here / "test_gpu_random.py"), devices]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=environment, capture_output=True, text=True,
