@@ -89,7 +89,7 @@ def test_nothing_inside_a_presentation_waits_for_a_value(surrogate, learn, preci
 @pytest.mark.parametrize("surrogate", [stdb.STDB(), stdb.Rectangle(0.3, 1.0, True)])
 @pytest.mark.parametrize("chunk", [5, 12])
 def test_a_network_whose_products_do_not_read_bits(precision, surrogate, chunk, monkeypatch):
-    """As on a GPU, where spikes are numbers: all is as with bits; ``test_gpu.py`` has its kernels."""
+    """As on a GPU, where they read numbers: all is the same; ``test_gpu.py`` has its kernels."""
     found = []
     for own, on_bits in ((BACKEND, False), (neurons, True)):
         monkeypatch.setattr(kernels, "backend", lambda _, own=own: own)
