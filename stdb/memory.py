@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 
-from .kernels import works_on_bits
 from .network import SpikingNetwork
 from .neuron import SpikingNeuron
 from .operators.maximum import MaxPool
@@ -42,12 +41,11 @@ def training_memory(
         chunk: time steps computed at once; by default what the network would choose.
     """
     graph, sizes = snn.graph, [shape.numel() for shape in snn.shapes(image_shape)]
-    first = next(snn.parameters())
-    real, on_cpu = first.element_size(), works_on_bits(first.device)
+    real = next(snn.parameters()).element_size()
     chunk = min(chunk or snn.chunk or default_chunk(batch_size), timesteps)
-    alone = on_cpu and chunk == timesteps
+    alone = chunk == timesteps
     carry = 0 if alone else real  # a membrane's gradient, which goes on to the chunk before
-    moved = 2 if on_cpu and snn.precision == torch.bfloat16 else real
+    moved = 2 if snn.precision == torch.bfloat16 else real
     constant = bool(getattr(snn.encoder, "constant", False))
     per_image = 0.0
     of_currents = dict.fromkeys(graph.body, 0)  # that are kept: neuron node → bytes

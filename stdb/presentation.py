@@ -325,8 +325,7 @@ class Presentation:
             elif isinstance(node.operator, MaxPool):
                 values[i] = self._pool(i, node.operator, values[node.inputs[0]], chunk, keep)
             elif node.operator.fires:
-                source = node.inputs[0]
-                values[i] = self._fire(i, values[source], chunk, keep, graph.shared(source))
+                values[i] = self._fire(i, values[node.inputs[0]], chunk, keep)
             else:
                 below = [values[j] for j in node.inputs]
                 values[i] = self.constants.value(i, partial(self.apply, i, below))
@@ -355,28 +354,28 @@ class Presentation:
             shown = value.expand(steps, *value.shape[1:]) if isinstance(value, Tensor) else value
             observer(self, self.labels[i], shown)
 
-    def _fire(self, i: int, value: Value, chunk: Chunk, keep: bool, shared: bool) -> Spikes:
+    def _fire(self, i: int, value: Value, chunk: Chunk, keep: bool) -> Spikes:
         """Spikes (T, B, …) of a layer, from its current; state and record are updated."""
         shape = torch.Size((chunk.steps, *value.shape[1:]))
         neuron, real = self.sites[i].module, self.real
-        in_place = not kernels.works_on_bits(self.images.device)  # the current becomes the spikes
-        if in_place:
-            current, bias = dense(value).to(real), None
-            matrix = to_matrix(current.expand(shape), copy=shared or len(current) == 1)
-        else:
-            current, bias = bias_apart(value)
-            matrix = to_matrix(current)
+        current, bias = bias_apart(value)
+        matrix = to_matrix(current)
         if i not in self.membrane:
             start = neuron.initial_membrane * self.threshold[i]
             self.membrane[i] = matrix.new_full(matrix.shape[1:], start, dtype=real)
             self.last_spike[i] = torch.zeros_like(self.membrane[i], dtype=torch.int16)
         if keep and neuron.needs_membrane:
             chunk.membrane[i] = self.membrane[i].clone()
-            if chunk.alone and not in_place:
+            if chunk.alone:
                 chunk.current[i] = matrix, bias
         times = self.last_spike[i] if keep and neuron.surrogate.needs_ages else None
         if times is not None and chunk.snapshot:
             chunk.last_spike[i] = times.clone()
+        spikes, nodes = None, self.network.graph.nodes
+        reads_numbers = any(n.operator.product for n in nodes if i in n.inputs)
+        if reads_numbers and not kernels.works_on_bits(matrix.device):
+            dtype = self.sites[i].precision or real
+            spikes = matrix.new_empty(chunk.steps, matrix.shape[1], dtype=dtype)
         packed = kernels.fire(
             matrix,
             self.membrane[i],
@@ -384,13 +383,13 @@ class Presentation:
             self.leak[i],
             last_spike=times,
             start=chunk.start,
-            spikes=matrix if in_place else None,
+            spikes=spikes,
             bias=bias,
             steps=chunk.steps,
         )
         if keep:
             chunk.bits[i] = packed
-        return Spikes(packed, shape, real, from_matrix(matrix, shape) if in_place else None)
+        return Spikes(packed, shape, real, None if spikes is None else from_matrix(spikes, shape))
 
 
 def total(value: Value, steps: int) -> Tensor:

@@ -7,6 +7,8 @@ of workers, or on a restart. A *key* is an int64 word that names a stream of num
 import torch
 from torch import Tensor
 
+from .kernels import gpu, gpu_random
+
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit integer
 _MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 _DROPOUT_STREAM = 1 << 40  # no step t of an encoder with the same seed comes here
@@ -33,6 +35,8 @@ def derive(keys: Tensor, number: int | Tensor) -> Tensor:
 
 def uniform(keys: Tensor, count: int) -> Tensor:
     """The first ``count`` numbers of each key's stream: (*keys.shape, count) float32 in [0, 1)."""
+    if gpu.available(keys.device):
+        return gpu_random.uniform(keys, count)
     counter = torch.arange(1, count + 1, device=keys.device).mul_(_GOLDEN)
     return _shift(mix(keys[..., None] + counter), 40).float().mul_(2.0**-24)
 
@@ -56,5 +60,7 @@ def dropout_mask(
         dtype: of the mask.
     """
     keys = derive(derive(keys, seed), _DROPOUT_STREAM + layer)
+    if gpu.available(keys.device):
+        return gpu_random.dropout_mask(keys, rate, shape, dtype)
     keep = uniform(keys, shape[1:].numel()) >= rate
     return keep.to(dtype).div_(1 - rate or 1).view(shape)

@@ -6,7 +6,6 @@ what: it passes through dropout, average pooling and flattening, and convolution
 are summed from it at a cost that is proportional to the number of events.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .kernels import events, neurons, products
-from .kernels.layout import from_matrix, to_matrix
-from .kernels.numbers import words
+from .kernels import events, products
+from .kernels.layout import from_matrix
 from .kernels.parallel import run
+from .kernels.pooled import pooled_shape
 
 ROWS_PER_TILE = 128  # of a linear layer's weights; with BLOCK vectors of columns they fit a cache
 
@@ -31,14 +30,14 @@ class Spikes:
         packed: (T, ⌈M/8⌉) bits of (T, M), channels last.
         shape: of the dense form.
         dtype: of the dense form.
-        dense: it, where it exists already.
+        dense: it, where it exists already, maybe of another type.
     """
 
     def __init__(
         self, packed: Tensor, shape: torch.Size, dtype: torch.dtype, dense: Tensor | None = None
     ) -> None:
         self.packed, self.shape, self.dtype = packed, shape, dtype
-        self._dense = {} if dense is None else {dtype: dense}
+        self._dense = {} if dense is None else {dense.dtype: dense}
 
     @property
     def neurons(self) -> int:
@@ -50,7 +49,7 @@ class Spikes:
         dtype = dtype or self.dtype
         if dtype not in self._dense:
             listed = kernels.works_on_bits(self.packed.device)
-            whole = None if listed else self._dense.get(self.dtype)
+            whole = None if listed else next(iter(self._dense.values()), None)
             if whole is None:
                 matrix = kernels.unpack(self.packed, self.neurons, dtype)
                 self._dense[dtype] = from_matrix(matrix, self.shape)
@@ -60,7 +59,7 @@ class Spikes:
 
     def averaged(self, size: int) -> "Averages | None":
         """Averaged over windows of size × size that do not overlap; None where no kernel does."""
-        if not kernels.works_on_bits(self.packed.device) or self.dtype != torch.float32:
+        if not kernels.averages_bits(self.packed.device) or self.dtype != torch.float32:
             return None
         whole = self.shape[2] % 8 == 0 and size**2 < 256  # bytes of a pixel; what a byte counts
         return Averages(self, size) if whole else None
@@ -68,7 +67,7 @@ class Spikes:
     def counts(self) -> Tensor:
         """(B, …): spikes of each neuron in this chunk."""
         if not kernels.works_on_bits(self.packed.device):
-            return self.dense().sum(0)
+            return self.dense(next(iter(self._dense), None)).sum(0, dtype=self.dtype)
         counts = kernels.count_spikes(self.packed, self.neurons, self.dtype)
         return from_matrix(counts[None], (1, *self.shape[1:]))[0]
 
@@ -135,27 +134,13 @@ class Averages:
     @property
     def shape(self) -> torch.Size:
         """Of the dense form."""
-        if self.size == 1:
-            return self.spikes.shape
-        *rest, height, width = self.spikes.shape
-        return torch.Size((*rest, height // self.size, width // self.size))
+        return pooled_shape(self.spikes.shape, self.size)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """As a tensor in channels-last order, of another type where one is given."""
-        out = torch.empty(self.shape[0], self.shape[1:].numel(), dtype=dtype or self.spikes.dtype)
-        steps, batch, channels, *sides = self.shape
-        height, width = (1, math.prod(sides)) if self.size == 1 else sides  # a row of all pixels
-        row = width if self.size == 1 else self.spikes.shape[-1]  # windows may leave a rest
-        images = words(out).reshape(steps * batch, height, width, channels)
-        mask = torch.empty(0, 0, 0, 0, dtype=self.spikes.dtype)
-        if self.mask is not None:
-            mask = to_matrix(self.mask[None]).view(batch, *images.shape[1:])
-        run(
-            neurons.average, len(images), self.spikes.shape.numel() // 8,
-            self.spikes.packed.numpy().reshape(len(images), -1), self.size, channels,
-            row, words(mask), images,
-        )  # fmt: skip
-        return from_matrix(out, self.shape)
+        spikes, dtype = self.spikes, dtype or self.spikes.dtype
+        matrix = kernels.average(spikes.packed, spikes.shape, self.size, self.mask, dtype)
+        return from_matrix(matrix, self.shape)
 
 
 @dataclass(frozen=True)

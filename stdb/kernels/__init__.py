@@ -5,7 +5,7 @@ device       backend                       holds
 ===========  ============================  ==========================================
 CPU          numba                         :mod:`.neurons`, :mod:`.gradients`, :mod:`.events`,
                                            :mod:`.products`
-CUDA         Triton                        :mod:`.gpu`
+CUDA         Triton                        :mod:`.gpu`, :mod:`.gpu_gradients`
 any other    torch, the oracle of both     :mod:`.reference`
 ===========  ============================  ==========================================
 
@@ -29,6 +29,8 @@ __all__ = [
     "LayerGradient",
     "PooledGradient",
     "age_slope",
+    "average",
+    "averages_bits",
     "backend",
     "backpropagate",
     "count_spikes",
@@ -71,6 +73,17 @@ class Backend(Protocol):
         """Spikes of each neuron."""
         ...
 
+    def average(
+        self,
+        packed: Tensor,
+        shape: torch.Size,
+        size: int,
+        mask: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Spikes pooled and masked."""
+        ...
+
     def backpropagate(self, above: Tensor | PooledGradient, layer: Layer) -> LayerGradient:
         """The surrogate, the leak path, and what V and λ learn."""
         ...
@@ -88,6 +101,11 @@ def backend(device: torch.device) -> Backend:
 def works_on_bits(device: torch.device) -> bool:
     """Whether linear operators there take spikes as bits and events; else as zeros and ones."""
     return device.type == "cpu"
+
+
+def averages_bits(device: torch.device) -> bool:
+    """Whether :func:`average` is there, which takes spikes as bits."""
+    return backend(device) is not reference
 
 
 def fire(
@@ -112,7 +130,7 @@ def fire(
         leak: λ.
         last_spike: (M,) int16, brought to the end of the chunk as by :func:`note_last_spikes`.
         start: the number of steps before the chunk.
-        spikes: (T, M), filled with zeros and ones; it may be ``current``, which is lost then.
+        spikes: (T, M) of any type, filled with zeros and ones.
         bias: (C,) what is added to the current of each channel, M being channels last.
         steps: T, where the current is constant.
 
@@ -144,6 +162,24 @@ def note_last_spikes(packed: Tensor, last_spike: Tensor, start: int) -> None:
 def count_spikes(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """(count,): spikes of each neuron over the rows of ``packed``."""
     return backend(packed.device).count_spikes(packed, count, dtype)
+
+
+def average(
+    packed: Tensor, shape: torch.Size, size: int, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Spikes averaged over windows of size × size side by side, times a dropout's mask.
+
+    Args:
+        packed: (T, ⌈M/8⌉) bits.
+        shape: of the spikes, (T, B, C, H, W) with C a multiple of 8; any such with a size of 1.
+        size: of a window; windows may leave a rest. size² is below 256.
+        mask: (B, C, H/size, W/size), or None.
+        dtype: of the result; sums are made in float32.
+
+    Returns:
+        (T, M/size²), channels last.
+    """
+    return backend(packed.device).average(packed, shape, size, mask, dtype)
 
 
 def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient:

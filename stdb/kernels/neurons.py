@@ -5,6 +5,8 @@ as bits, eight neurons to a byte. Kernels work on a range [first, last), of byte
 (:func:`stdb.kernels.parallel.run`). The functions at the end are the backend's interface.
 """
 
+import math
+
 import numpy as np
 import torch
 from numba.cpython.unsafe.numbers import trailing_zeros
@@ -13,10 +15,12 @@ from torch import Tensor
 from . import bits
 from .compiled import compiled
 from .gradients import NO_TIMES, STRIP, backpropagate
+from .layout import to_matrix
 from .numbers import BITS_OF, by_neuron, narrow, wide, words
 from .parallel import run
+from .pooled import pooled_shape
 
-__all__ = ["backpropagate", "count_spikes", "fire", "note_last_spikes", "unpack"]
+__all__ = ["average", "backpropagate", "count_spikes", "fire", "note_last_spikes", "unpack"]
 
 GATHER = np.uint64(sum(1 << (56 - 7 * k) for k in range(8)))  # see :mod:`.bits`
 
@@ -73,7 +77,7 @@ def _unpack(first, last, bits, one, zero, out):
 
 
 @compiled(error_model="numpy")
-def average(first, last, bits, size, channels, width, mask, out):
+def _average(first, last, bits, size, channels, width, mask, out):
     """Write averages of spikes over windows, times ``mask`` (B, …) unless empty, to ``out``.
 
     Images have rows of ``width`` pixels of ``channels``, a multiple of 8; ``out`` is (T·B, h, w,
@@ -185,3 +189,23 @@ def count_spikes(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     counts = torch.zeros(packed.shape[1] * 8, dtype=dtype)
     run(_count_spikes, packed.shape[1], packed.numel(), packed.numpy(), counts.numpy())
     return counts[:count]
+
+
+def average(
+    packed: Tensor, shape: torch.Size, size: int, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`stdb.kernels.average`."""
+    pooled = pooled_shape(shape, size)
+    out = torch.empty(pooled[0], pooled[1:].numel(), dtype=dtype)
+    steps, batch, channels, *sides = pooled
+    height, width = (1, math.prod(sides)) if size == 1 else sides  # a row of all pixels
+    row = width if size == 1 else shape[-1]  # windows may leave a rest
+    images = words(out).reshape(steps * batch, height, width, channels)
+    masks = torch.empty(0, 0, 0, 0)
+    if mask is not None:
+        masks = to_matrix(mask[None]).view(batch, *images.shape[1:])
+    run(
+        _average, len(images), shape.numel() // 8, packed.numpy().reshape(len(images), -1), size,
+        channels, row, words(masks), images,
+    )  # fmt: skip
+    return out

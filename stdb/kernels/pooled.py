@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import to_layout
+from .layout import from_matrix, to_layout, to_matrix
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,20 @@ class PooledGradient:
 
     def dense(self) -> Tensor:
         """Spread: every pixel of a window gets 1/size² of its gradient."""
-        if self.size == 1:
-            return to_layout(self.above if self.mask is None else self.above * self.mask)
-        images = F.interpolate(self.above.flatten(0, 1), scale_factor=self.size) / self.size**2
-        grad = images.unflatten(0, self.above.shape[:2])
-        return to_layout(grad if self.mask is None else grad * self.mask)
+        if self.size == 1 and self.mask is None:
+            return to_layout(self.above)
+        grad = self.above
+        if self.size > 1:
+            images = F.interpolate(grad.flatten(0, 1), scale_factor=self.size) / self.size**2
+            grad = images.unflatten(0, grad.shape[:2])
+        if self.mask is not None:
+            grad = grad * self.mask
+        return from_matrix(to_matrix(grad), grad.shape)
+
+
+def pooled_shape(shape: torch.Size, size: int) -> torch.Size:
+    """(T, B, C, H, W) → that of averages over windows, which may leave a rest; the same for 1."""
+    if size == 1:
+        return shape
+    *rest, height, width = shape
+    return torch.Size((*rest, height // size, width // size))

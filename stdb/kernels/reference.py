@@ -6,11 +6,12 @@ A chunk is a matrix (T, M) in memory order: T steps of M = batch × neurons of o
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import bits
 from .layer import Layer, LayerGradient
-from .layout import to_matrix
+from .layout import from_matrix, to_matrix
 from .pooled import PooledGradient
 
 
@@ -29,12 +30,13 @@ def fire(
     """Eq. 2 over a chunk, step after step; see :func:`stdb.kernels.fire`."""
     current = whole(current, bias, steps or len(current), membrane.dtype)
     fired = (membrane > threshold).to(membrane.dtype)
-    dense = torch.empty_like(current) if spikes is None else spikes
+    dense = torch.empty_like(current, dtype=torch.bool) if spikes is None else spikes
     for t in range(len(current)):
         if leak != 1.0:
             membrane.mul_(leak)
         membrane.add_(fired, alpha=-threshold).add_(current[t])
-        fired = torch.gt(membrane, threshold, out=dense[t])
+        fired = (membrane > threshold).to(membrane.dtype)
+        dense[t] = fired
     packed = bits.pack(dense)
     if last_spike is not None:
         note_last_spikes(packed, last_spike, start)
@@ -64,6 +66,16 @@ def note_last_spikes(packed: Tensor, last_spike: Tensor, start: int) -> None:
 def count_spikes(packed: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """See :func:`stdb.kernels.count_spikes`."""
     return bits.unpack(packed, count, dtype).sum(0)
+
+
+def average(
+    packed: Tensor, shape: torch.Size, size: int, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`stdb.kernels.average`."""
+    spikes = from_matrix(bits.unpack(packed, shape[1:].numel(), torch.float32), shape)
+    if size > 1:
+        spikes = F.avg_pool2d(spikes.flatten(0, 1), size).unflatten(0, shape[:2])
+    return to_matrix(spikes if mask is None else spikes * mask).to(dtype)
 
 
 def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient:

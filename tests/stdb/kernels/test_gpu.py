@@ -5,6 +5,7 @@ The interpreter takes what the compiler refuses, so both are needed.
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,64 +15,99 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 import stdb  # noqa: E402
-from stdb.kernels import gpu  # noqa: E402
+from stdb.kernels import gpu, gpu_gradients, gpu_random, launch  # noqa: E402
 
-FLOATS = ("fp32", "fp64")
-# whole numbers that are 1 are constants, multiples of 16 are known to be, and more than 2³¹ is long
-FORMS = ("any", "ones", "multiples", "long")
-SCAN = {"count": "i32", "row_bytes": "i32", "steps": "i32"}
+# membranes, and currents and gradients beside them
+FLOATS = (("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64"))
+INTEGERS = dict.fromkeys(("count", "steps", "start", "channels", "width", "height"), "i32")
+INTEGERS |= dict.fromkeys(
+    ("row", "column", "in_bytes", "channel_bytes", "numbers", "pixels"), "i32"
+)
+KERNELS = {
+    name: value
+    for module in (gpu, gpu_gradients, gpu_random)
+    for name, value in vars(module).items()
+    if "block" in getattr(value, "arg_names", ())  # else it is called by one
+}
+# bytes: in four forms of the backward pass, of 32, 56, 96 and 128 registers, the compiler puts one
+# or two on the stack, for more threads at once
+SPILLED = 8
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def specialisations():
-    """(kernel, signature, constants) of all that :mod:`stdb.kernels.gpu` launches."""
-    for real in FLOATS:
-        for has_spikes in (False, True):
-            pointers = {"current": f"*{real}", "membrane": f"*{real}", "packed": "*u8"}
-            numbers = {"threshold": "fp32", "leak": "fp32"}
-            signature = pointers | {"spikes": f"*{real}"} | SCAN | numbers
-            yield "_fire", signature, {"has_spikes": has_spikes}
-        pointers = {"grad": f"*{real}", "packed": "*u8", "times": "*i16"}
-        reals = ("current", "before", "membranes", "carry", "sums")
-        numbers = dict.fromkeys(("alpha", "beta", "decay", "threshold", "leak"), "fp32")
-        signature = pointers | dict.fromkeys(reals, f"*{real}") | SCAN | {"start": "i32"} | numbers
-        yield from (("_backpropagate", signature, constants) for constants in backward_forms())
-    yield "_note_last_spikes", {"packed": "*u8", "times": "*i16"} | SCAN | {"start": "i32"}, {}
+    """(kernel, types of its arguments, constants) of all that the GPU's backend launches."""
+    bits = {"packed": "*u8", "times": "*i16", "keys": "*i64", "rate": "fp32", "scale": "fp64"}
+    for real, read in FLOATS:
+        reals = ("bias", "membrane", "mask", "before", "membranes", "carry", "passed", "totals")
+        types = bits | dict.fromkeys((*reals, "sums"), f"*{real}") | INTEGERS
+        types |= dict.fromkeys(("current", "spikes", "averages", "above", "target"), f"*{read}")
+        types |= dict.fromkeys(("alpha", "beta", "threshold", "leak"), "fp64")
+        for constant, whole in itertools.product((False, True), repeat=2):
+            flags = dict.fromkeys(("has_bias", "has_spikes", "notes"), whole)
+            yield "_fire", types, {"constant": constant} | flags
+        for constants in backward_forms():
+            yield "_backpropagate", types | {"kept": "*u8"}, constants
+        yield "_unpack", types, {}
+        yield "_draw", types | {"out": f"*{real}"}, {"masks": True}
+        for size, has_mask in itertools.product((1, 2, 3), (False, True)):
+            yield "_average", types, {"size": size, "has_mask": has_mask}
+    other = types | {"kept": "*i16", "above": "*bf16", "mask": "*fp32", "target": "*fp32"}
+    yield from (("_backpropagate", other, form) for form in backward_forms() if is_of_age(form))
+    yield "_draw", types | {"out": "*fp32"}, {"masks": False}
+    yield "_note_last_spikes", bits | INTEGERS, {}
+
+
+def is_of_age(constants):
+    return constants["formula"] == "age"
 
 
 def backward_forms():
     """The constants of a backward pass: each formula bare, and with all that it can have."""
-    flags = ("over_threshold", "has_carry", "temporal", "learns_threshold", "learns_leak")
+    flags = ("over_threshold", "has_mask", "has_bias", "has_carry", "carries", "temporal")
+    flags += ("sums_channels", "learns_threshold", "learns_leak")
     for formula, whole in itertools.product(stdb.surrogate.FORMULAS.values(), (False, True)):
         recalled = {"has_membrane": whole or formula != "age", "constant": False}
-        yield {"formula": formula} | recalled | dict.fromkeys(flags, whole)
-    of_age = {"formula": "age", "has_membrane": False, "constant": False, "learns_leak": False}
-    few = {"has_carry": True, "temporal": True, "learns_threshold": True, "over_threshold": False}
-    yield of_age | few
-    yield of_age | few | {"has_membrane": True, "constant": True, "over_threshold": True}
+        recalled["keeps_membrane"] = whole or formula in ("linear", "exponential")
+        yield (
+            {"formula": formula, "size": 2 if whole else 1} | recalled | dict.fromkeys(flags, whole)
+        )
+        # what learns V over U/V, of a constant current, below a pool without a mask
+        some = dict.fromkeys(flags, True) | {"has_mask": False, "learns_leak": False}
+        recalled["keeps_membrane"] = formula in ("linear", "exponential")
+        if not whole:
+            some |= {"formula": formula, "size": 3} | recalled
+            yield some | {"has_membrane": True, "constant": True}
+            yield some | {"over_threshold": False, "size": 1}
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(
-    ("name", "signature", "constants"),
-    list(specialisations()),
-    ids=lambda value: value if isinstance(value, str) else None,
+    ("form", "architecture"),
+    [*itertools.product(("any", "multiples"), (80, 90, 100)), ("ones", 90), ("long", 90)],
 )
-def test_the_compiler_takes_every_kernel(name, signature, constants, architecture):
-    """Ahead of time, for GPUs that are not here, in the forms that Triton makes of numbers."""
+def test_the_compiler_takes_every_kernel(form, architecture, tmp_path, monkeypatch):
+    """Ahead of time, for GPUs that are not here; what they compute with stays in registers.
+
+    Triton makes forms of numbers: whole ones that are 1 are constants, multiples of 16 are known to
+    be, and more than 2³¹ is long.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(gpu, name)
-    for form in FORMS:
-        ones = [n for n, kind in signature.items() if form == "ones" and kind == "i32"]
-        fixed = constants | {"block": gpu.BYTES_PER_PROGRAM} | dict.fromkeys(ones, 1)
-        types = signature | dict.fromkeys(fixed, "constexpr")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name, given, constants in specialisations():
+        kernel = KERNELS[name]
+        special = {p.name for p in kernel.params if not p.do_not_specialize}
+        small = {"count", "channels", "channel_bytes"} & set(kernel.arg_names)
+        ones = small if form == "ones" else ()
+        fixed = constants | {"block": launch.BYTES_PER_PROGRAM} | dict.fromkeys(ones, 1)
+        types = given | dict.fromkeys(fixed, "constexpr")
         if form == "long":
             types["count"] = "i64"
         multiples = [
             (place,)
             for place, argument in enumerate(kernel.arg_names)
-            if form == "multiples" and types[argument][0] in "*i"
+            if form == "multiples" and types[argument][0] in "*i" and argument in special
         ]
         source = ASTSource(
             fn=kernel,
@@ -79,28 +115,39 @@ def test_the_compiler_takes_every_kernel(name, signature, constants, architectur
             constexprs=fixed,
             attrs={place: [["tt.divisibility", 16]] for place in multiples},
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-        assert compiled.asm["cubin"], form
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source, target=target, options=launch.OPTIONS)
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        used = subprocess.run(
+            [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        stack, local = re.findall(r"(?:STACK|LOCAL):(\d+)", used)
+        assert int(stack) <= SPILLED, (name, types, constants, used)
+        assert int(local) == 0, (name, types, constants, used)
 
 
 def test_all_kernels_are_compiled_here():
-    """A kernel that is added to the file is added to this test."""
-    kernels = {name for name, value in vars(gpu).items() if hasattr(value, "arg_names")}
-    assert kernels == {name for name, _, _ in specialisations()}
-    for name, signature, constants in specialisations():
-        assert set(getattr(gpu, name).arg_names) == {*signature, *constants, "block"}
+    """A kernel that is added to the backend is added to this test."""
+    assert set(KERNELS) == {name for name, _, _ in specialisations()}
+    for name, types, constants in specialisations():
+        arguments = set(KERNELS[name].arg_names)
+        assert arguments <= {*types, *constants, "block"}
+        assert set(constants) <= arguments
 
 
 def test_the_interpreter_agrees_with_the_reference():
     """The tests of all backends, with the GPU's in the place of the CPU's."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is imported
-    tests = Path(__file__).with_name("test_backends.py")
+    here = Path(__file__).parent
+    devices = f"{here.parent / 'test_devices.py'}::test_a_network_whose_products_do_not_read_bits"
+    tests = [str(here / "test_backends.py"), str(here / "test_gpu_random.py"), devices]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "stdb.kernels.gpu" in subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--collect-only", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", *tests],
         env=environment, capture_output=True, text=True,
     ).stdout  # fmt: skip
