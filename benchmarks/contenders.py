@@ -22,8 +22,10 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,8 @@ from benchmarks.workloads import (
 )
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
+Work = Callable[[], Any]
+Device = torch.device | str
 
 
 def poisson(x: Tensor) -> Tensor:
@@ -238,9 +242,7 @@ CONTENDERS: dict[str, Callable[[stdb.SpikingNetwork, int], nn.Module]] = {
 PEERS = ("step-by-step", "snntorch", "spikingjelly", "spikingjelly-memopt")  # these keep much
 
 
-def products(
-    workload: Workload, batch: int, train: bool, device: torch.device | str = "cpu"
-) -> Callable[[], None]:
+def products(workload: Workload, batch: int, train: bool, device: Device = "cpu") -> Work:
     """The layers' bare products over T·B images, in pieces of 256, on random dense inputs.
 
     Those of an analogue input are the same at every step, so they are made once.
@@ -278,11 +280,11 @@ def products(
     return run
 
 
-def balance(contender: str, snn: stdb.SpikingNetwork, workload: Workload) -> Callable[[], None]:
+def balance(contender: str, snn: stdb.SpikingNetwork, workload: Workload) -> Work:
     """Threshold balancing: one pass over the layers, or every layer again from the input."""
     x = images(workload.batch)
     if contender == "stdb":
-        return lambda: void(stdb.balance_thresholds(snn, x, workload.timesteps))
+        return partial(stdb.balance_thresholds, snn, x, workload.timesteps)
 
     @torch.no_grad()
     def run() -> None:
@@ -325,17 +327,9 @@ def recording(snn: stdb.SpikingNetwork, workload: Workload, repeats: int) -> tup
     return plain, recorded
 
 
-def void(_: object) -> None:
-    """Drop a result."""
-
-
 def step(
-    contender: str,
-    workload: Workload,
-    phase: str,
-    batch: int,
-    device: torch.device | str = "cpu",
-) -> Callable[[], None]:
+    contender: str, workload: Workload, phase: str, batch: int, device: Device = "cpu"
+) -> Work:
     """One training step, presentation or balancing, as a function."""
     if contender == "products":
         return products(workload, batch, phase == "train", device)
@@ -349,7 +343,7 @@ def step(
     x, y = images(batch).to(device), labels(batch).to(device)
     if phase == "infer":
         model.eval()
-        return lambda: void(torch.no_grad()(autocast(model))(x))
+        return partial(torch.no_grad()(autocast(model)), x)
     model.train()
     optimizer = torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad], amsgrad=True, fused=True

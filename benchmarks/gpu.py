@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--minutes 6] [--out gpu.json] [--only vgg16]
 
-*Checks*: the kernels against :mod:`stdb.kernels.reference` on random chunks; the golden vectors; a
+*Checks*: the kernels against plain torch on random chunks; the golden vectors; a
 row of Table 1 in small, by the pipeline's own loops without Ray. *Measures*: a training step and a
 presentation of this engine, of the bare products and of SpikingJelly at the same batch, and of this
 engine's training step the share of time outside products and the number of launches.
@@ -13,7 +13,6 @@ Every result is written to OUT when it is there. When the minutes are over it en
 import argparse
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -27,15 +26,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import stdb
 from benchmarks.contenders import step
 from benchmarks.workloads import QUICK, Workload
 from pipeline.files import files_below
-from stdb import kernels
-from stdb.kernels import reference
-from stdb.kernels.layout import to_layout, to_matrix
 
 ROOT = Path(__file__).parents[1]
 UNFINISHED = 3  # exit status: the same command goes on
@@ -48,18 +43,17 @@ WORKLOADS = [
 CONTENDERS = ("products", "stdb", "spikingjelly")
 IN_A_ROW = ("vgg", "resnet9")  # architectures that are a sequence of layers, as peers want them
 PRODUCTS = ("gemm", "conv", "cutlass", "xmma", "wgrad", "dgrad", "fprop", "cudnn", "::mm", "addmm")
-FORMS = ("plain", "bias", "constant", "bfloat16", "pooled", "masked")
-SURROGATES = [
-    kind(over_threshold=over)
-    for kind in (stdb.STDB, stdb.Rectangle, stdb.Linear, stdb.Exponential)
-    for over in (False, True)
-]
 
 Found = dict[str, Any]
 
 
 class OutOfTimeError(Exception):
     """The minutes are over; all is written."""
+
+
+def failed(found: Any) -> bool:
+    """Whether that is an error."""
+    return isinstance(found, dict) and "error" in found
 
 
 class Results:
@@ -75,7 +69,7 @@ class Results:
 
     def once(self, name: str, work: Callable[[], Any]) -> None:
         """Find it out unless it is known; an error is what was found, and is tried again."""
-        if name in self.found and "error" not in (self.found[name] or ()):
+        if name in self.found and not failed(self.found[name]):
             return
         if self.began and time.monotonic() > self.end:
             raise OutOfTimeError
@@ -90,89 +84,6 @@ class Results:
 
 
 # -- checks ----------------------------------------------------------------------------------------
-
-
-def check_kernels(device: torch.device, shapes: int = 12) -> Found:
-    """Every surrogate in every form on random chunks: spikes equal, gradients to rounding.
-
-    Raises:
-        AssertionError: something differs, or the kernels do not run on this GPU.
-    """
-    if device.type == "cuda" and not kernels.gpu.available(device):
-        raise AssertionError("the kernels do not run here; the warning above says why")
-    generator = torch.Generator().manual_seed(0)
-    worst = 0.0
-    for k in range(shapes):
-        for surrogate, form in itertools.product(SURROGATES, FORMS):
-            shape = (1 + k % 9, 1 + k % 4, (3, 8, 64)[k % 3], 2 * (1 + k % 5), 2 * (1 + k % 5))
-            case = random_case(shape, form, generator)
-            ours, theirs = (
-                one_layer(kind, surrogate, form, case, on)
-                for kind, on in ((kernels, device), (reference, torch.device("cpu")))
-            )
-            for name, value in theirs.items():
-                if value.dtype in (torch.uint8, torch.int16) and not torch.equal(ours[name], value):
-                    raise AssertionError(f"{name} of {surrogate}, {form}, at {shape} differ")
-                scale = max(1.0, float(value.abs().max()))
-                off = float((ours[name].float() - value.float()).abs().max()) / scale
-                if off > (1e-2 if form == "bfloat16" else 1e-4):
-                    raise AssertionError(f"{name} of {surrogate}, {form}, at {shape}: {off:g} off")
-                worst = max(worst, off)
-    return {"shapes": shapes, "forms": [*FORMS], "largest difference": worst}
-
-
-def random_case(shape: tuple[int, ...], form: str, generator: torch.Generator) -> Found:
-    """Current, membranes, bias, gradient and mask of a chunk (T, B, C, H, W), as they lie there.
-
-    Multiples of 1/8, so that sums are exact, ties with V included.
-    """
-
-    def grid(*size: int) -> Tensor:
-        return torch.randint(-16, 17, size, generator=generator) / 8
-
-    steps, batch, channels, height, width = shape
-    current = grid(*shape) if form != "constant" else grid(1, *shape[1:])
-    above = (
-        grid(steps, batch, channels, height // 2, width // 2) if form == "pooled" else grid(*shape)
-    )
-    mask = (grid(*shape[1:]) > 0).float() * 2
-    return {
-        "shape": shape,
-        "current": to_matrix(to_layout(current)),
-        "before": to_matrix(to_layout(grid(1, *shape[1:])))[0].clone(),
-        "bias": grid(channels) if form in ("constant", "bias", "bfloat16") else None,
-        "above": to_layout(above),
-        "mask": to_layout(mask[None])[0],
-    }
-
-
-def one_layer(
-    kind: Any, surrogate: stdb.Surrogate, form: str, case: Found, device: torch.device
-) -> dict[str, Tensor]:
-    """A chunk forward and backward by one backend; what came of it, on the CPU."""
-    case = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.items()}
-    steps, half = case["shape"][0], torch.bfloat16 if form == "bfloat16" else None
-    current = case["current"] if half is None else case["current"].to(half)
-    u, times = case["before"].clone(), torch.zeros_like(case["before"], dtype=torch.int16)
-    noted = times.clone()
-    packed = kind.fire(
-        current, u, 0.5, 0.5, last_spike=noted, bias=case["bias"], steps=steps
-    )  # fmt: skip
-    above: Any = case["above"].clone() if half is None else case["above"].to(half)
-    if form in ("pooled", "masked"):
-        above = kernels.PooledGradient(above, 2 if form == "pooled" else 1, case["mask"])
-    layer = kernels.Layer(
-        packed, surrogate, 0.5, torch.float32, 0.5, last_spike=times, current=current,
-        bias=case["bias"], before=case["before"], learns_threshold=True, learns_leak=True,
-        channels=case["shape"][2], carries=True, lowered=half,
-    )  # fmt: skip
-    found = kind.backpropagate(above, layer)
-    values = {
-        "spikes": packed, "membranes": u, "spike times": noted, "gradients": found.current,
-        "carry": found.carry, "of V": found.threshold, "of leak": found.leak,
-        "of biases": found.channels,
-    }  # fmt: skip
-    return {name: torch.as_tensor(value).cpu() for name, value in values.items()}
 
 
 def check_vectors(device: torch.device) -> str:
@@ -269,7 +180,7 @@ def profile(workload: Workload, device: torch.device) -> Found:
 
 def works(device: torch.device, workloads: list[Workload]) -> Iterator[tuple[str, Any]]:
     """All that is to be found out: its name, and how."""
-    yield "kernels", partial(check_kernels, device)
+    yield "kernels", partial(stdb.check_kernels, device)
     yield "golden vectors", partial(check_vectors, device)
     yield "loops", check_loops
     for workload in workloads:
@@ -330,7 +241,7 @@ def main(arguments: list[str]) -> int:
         print("out of time; the same command goes on", flush=True)
         return UNFINISHED
     print(table(results.found))
-    return 1 if any("error" in one for one in results.found.values() if one) else 0
+    return 1 if any(map(failed, results.found.values())) else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from .activations import ACTIVATIONS, QCFS, Clip, start_bounds
+from .agreement import check_kernels
 from .architectures import ARCHITECTURES, ResidualBlock, build, build_network
 from .balancing import balance_thresholds, residual_layers
 from .calibration import logit_scale, scaled_losses
@@ -80,6 +81,7 @@ __all__ = [
     "balance_thresholds",
     "build",
     "build_network",
+    "check_kernels",
     "configure",
     "convert",
     "decide",

@@ -66,15 +66,15 @@ def test_a_gpu_that_is_not_there_is_said_at_once(capsys):
     assert "no GPU is there that torch sees" in capsys.readouterr().err
 
 
-def test_a_kernel_that_is_wrong_is_found(tmp_path, monkeypatch):
-    """One spike more; the error is in the file, and the next result is found all the same."""
-    right = gpu.reference.fire
-    monkeypatch.setattr(gpu.kernels, "fire", lambda *a, **k: right(*a, **k) ^ 1)
+def test_an_error_does_not_hide_what_follows_and_is_tried_again(tmp_path):
+    """It is in the file, until it is none any more."""
     results = gpu.Results(tmp_path / "gpu.json", 60, {})
-    results.once("kernels", lambda: gpu.check_kernels(torch.device("cpu"), 2))
+    results.once("first", lambda: 1 / 0)
     results.once("next", lambda: 1)
-    assert "AssertionError: spikes of" in results.found["kernels"]["error"]
-    assert json.loads((tmp_path / "gpu.json").read_text())["next"] == 1
+    assert "ZeroDivisionError" in results.found["first"]["error"]
+    results.once("first", lambda: 2)
+    results.once("next", lambda: 3)
+    assert json.loads((tmp_path / "gpu.json").read_text()) == {"about": {}, "first": 2, "next": 1}
 
 
 SMALL = [
