@@ -213,10 +213,13 @@ def session_of(file: Path) -> str:
 
 
 def whole(file: Path) -> bool:
-    """Whether a JSON or pickle file is there, from its beginning to its end; nothing of it runs."""
+    """Whether a JSON or pickle file is there, from its beginning to its end; nothing of it runs.
+
+    What it is shows in its first byte: Tune has pickles that are called ``.json``.
+    """
     try:
         content = file.read_bytes()
-        if file.suffix == ".json":
+        if content.startswith(b"{"):
             json.loads(content)
         else:
             deque(pickletools.genops(content), maxlen=0)
