@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,9 +92,19 @@ def end_processes(folder: Path) -> None:
     left: list[psutil.Process] = []
     for child in psutil.Process().children():
         with suppress(psutil.Error):
-            if any(str(folder) in part for part in child.cmdline()):
+            if any(str(folder) in part for part in _line_of(child)):
                 left += [child, *child.children(recursive=True)]
     for process in left:
         with suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(left, timeout=10)
+
+
+def _line_of(process: psutil.Process) -> list[str]:
+    """Its command line, which one that has just begun does not show for a moment."""
+    deadline = time.monotonic() + 1
+    line: list[str] = process.cmdline()
+    while not line and time.monotonic() < deadline:
+        time.sleep(0.01)
+        line = process.cmdline()
+    return line

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import ray
 
@@ -132,9 +133,25 @@ def test_a_start_that_is_late_is_tried_three_times(sessions, monkeypatch, failur
     assert len(set(late.folders)) == min(failures + 1, 3)
     why = "Ray did not start (The current node timed out during startup.)"
     assert said == [f"{why}; attempt {n} of 3" for n in range(2, min(failures, 2) + 2)]
-    assert all(child.wait(5) is not None for child in late.children)
+    assert all(child.wait(60) is not None for child in late.children)
     for child in late.children:
         child.stdin.close()
+
+
+def test_a_process_that_has_just_begun_is_ended_too(sessions, monkeypatch):
+    """For a moment it shows no command line."""
+    command = [sys.executable, "-c", "input()", str(sessions)]
+    shown, asked = psutil.Process.cmdline, []
+
+    def late(process):
+        asked.append(process.pid)
+        return [] if asked.count(process.pid) < 3 else shown(process)
+
+    child = subprocess.Popen(command, stdin=subprocess.PIPE)
+    monkeypatch.setattr(psutil.Process, "cmdline", late)
+    start.end_processes(sessions)
+    assert child.wait(60) is not None  # it waits for input that does not come
+    child.stdin.close()
 
 
 def test_a_session_has_a_folder_that_is_closed_and_goes(sessions):
