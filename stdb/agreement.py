@@ -75,7 +75,8 @@ def random_case(shape: tuple[int, ...], form: str, generator: torch.Generator) -
     return {
         "shape": shape,
         "current": to_matrix(to_layout(current)),
-        "before": to_matrix(to_layout(grid(1, *shape[1:])))[0].clone(),
+        # one of each neuron, or one of all
+        "before": grid(1) if form == "constant" else grid(current[0].numel()),
         "bias": grid(channels) if form in ("constant", "bias", "bfloat16") else None,
         "above": to_layout(above),
         "mask": to_layout(mask[None])[0],
@@ -89,15 +90,19 @@ def one_layer(
     case = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.items()}
     steps, half = case["shape"][0], torch.bfloat16 if form == "bfloat16" else None
     current = case["current"] if half is None else case["current"].to(half)
-    u, times = case["before"].clone(), torch.zeros_like(case["before"], dtype=torch.int16)
+    before = case["before"].expand(current.shape[1])
+    u = torch.empty_like(current[0], dtype=before.dtype)
+    times = torch.zeros_like(u, dtype=torch.int16)
     noted = times.clone()
-    packed = kind.fire(current, u, 0.5, 0.5, last_spike=noted, bias=case["bias"], steps=steps)
+    packed = kind.fire(
+        current, u, 0.5, 0.5, last_spike=noted, bias=case["bias"], steps=steps, before=before
+    )
     above: Any = case["above"].clone() if half is None else case["above"].to(half)
     if form in ("pooled", "masked"):
         above = PooledGradient(above, 2 if form == "pooled" else 1, case["mask"])
     layer = Layer(
         packed, surrogate, 0.5, torch.float32, 0.5, last_spike=times, current=current,
-        bias=case["bias"], before=case["before"], learns_threshold=True, learns_leak=True,
+        bias=case["bias"], before=before, learns_threshold=True, learns_leak=True,
         channels=case["shape"][2], carries=True, lowered=half,
     )  # fmt: skip
     found = kind.backpropagate(above, layer)

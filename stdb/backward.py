@@ -334,7 +334,7 @@ class BackwardWalk:
         if i not in grads:
             grads[i] = grad
             return
-        grads[i] = _sum(dense(self._raised(grads[i])), dense(self._raised(grad)))
+        grads[i] = _sum(dense(self._raised(grads[i])), dense(grad))
 
 
 def _sum(first: Tensor, second: Tensor) -> Tensor:
@@ -342,7 +342,7 @@ def _sum(first: Tensor, second: Tensor) -> Tensor:
     if len(first) == len(second):
         return first.add_(second)
     # a constant value: what is summed over time meets what is not
-    return first.sum(0, keepdim=True) + second.sum(0, keepdim=True)
+    return first.sum(0, keepdim=True) + second.sum(0, keepdim=True, dtype=first.dtype)
 
 
 def _find_last_spikes(chunk: Chunk, tape: list[Chunk]) -> None:

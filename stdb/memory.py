@@ -31,7 +31,7 @@ def training_memory(
     batch_size: int,
     chunk: int | None = None,
 ) -> int:
-    """Peak bytes of a training step over model, gradients and optimiser state, to about 20 %.
+    """Peak bytes of a training step over model, gradients and optimiser state, to about a fifth.
 
     Args:
         snn: the network.
@@ -41,8 +41,9 @@ def training_memory(
         chunk: time steps computed at once; by default what the network would choose.
     """
     graph, sizes = snn.graph, [shape.numel() for shape in snn.shapes(image_shape)]
-    real = next(snn.parameters()).element_size()
-    chunk = min(chunk or snn.chunk or default_chunk(batch_size), timesteps)
+    real, device = next(snn.parameters()).element_size(), next(snn.parameters()).device
+    chunk = chunk or snn.chunk or default_chunk(batch_size, image_shape, device)
+    chunk = min(chunk, timesteps)
     alone = chunk == timesteps
     carry = 0 if alone else real  # a membrane's gradient, which goes on to the chunk before
     moved = 2 if snn.precision == torch.bfloat16 else real
@@ -68,7 +69,9 @@ def training_memory(
         node = graph.nodes[i]
         around = 0
         if node.operator.learns or isinstance(node.operator, Upsampling):
-            around = 2 * sizes[node.inputs[0]] + (1 if alone and moved < real else 2) * sizes[i]
+            # of one chunk, an input in the weights' type is there as events, too
+            around = (3 if alone and moved == real else 2) * sizes[node.inputs[0]]
+            around += (1 if alone and moved < real else 2) * sizes[i]
             around *= chunk * (moved if node.operator.lowered else real)
         below += of_currents[i]
         largest = max(largest, below + around)
@@ -79,11 +82,11 @@ def training_memory(
 
 def _of_neuron(neuron: SpikingNeuron, timesteps: int, chunk: int, real: int) -> float:
     """Bytes that stay for a neuron until the backward pass, without a current."""
-    taken = real + 2 + timesteps / 8  # membrane, spike time; bits
+    taken = real + timesteps / 8  # membrane; bits
     if neuron.surrogate.needs_ages:
-        taken += timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
+        taken += 2 + timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
     if neuron.needs_membrane:
-        taken += real * timesteps / chunk
+        taken += real * (timesteps / chunk - 1)  # those before later chunks
     return taken
 
 
@@ -95,7 +98,8 @@ def largest_chunk(
     available: int,
 ) -> int | None:
     """The largest chunk, up to the default, with which a step fits ``available`` bytes; or None."""
-    chunk = min(default_chunk(batch_size), timesteps)
+    device = next(snn.parameters()).device
+    chunk = min(default_chunk(batch_size, image_shape, device), timesteps)
     while training_memory(snn, image_shape, timesteps, batch_size, chunk) > available:
         if chunk == 1:
             return None

@@ -144,7 +144,7 @@ class SpikingNetwork(nn.Module):
             )
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}; allowed: 1 or more time steps, or None")
-        chunk = chunk or self.chunk or default_chunk(len(images))
+        chunk = chunk or self.chunk or default_chunk(len(images), images.shape[1:], images.device)
         return Presentation(self, images, sample_keys(sample_ids, epoch), chunk, masks)
 
     def forward(

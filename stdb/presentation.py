@@ -27,14 +27,18 @@ from .weights import bias_of, weight_of
 if TYPE_CHECKING:
     from .network import SpikingNetwork
 
-IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at
+IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at on a CPU …
+PIXELS_PER_CHUNK = 3200 * 32**2  # … and chunk · B · H · W on a GPU
 LONGEST = 32_767  # steps whose spike times an int16 holds
 STEPS_PER_SNAPSHOT = 16  # last spike times are kept this often; those in between are found again
 
 
-def default_chunk(batch_size: int) -> int:
+def default_chunk(batch_size: int, image_shape: Sequence[int], device: torch.device) -> int:
     """Time steps computed at once where nobody says how many."""
-    return max(8, IMAGES_PER_CHUNK // max(1, batch_size))
+    batch_size = max(1, batch_size)
+    if device.type == "cuda":
+        return max(8, PIXELS_PER_CHUNK // (batch_size * torch.Size(image_shape[1:]).numel()))
+    return max(8, IMAGES_PER_CHUNK // batch_size)
 
 
 @dataclass
@@ -158,9 +162,7 @@ class Presentation:
         if self._learned_too_far():
             network.constrain()
             self.threshold, self.leak = self._read_neurons()
-        self.undrawn: dict[
-            int, int
-        ] = {}  # dropout nodes whose mask is not drawn yet → their number
+        self.undrawn: dict[int, int] = {}  # dropout node whose mask is not drawn yet → its number
         self._check_neurons()
         self._plan_masks(masks)
 
@@ -360,33 +362,33 @@ class Presentation:
         neuron, real = self.sites[i].module, self.real
         current, bias = bias_apart(value)
         matrix = to_matrix(current)
-        if i not in self.membrane:
+        before = self.membrane.get(i)
+        if before is None:  # U_0 of all of them
             start = neuron.initial_membrane * self.threshold[i]
-            self.membrane[i] = matrix.new_full(matrix.shape[1:], start, dtype=real)
-            self.last_spike[i] = torch.zeros_like(self.membrane[i], dtype=torch.int16)
+            before = matrix.new_full((1,), start, dtype=real).expand(matrix.shape[1])
         if keep and neuron.needs_membrane:
-            chunk.membrane[i] = self.membrane[i].clone()
+            chunk.membrane[i] = before
             if chunk.alone:
                 chunk.current[i] = matrix, bias
-        times = self.last_spike[i] if keep and neuron.surrogate.needs_ages else None
-        if times is not None and chunk.snapshot:
-            chunk.last_spike[i] = times.clone()
+        if i not in self.membrane or i in chunk.membrane:
+            self.membrane[i] = torch.empty_like(before, memory_format=torch.contiguous_format)
+        times = None
+        if keep and neuron.surrogate.needs_ages:
+            if i not in self.last_spike:
+                self.last_spike[i] = torch.zeros_like(self.membrane[i], dtype=torch.int16)
+            times = self.last_spike[i]
+            if chunk.snapshot:
+                chunk.last_spike[i] = times.clone()
         spikes, nodes = None, self.network.graph.nodes
         reads_numbers = any(n.operator.product for n in nodes if i in n.inputs)
         if reads_numbers and not kernels.works_on_bits(matrix.device):
             dtype = self.sites[i].precision or real
             spikes = matrix.new_empty(chunk.steps, matrix.shape[1], dtype=dtype)
         packed = kernels.fire(
-            matrix,
-            self.membrane[i],
-            self.threshold[i],
-            self.leak[i],
-            last_spike=times,
-            start=chunk.start,
-            spikes=spikes,
-            bias=bias,
-            steps=chunk.steps,
-        )
+            matrix, self.membrane[i], self.threshold[i], self.leak[i], last_spike=times,
+            start=chunk.start, spikes=spikes, bias=bias, steps=chunk.steps,
+            before=None if before is self.membrane[i] else before,
+        )  # fmt: skip
         if keep:
             chunk.bits[i] = packed
         return Spikes(packed, shape, real, None if spikes is None else from_matrix(spikes, shape))

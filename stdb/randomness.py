@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .kernels import gpu, gpu_random
+from .kernels.gpu_random import FACTORS, GOLDEN
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit integer
-_MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 _DROPOUT_STREAM = 1 << 40  # no step t of an encoder with the same seed comes here
 
 
@@ -21,8 +20,8 @@ def _shift(word: Tensor, bits: int) -> Tensor:
 
 def mix(word: Tensor) -> Tensor:
     """Hash int64 words: the output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
-    word = (word ^ _shift(word, 30)).mul_(_MIX[0])
-    word = word.bitwise_xor_(_shift(word, 27)).mul_(_MIX[1])
+    word = (word ^ _shift(word, 30)).mul_(FACTORS[0])
+    word = word.bitwise_xor_(_shift(word, 27)).mul_(FACTORS[1])
     return word.bitwise_xor_(_shift(word, 31))
 
 
@@ -30,14 +29,16 @@ def derive(keys: Tensor, number: int | Tensor) -> Tensor:
     """Derive stream keys from ``keys`` and a further coordinate (seed, epoch, sample, t, layer)."""
     if isinstance(number, int):
         number = torch.full((), number, device=keys.device)
-    return mix((keys + _GOLDEN) ^ mix(number + _GOLDEN))
+    if gpu.available(keys.device):
+        return gpu_random.derive(keys, number)
+    return mix((keys + GOLDEN) ^ mix(number + GOLDEN))
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
     """The first ``count`` numbers of each key's stream: (*keys.shape, count) float32 in [0, 1)."""
     if gpu.available(keys.device):
         return gpu_random.uniform(keys, count)
-    counter = torch.arange(1, count + 1, device=keys.device).mul_(_GOLDEN)
+    counter = torch.arange(1, count + 1, device=keys.device).mul_(GOLDEN)
     return _shift(mix(keys[..., None] + counter), 40).float().mul_(2.0**-24)
 
 

@@ -57,6 +57,10 @@ class Spikes:
                 self._dense[dtype] = whole.to(dtype)
         return self._dense[dtype]
 
+    def numbers(self) -> Tensor:
+        """Zeros and ones, of the type that they have already, where they do."""
+        return self.dense(next(iter(self._dense), None))
+
     def averaged(self, size: int) -> "Averages | None":
         """Averaged over windows of size × size that do not overlap; None where no kernel does."""
         if not kernels.averages_bits(self.packed.device) or self.dtype != torch.float32:
@@ -67,7 +71,7 @@ class Spikes:
     def counts(self) -> Tensor:
         """(B, …): spikes of each neuron in this chunk."""
         if not kernels.works_on_bits(self.packed.device):
-            return self.dense(next(iter(self._dense), None)).sum(0, dtype=self.dtype)
+            return self.numbers().sum(0, dtype=self.dtype)
         counts = kernels.count_spikes(self.packed, self.neurons, self.dtype)
         return from_matrix(counts[None], (1, *self.shape[1:]))[0]
 

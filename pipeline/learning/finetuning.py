@@ -244,8 +244,9 @@ def balance_random(snn: stdb.SpikingNetwork, train: Samples, params: StdbParams)
 
 def free_memory(device: torch.device, world: int) -> int:
     """Bytes that are free for a worker: on its GPU, or its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch keeps for later is free, too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return int(psutil.virtual_memory().available // world)
 
 

@@ -57,6 +57,7 @@ class Backend(Protocol):
         spikes: Tensor | None = None,
         bias: Tensor | None = None,
         steps: int | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """Eq. 2 over a chunk."""
         ...
@@ -119,6 +120,7 @@ def fire(
     spikes: Tensor | None = None,
     bias: Tensor | None = None,
     steps: int | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Eq. 2 over a chunk: U_t = λ·U_{t−1} + I_t − V·O_{t−1}, O_t = [U_t > V].
 
@@ -126,6 +128,8 @@ def fire(
         current: (T, M) weighted input I or, where it is constant, (1, M), contiguous; it is only
             read. It may be in bfloat16.
         membrane: (M,) membrane potential of the step before the chunk; becomes U_T.
+        before: (M,) that of the step before the chunk where it is not in ``membrane``; it is only
+            read, and may be one number, expanded.
         threshold: V.
         leak: λ.
         last_spike: (M,) int16, brought to the end of the chunk as by :func:`note_last_spikes`.
@@ -139,7 +143,7 @@ def fire(
     """
     return backend(current.device).fire(
         current, membrane, threshold, leak, last_spike=last_spike, start=start, spikes=spikes,
-        bias=bias, steps=steps,
+        bias=bias, steps=steps, before=before,
     )  # fmt: skip
 
 

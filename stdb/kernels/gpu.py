@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import bits
 from .gpu_gradients import backpropagate
-from .launch import launch, triton
+from .launch import are_alike, launch, triton
 from .layout import to_matrix
 from .pooled import pooled_shape
 from .reference import count_spikes
@@ -22,7 +22,7 @@ from .reference import count_spikes
 if triton is not None:
     import triton.language as tl
 
-    from .launch import spikes_at, store_bits
+    from .launch import membranes_before, spikes_at, store_bits
 
 __all__ = [
     "available",
@@ -38,15 +38,15 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["steps", "start"])
     def _fire(
-        current, bias, membrane, packed, spikes, times, count, steps, start, channels,
-        threshold: tl.float64, leak: tl.float64, constant: tl.constexpr, has_bias: tl.constexpr,
-        has_spikes: tl.constexpr, notes: tl.constexpr, block: tl.constexpr,
+        current, bias, before, membrane, packed, spikes, times, count, steps, start, channels,
+        threshold: tl.float64, leak: tl.float64, alike: tl.constexpr, constant: tl.constexpr,
+        has_bias: tl.constexpr, has_spikes: tl.constexpr, notes: tl.constexpr, block: tl.constexpr,
     ):  # fmt: skip
         byte = tl.program_id(0) * block + tl.arange(0, block)
         neuron = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
         inside = neuron < count
         row_bytes = (count + 7) // 8
-        u = tl.load(membrane + neuron, mask=inside, other=0.0)
+        u = membranes_before(before, neuron, inside, alike)
         v, passed = tl.full([], threshold, u.dtype), tl.full([], leak, u.dtype)
         fired = u > v
         if has_bias:
@@ -152,17 +152,19 @@ def fire(
     spikes: Tensor | None = None,
     bias: Tensor | None = None,
     steps: int | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Eq. 2 over a chunk, in one launch; see :func:`stdb.kernels.fire`."""
     count, steps = len(membrane), steps or len(current)
     row_bytes = bits.row_bytes(count)
     packed = torch.empty(steps, row_bytes, dtype=torch.uint8, device=current.device)
     launch(
-        _fire, row_bytes, current, membrane if bias is None else bias, membrane, packed,
+        _fire, row_bytes, current, membrane if bias is None else bias,
+        membrane if before is None else before, membrane, packed,
         packed if spikes is None else spikes, packed if last_spike is None else last_spike, count,
         steps, start, 1 if bias is None else len(bias), threshold, leak,
-        constant=len(current) < steps, has_bias=bias is not None, has_spikes=spikes is not None,
-        notes=last_spike is not None,
+        alike=are_alike(before), constant=len(current) < steps, has_bias=bias is not None,
+        has_spikes=spikes is not None, notes=last_spike is not None,
     )  # fmt: skip
     return packed
 

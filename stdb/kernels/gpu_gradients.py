@@ -9,7 +9,7 @@ order, so they are the same every time.
 import torch
 from torch import Tensor
 
-from .launch import BYTES_PER_PROGRAM, launch, triton
+from .launch import BYTES_PER_PROGRAM, are_alike, launch, triton
 from .layer import Layer, LayerGradient
 from .layout import to_matrix
 from .pooled import PooledGradient
@@ -17,7 +17,7 @@ from .pooled import PooledGradient
 if triton is not None:
     import triton.language as tl
 
-    from .launch import spikes_at, store_bits
+    from .launch import membranes_before, spikes_at, store_bits
 
 LONGEST_OF_BYTES = 255  # steps of a chunk in which an age fits a byte, beside that of no spike
 
@@ -52,13 +52,13 @@ if triton is not None:
     @triton.jit(do_not_specialize=["steps", "start", "width"])
     def _backpropagate(
         above, mask, target, packed, times, kept, current, bias, before, membranes, carry, passed,
-        totals, sums, count, steps, start, channels, width, alpha: tl.float64, beta: tl.float64,
-        threshold: tl.float64, leak: tl.float64, formula: tl.constexpr,
+        totals, sums, count, source_count, steps, start, channels, width, alpha: tl.float64,
+        beta: tl.float64, threshold: tl.float64, leak: tl.float64, formula: tl.constexpr,
         over_threshold: tl.constexpr, size: tl.constexpr, has_mask: tl.constexpr,
-        has_membrane: tl.constexpr, keeps_membrane: tl.constexpr, constant: tl.constexpr,
-        has_bias: tl.constexpr, has_carry: tl.constexpr, carries: tl.constexpr,
-        temporal: tl.constexpr, sums_channels: tl.constexpr, learns_threshold: tl.constexpr,
-        learns_leak: tl.constexpr, block: tl.constexpr,
+        has_membrane: tl.constexpr, alike: tl.constexpr, keeps_membrane: tl.constexpr,
+        constant: tl.constexpr, has_bias: tl.constexpr, has_carry: tl.constexpr,
+        carries: tl.constexpr, temporal: tl.constexpr, sums_channels: tl.constexpr,
+        learns_threshold: tl.constexpr, learns_leak: tl.constexpr, block: tl.constexpr,
     ):  # fmt: skip
         real: tl.constexpr = sums.dtype.element_ty
         never: tl.constexpr = 255 if kept.dtype.element_ty == tl.uint8 else 32767
@@ -70,12 +70,11 @@ if triton is not None:
         row_bytes = (count + 7) // 8
         whole = byte < row_bytes
         zero = tl.zeros([block, 8], dtype=real)
-        source, source_count = neuron, count
+        source = neuron
         if size > 1:  # windows fill the images, so rows of all images may be counted through
             pixel = neuron // channels
             window = pixel // width // size * (width // size) + pixel % width // size
             source = window * channels + neuron % channels
-            source_count = count // (size * size)
         share = zero + 1.0 / (size * size)
         if has_mask:
             share *= tl.load(mask + neuron, mask=inside, other=0.0).to(real)
@@ -84,7 +83,7 @@ if triton is not None:
             fired_before = (last == start) & (last > 0)
             since = tl.zeros([block, 8], dtype=tl.int32) + never
         if has_membrane:
-            u_before = tl.load(before + neuron, mask=inside, other=0.0)
+            u_before = membranes_before(before, neuron, inside, alike)
             fired_before = u_before > threshold
             u, fired = u_before, fired_before
             if has_bias:
@@ -197,10 +196,12 @@ def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient
         _backpropagate, row_bytes, source, sums if mask is None else to_matrix(mask[None]), target,
         layer.packed, _or(layer.last_spike, kept), kept, _or(layer.current, sums),
         _or(layer.bias, sums), _or(layer.before, sums), scratch(keeps, steps, count),
-        _or(layer.carry, sums), passed, totals, sums, count, steps, layer.start, channels, width,
+        _or(layer.carry, sums), passed, totals, sums, count, source.shape[1], steps, layer.start,
+        channels, width,
         surrogate.alpha / layer.scale, surrogate.beta, layer.threshold, layer.leak,
         formula=formula, over_threshold=surrogate.over_threshold, size=size,
-        has_mask=mask is not None, has_membrane=has_membrane, keeps_membrane=keeps,
+        has_mask=mask is not None, has_membrane=has_membrane, alike=are_alike(layer.before),
+        keeps_membrane=keeps,
         constant=layer.current is not None and len(layer.current) < steps,
         has_bias=layer.bias is not None, has_carry=layer.carry is not None, carries=layer.carries,
         temporal=layer.temporal, sums_channels=layer.channels > 0,

@@ -1,16 +1,34 @@
-"""The random numbers of :mod:`stdb.randomness` on a GPU, in Triton: the same, in one launch."""
+"""The random numbers of :mod:`stdb.randomness` on a GPU, in Triton: the same, a launch each."""
 
 import torch
 from torch import Tensor
 
 from .launch import launch, triton
 
+# of SplitMix64, as signed 64-bit integers
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+
 if triton is not None:
     import triton.language as tl
 
-    GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
-    FIRST = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
-    SECOND = tl.constexpr(0x94D049BB133111EB - (1 << 64))
+    _GOLDEN = tl.constexpr(GOLDEN)
+    _FIRST, _SECOND = tl.constexpr(FACTORS[0]), tl.constexpr(FACTORS[1])
+
+    @triton.jit
+    def _mix(word):
+        """The output function of SplitMix64, of signed words."""
+        word = (word ^ ((word >> 30) & ((1 << 34) - 1))) * _FIRST
+        word = (word ^ ((word >> 27) & ((1 << 37) - 1))) * _SECOND
+        return word ^ ((word >> 31) & ((1 << 33) - 1))
+
+    @triton.jit
+    def _derive(keys, numbers, out, count, block: tl.constexpr):
+        place = tl.program_id(0) * block * 8 + tl.arange(0, block * 8)
+        inside = place < count
+        word = tl.load(keys + place, mask=inside, other=0) + _GOLDEN
+        number = tl.load(numbers + place, mask=inside, other=0) + _GOLDEN
+        tl.store(out + place, _mix(word ^ _mix(number)), mask=inside)
 
     @triton.jit
     def _draw(
@@ -23,16 +41,21 @@ if triton is not None:
         if masks:  # channels last, drawn channels first
             number = number % channels * pixels + number // channels
         word = tl.load(keys + place // numbers, mask=inside, other=0)
-        word += (number + 1).to(tl.int64) * GOLDEN
-        word = (word ^ ((word >> 30) & ((1 << 34) - 1))) * FIRST
-        word = (word ^ ((word >> 27) & ((1 << 37) - 1))) * SECOND
-        word = word ^ ((word >> 31) & ((1 << 33) - 1))
+        word = _mix(word + (number + 1).to(tl.int64) * _GOLDEN)
         value = ((word >> 40) & ((1 << 24) - 1)).to(tl.float32) * (1.0 / (1 << 24))
         if masks:
             kept = tl.full([], scale, out.dtype.element_ty)
             tl.store(out + place, tl.where(value >= rate, kept, 0.0), mask=inside)
         else:
             tl.store(out + place, value, mask=inside)
+
+
+def derive(keys: Tensor, numbers: Tensor) -> Tensor:
+    """See :func:`stdb.randomness.derive`."""
+    keys, numbers = (x.contiguous() for x in torch.broadcast_tensors(keys, numbers))
+    out = torch.empty_like(keys)
+    launch(_derive, -(-out.numel() // 8), keys, numbers, out, out.numel())
+    return out
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:

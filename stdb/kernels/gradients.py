@@ -41,8 +41,9 @@ def _membranes(strip, width, steps, current, bias, before, fired, threshold, lea
     """Write to ``u`` (T+1, STRIP) membrane potentials from the step before the chunk on (Eq. 2)."""
     by_neuron(bias, strip, width, added)
     first = u[0]
+    each = len(before) > 1  # or one for all
     for m in range(width):
-        first[m] = now[m] = before[strip + m]
+        first[m] = now[m] = before[strip + m if each else 0]
         fired[0, m] = now[m] > threshold
     for t in range(steps):
         row = current[t if len(current) > 1 else 0, strip : strip + width]
@@ -272,6 +273,9 @@ def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient
     carry_out = torch.empty(grad.shape[1] if layer.carries else 0, dtype=table.dtype)
     real = table.numpy().dtype.type
     surrogate = layer.surrogate
+    before = layer.before
+    if before is not None and before.stride(0) == 0:
+        before = before[:1]  # one number, expanded
     sums, channel_sums = np.zeros((BLOCKS, 3)), np.zeros((BLOCKS, layer.channels))
     run(
         _backpropagate, BLOCKS, grad.numel(),
@@ -281,7 +285,7 @@ def backpropagate(above: Tensor | PooledGradient, layer: Layer) -> LayerGradient
         NO_TIMES if layer.last_spike is None else layer.last_spike.numpy(), layer.start,
         words(table), real(math.exp(-surrogate.beta)), layer.current is not None,
         words(table[None, :0] if layer.current is None else layer.current),
-        _or_none(layer.bias, table), _or_none(layer.before, table), real(layer.threshold),
+        _or_none(layer.bias, table), _or_none(before, table), real(layer.threshold),
         surrogate.over_threshold, real(layer.leak), _or_none(layer.carry, table),
         layer.carry is not None, layer.temporal, layer.learns_threshold, layer.learns_leak, sums,
         channel_sums, words(carry_out),

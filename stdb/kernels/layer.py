@@ -50,7 +50,8 @@ class Layer:
         current: (T, M) or, where it is constant, (1, M) weighted input I; where membrane potentials
             are needed; it may be in bfloat16.
         bias: (C,) what is added to the current of each channel, or None; with ``current``.
-        before: (M,) membrane potential of the step before the chunk; with ``current``.
+        before: (M,) membrane potential of the step before the chunk, maybe one number, expanded;
+            with ``current``.
         carry: (M,) ∂L/∂U of the step after the chunk, None at the end of the presentation.
         carries: whether that of this chunk's first step is wanted for the chunk before.
         learns_threshold: whether ∂L/∂V is wanted.

@@ -154,9 +154,12 @@ def fire(
     spikes: Tensor | None = None,
     bias: Tensor | None = None,
     steps: int | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Eq. 2 over a chunk; see :func:`stdb.kernels.fire`."""
     count = len(membrane)
+    if before is not None:
+        membrane.copy_(before)
     packed = torch.empty(steps or len(current), bits.row_bytes(count), dtype=torch.uint8)
     real = membrane[:0].numpy().dtype.type
     run(

@@ -26,9 +26,12 @@ def fire(
     spikes: Tensor | None = None,
     bias: Tensor | None = None,
     steps: int | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Eq. 2 over a chunk, step after step; see :func:`stdb.kernels.fire`."""
     current = whole(current, bias, steps or len(current), membrane.dtype)
+    if before is not None:
+        membrane.copy_(before)
     fired = (membrane > threshold).to(membrane.dtype)
     dense = torch.empty_like(current, dtype=torch.bool) if spikes is None else spikes
     for t in range(len(current)):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..spikes import Spikes
 from . import Gradient, Operator, Site, Value, add_bias, dense
 
 
@@ -48,7 +49,7 @@ class Scale(Operator):
 
     def forward(self, site: Site, inputs: Sequence[Value]) -> Value:
         """Scale, and add what is added at every step."""
-        x = dense(inputs[0])
+        x = _exact(inputs[0])
         return add_bias(x * _by_channel(site.weight, x.dim() - 3), site.bias)
 
     def backward_input(
@@ -61,13 +62,18 @@ class Scale(Operator):
 
     def backward_weight(self, site: Site, grad: Tensor, x: Value, total: Tensor | None) -> Tensor:
         """``total`` + Σ ∂L/∂I·O of each channel."""
-        product = grad.to(site.weight.dtype) * dense(x)
+        product = grad.to(site.weight.dtype) * _exact(x)
         own = product.sum([d for d in range(product.dim()) if d != 2])
         return own if total is None else total.add_(own)
 
     def fan_out(self, module: Any, targets: Tensor, position: int, shape: torch.Size) -> Tensor:
         """The same connections."""
         return targets
+
+
+def _exact(x: Value) -> Tensor:
+    """A value as a tensor of any type that has it exactly; a product with w is of w's type."""
+    return x.numbers() if isinstance(x, Spikes) else dense(x)
 
 
 def _by_channel(values: Tensor, after: int) -> Tensor:

@@ -61,7 +61,7 @@ class Sum(Operator):
         real = products[0].real
         # what is constant comes first, so that the sum is as long as the longest
         first, *others = sorted((bias_apart(x)[0] for x in inputs), key=len)
-        total = first.to(real)
+        total = first if others[0].dtype == real else first.to(real)
         for other in others:
             total = total + other
         return Product(total, self.plain(None, *biases) if biases else None, real)

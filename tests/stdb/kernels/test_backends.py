@@ -120,6 +120,26 @@ def test_fire(backend, chunk, spikes_of, note, form, low):
 
 
 @backends
+@pytest.mark.parametrize("count", [1, 100, 1056])
+def test_membranes_that_start_alike(backend, count):
+    """One number, expanded, is what as many would be, in both passes; it is only read."""
+    chunk = Chunk(5, count, 3, torch.float32, 0.5)
+    one = torch.tensor([0.375])
+    expanded, many, found = one.expand(count), one.repeat(count), torch.full((count,), torch.nan)
+    packed = backend.fire(chunk.current, found, 0.5, 0.5, before=expanded)
+    assert torch.equal(packed, reference.fire(chunk.current, many, 0.5, 0.5))
+    assert torch.equal(found, many)
+    layer = layer_of(chunk, stdb.Linear(1.0, 1.0, True), False, True, (True, True), "plain", 0)
+    layer = dataclasses.replace(layer, packed=packed)
+    grad = chunk.normal(*chunk.current.shape)
+    close(
+        backend.backpropagate(grad.clone(), dataclasses.replace(layer, before=expanded)),
+        reference.backpropagate(grad.clone(), dataclasses.replace(layer, before=one.repeat(count))),
+    )
+    assert one.item() == 0.375
+
+
+@backends
 @EXAMPLES
 @hypothesis.given(
     chunk=chunks(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64])

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from stdb.kernels import gpu, gpu_gradients, gpu_random, launch  # noqa: E402
 FLOATS = (("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64"))
 INTEGERS = dict.fromkeys(("count", "steps", "start", "channels", "width", "height"), "i32")
 INTEGERS |= dict.fromkeys(
-    ("row", "column", "in_bytes", "channel_bytes", "numbers", "pixels"), "i32"
+    ("row", "column", "in_bytes", "channel_bytes", "numbers", "pixels", "source_count"), "i32"
 )
 KERNELS = {
     name: value
@@ -29,9 +30,8 @@ KERNELS = {
     for name, value in vars(module).items()
     if "block" in getattr(value, "arg_names", ())  # else it is called by one
 }
-# bytes: in four forms of the backward pass, of 32, 56, 96 and 128 registers, the compiler puts one
-# or two on the stack, for more threads at once
-SPILLED = 8
+# bytes that the compiler may put on the stack, for more threads at once, by the type of membranes
+SPILLED = {"*fp32": 8, "*fp64": 64}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -44,17 +44,18 @@ def specialisations():
         types |= dict.fromkeys(("current", "spikes", "averages", "above", "target"), f"*{read}")
         types |= dict.fromkeys(("alpha", "beta", "threshold", "leak"), "fp64")
         for constant, whole in itertools.product((False, True), repeat=2):
-            flags = dict.fromkeys(("has_bias", "has_spikes", "notes"), whole)
+            flags = dict.fromkeys(("has_bias", "has_spikes", "notes", "alike"), whole)
             yield "_fire", types, {"constant": constant} | flags
         for constants in backward_forms():
             yield "_backpropagate", types | {"kept": "*u8"}, constants
         yield "_unpack", types, {}
-        yield "_draw", types | {"out": f"*{real}"}, {"masks": True}
+        yield "_draw", types | {"out": f"*{real}", "numbers": "i32"}, {"masks": True}
         for size, has_mask in itertools.product((1, 2, 3), (False, True)):
             yield "_average", types, {"size": size, "has_mask": has_mask}
     other = types | {"kept": "*i16", "above": "*bf16", "mask": "*fp32", "target": "*fp32"}
     yield from (("_backpropagate", other, form) for form in backward_forms() if is_of_age(form))
-    yield "_draw", types | {"out": "*fp32"}, {"masks": False}
+    yield "_draw", types | {"out": "*fp32", "numbers": "i32"}, {"masks": False}
+    yield "_derive", types | {"out": "*i64", "numbers": "*i64"}, {}
     yield "_note_last_spikes", bits | INTEGERS, {}
 
 
@@ -65,7 +66,7 @@ def is_of_age(constants):
 def backward_forms():
     """The constants of a backward pass: each formula bare, and with all that it can have."""
     flags = ("over_threshold", "has_mask", "has_bias", "has_carry", "carries", "temporal")
-    flags += ("sums_channels", "learns_threshold", "learns_leak")
+    flags += ("sums_channels", "learns_threshold", "learns_leak", "alike")
     for formula, whole in itertools.product(stdb.surrogate.FORMULAS.values(), (False, True)):
         recalled = {"has_membrane": whole or formula != "age", "constant": False}
         recalled["keeps_membrane"] = whole or formula in ("linear", "exponential")
@@ -98,12 +99,12 @@ def test_the_compiler_takes_every_kernel(form, architecture, tmp_path, monkeypat
     for name, given, constants in specialisations():
         kernel = KERNELS[name]
         special = {p.name for p in kernel.params if not p.do_not_specialize}
-        small = {"count", "channels", "channel_bytes"} & set(kernel.arg_names)
+        small = {"count", "source_count", "channels", "channel_bytes"} & set(kernel.arg_names)
         ones = small if form == "ones" else ()
         fixed = constants | {"block": launch.BYTES_PER_PROGRAM} | dict.fromkeys(ones, 1)
         types = given | dict.fromkeys(fixed, "constexpr")
         if form == "long":
-            types["count"] = "i64"
+            types["count"] = types["source_count"] = "i64"
         multiples = [
             (place,)
             for place, argument in enumerate(kernel.arg_names)
@@ -123,8 +124,40 @@ def test_the_compiler_takes_every_kernel(form, architecture, tmp_path, monkeypat
             [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
         ).stdout
         stack, local = re.findall(r"(?:STACK|LOCAL):(\d+)", used)
-        assert int(stack) <= SPILLED, (name, types, constants, used)
+        assert int(stack) <= SPILLED[types.get("bias", "*fp32")], (name, types, constants, used)
         assert int(local) == 0, (name, types, constants, used)
+        if form == "multiples":
+            narrow = narrow_accesses(compiled.asm["ptx"])
+            assert narrow <= narrow_ones(name, constants), (name, types, constants, narrow)
+
+
+def narrow_accesses(ptx):
+    """Reads and writes of global memory by less than 16 bytes at once, beside spikes' bits."""
+    found = re.findall(r"(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    assert found
+    wide = [(kind, int(many or 1) * int(bits) // 8) for kind, many, bits in found]
+    return Counter((kind, size) for kind, size in wide if 1 < size < 16)
+
+
+def narrow_ones(name, constants):
+    """Those that a kernel may have: what is read once a program, sums, and ages, of one byte."""
+    some = Counter()
+    for size in (4, 8):
+        some["ld", size] += 8 * (constants.get("has_bias", False) or name in ("_draw", "_derive"))
+        some["st", size] += 3 * constants.get("learns_threshold", False)
+    for kind in ("ld", "st"):
+        some[kind, 8] += constants.get("formula") == "age"
+    return some
+
+
+def test_what_changes_at_every_call_makes_no_other_kernel():
+    """Steps, their start and numbers that are learned are not looked at by the compiler."""
+    for name, kernel in KERNELS.items():
+        changing = {"steps", "start"} & set(kernel.arg_names)
+        assert changing == {p.name for p in kernel.params if p.do_not_specialize} & changing, name
+        learned = {"threshold", "leak", "alpha", "beta"} & set(kernel.arg_names)
+        fixed = {p.name for p in kernel.params if p.annotation_type == "fp64"}
+        assert learned <= fixed, name
 
 
 def test_all_kernels_are_compiled_here():
@@ -141,7 +174,8 @@ def test_the_interpreter_agrees_with_the_reference():
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is imported
     here = Path(__file__).parent
     devices = f"{here.parent / 'test_devices.py'}::test_a_network_whose_products_do_not_read_bits"
-    tests = [str(here / "test_backends.py"), str(here / "test_gpu_random.py"), devices]
+    files = ("test_backends.py", "test_gpu_random.py", "test_gpu_workers.py")
+    tests = [*(str(here / name) for name in files), devices]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=environment, capture_output=True, text=True,

@@ -24,6 +24,13 @@ def test_uniform(count):
         assert torch.equal(gpu_random.uniform(keys, count), randomness.uniform(keys, count))
 
 
+@pytest.mark.parametrize("number", [5, -1, 1 << 40, torch.arange(4)[:, None]])
+def test_streams(number):
+    """Bit for bit, of one coordinate for all and of one for each."""
+    found = gpu_random.derive(KEYS, torch.as_tensor(number))
+    assert torch.equal(found, randomness.derive(KEYS, number))
+
+
 @pytest.mark.parametrize("shape", [(3, 20), (3, 5, 6), (3, 16, 5, 7), (3, 16, 1, 1)])
 @pytest.mark.parametrize("rate", [0.1, 0.25, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
