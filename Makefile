@@ -36,8 +36,8 @@ setup-bench: $(READY_BENCH) $(PAGE) ## The same, and the peers that tests and be
 repro: $(READY) $(PAGE) ## Reproduce the pipeline: dvc repro ARGS
 	@$(IN_ENV) python -m pipeline.repro $(ARGS)
 
-preset: $(READY) ## Write a preset into params.yaml, show what changed (NAME=...; without: list)
-	@$(IN_ENV) python -m pipeline.preset "$(NAME)"
+preset: $(READY) ## Write a preset into params.yaml (NAME=..., DATA=folder or archive; without: list)
+	@$(IN_ENV) python -m pipeline.preset "$(NAME)" $(if $(DATA),--data "$(DATA)")
 
 seeds: $(READY) ## The pipeline over N seeds, as DVC experiments, and the mean (N=3)
 	@$(IN_ENV) python -m pipeline.seeds $(N)

@@ -4,6 +4,7 @@ An overlay is a YAML file with any part of params.yaml.
 """
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ from pipeline.reading import read_text
 from pipeline.typed import read_yaml, shown, shown_key, validate
 
 
-def apply(overlay: Path, target: Path = PARAMS_FILE) -> str:
+def apply(
+    overlay: Path, target: Path = PARAMS_FILE, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
     """Change in ``target`` what ``overlay`` says; returns the difference.
+
+    Args:
+        overlay: any part of params.yaml.
+        target: the file that is changed.
+        more: section → key → value, written after it.
 
     Raises:
         ParamsError: a file is missing, or the result is not allowed; ``target`` stays as it is.
@@ -36,6 +44,8 @@ def apply(overlay: Path, target: Path = PARAMS_FILE) -> str:
     params, changes = yaml.load(before), read_yaml(overlay)
     add_defaults(params, changes)
     merge(params, changes, str(overlay))
+    for section, values in (more or {}).items():
+        params[section].update(values)
     with writing(target) as temporary:
         with temporary.open("w", encoding="utf-8") as file:
             yaml.dump(params, file)
@@ -93,8 +103,8 @@ def merge(into: Any, changes: Any, overlay: str, place: str = "") -> None:
                 into[key].fa.set_flow_style()
 
 
-def show(overlay: Path) -> None:
-    """Apply an overlay to params.yaml and print what changed."""
-    changed = apply(overlay)
+def show(overlay: Path, more: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Apply an overlay to params.yaml, and more as :func:`apply` does; print what changed."""
+    changed = apply(overlay, more=more)
     print(changed or f"params.yaml is already as {overlay} says")
     print("make repro runs it")

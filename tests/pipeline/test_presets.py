@@ -104,7 +104,7 @@ def test_a_preset_takes_back_what_the_paper_does_without(here):
     assert main(["vgg5-cifar10"]) == 0
     network = load_params().network
     assert (network.normalisation, network.pooling) == ("none", "average")
-    assert main(["qcfs-resnet9-cifar10-t4"]) == 0
+    assert main(["cpu-fewsteps-cifar10"]) == 0
     params = load_params()
     assert (params.network.activation, params.network.levels) == ("qcfs", 4)
     assert (params.train_ann.schedule, params.stdb.schedule) == ("onecycle", "cosine")
@@ -147,4 +147,25 @@ def test_a_value_may_be_a_mapping(here, capsys):
     before = (here / "params.yaml").read_text()
     assert main(["mine.yaml"]) == 1
     assert "data.normalise is {'mean': [0.4]}; allowed: null, imagenet" in capsys.readouterr().err
+    assert (here / "params.yaml").read_text() == before
+
+
+def test_the_images_are_where_the_user_has_them(here, capsys):
+    """An archive or class folders take the place of the source; torchvision's downloads do not."""
+    (here / "cifar10.tar.gz").touch()
+    (here / "downloads/cifar-10-batches-py").mkdir(parents=True)
+    assert main(["cpu-fewsteps-cifar10", "--data", "cifar10.tar.gz"]) == 0
+    assert "+  path: cifar10.tar.gz" in capsys.readouterr().out
+    data = load_params().data
+    assert (data.source, data.path, data.validation_fraction) == ("folder", "cifar10.tar.gz", 0.04)
+    assert main(["cpu-fewsteps-cifar10", "--data", "downloads"]) == 0
+    data = load_params().data
+    assert (data.source, data.path) == ("cifar10", "downloads")
+    before = (here / "params.yaml").read_text()
+    for arguments, error in (
+        (["cpu-fewsteps-cifar10", "--data", "no.zip"], "DATA is no.zip, which does not exist"),
+        (["--data", "downloads"], "DATA is downloads, of no preset"),
+    ):
+        assert main(arguments) == 1
+        assert error in capsys.readouterr().err
     assert (here / "params.yaml").read_text() == before

@@ -216,7 +216,7 @@ def test_a_space_that_does_not_suit_few_steps_is_said(tmp_path):
     own = load_sweep(ROOT / "sweep/params.yaml", PARAMS)
     assert list(doubts(own, PARAMS)) == []
     values = read_yaml(ROOT / "params.yaml")
-    merge(values, read_yaml(ROOT / "presets/qcfs-resnet9-cifar10-t4.yaml"), "the preset")
+    merge(values, read_yaml(ROOT / "presets/cpu-fewsteps-cifar10.yaml"), "the preset")
     few = validate(values, Params, "the preset")
     said = list(doubts(own, few))
     assert len(said) == 2
