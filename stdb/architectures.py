@@ -38,6 +38,7 @@ RESNET: dict[str, list[int]] = {  # basic blocks in the groups of 64, 128, 256 a
 }
 RESIDUAL: dict[str, list[int | str]] = {  # convolutions, blocks, a global average, a linear layer
     "resnet9": [64, 128, A, R, 256, A, 512, A, R],
+    "resnet11": [64, 128, A, R, 256, A, R, 512, A, R],
 }
 ARCHITECTURES = [*VGG, *RESNET, *RESIDUAL]
 NORMALISATIONS = ("none", "batch")

@@ -81,7 +81,7 @@ def run_order(network):
 
 def test_names():
     """The paper's ten, two of the authors' code, one more; a clear answer to any other name."""
-    assert sorted(stdb.ARCHITECTURES) == sorted([*NAMES, "resnet9"])
+    assert sorted(stdb.ARCHITECTURES) == sorted([*NAMES, "resnet9", "resnet11"])
     with pytest.raises(ValueError, match=r"unknown architecture 'vgg7'.*vgg5.*resnet34"):
         stdb.build("vgg7")
 
@@ -170,6 +170,21 @@ def test_converts_and_runs(name):
     assert logits.isfinite().all()
     assert len(snn.thresholds) == len(of_type(ann, nn.ReLU))
     logits.sum().backward()
+
+
+def test_resnet11():
+    """At half width 1.94 million weights, and a block more than resnet9 has."""
+    network = on_meta("resnet11", width=0.5, normalisation="batch")
+    convolutions = [tuple(c.weight.shape[:2]) for c in of_type(network, nn.Conv2d)]
+    assert convolutions == [
+        (32, 3), (64, 32), (64, 64), (64, 64), (128, 64), (128, 128), (128, 128), (256, 128),
+        (256, 256), (256, 256),
+    ]  # fmt: skip
+    assert "".join(type(m).__name__[0] for m in network) == "CBRDCBRAR" + "CBRAR" * 2 + "AFL"
+    assert round(weights(network) / 1e6, 2) == 1.94
+    with FlopCounterMode(display=False) as counter:
+        on_meta("resnet11", width=0.5)(torch.zeros(1, 3, 32, 32, device="meta"))
+    assert round(counter.get_total_flops() / 2e6) == 114
 
 
 def test_resnet9():
