@@ -24,6 +24,7 @@ from .decision import Decision, decide, first_confident
 from .diagnosis import LayerDiagnosis, diagnose
 from .distillation import distillation_loss
 from .encoding import ENCODERS, DirectEncoder, PoissonEncoder, SpikeTrain, encoder_of
+from .energy import INTEGER_PJ, LayerCost, access_pj, ann_costs, ann_energy, fan_out
 from .evaluation import evaluate
 from .few_steps import Balance, Plan, settle
 from .fronts import release, uncorrected
@@ -41,7 +42,7 @@ from .normalisation import NORMALISATIONS, Normalisation, normalisation_of
 from .presentation import Presentation
 from .quantised import quantised_logits
 from .randomness import derive, dropout_mask, sample_keys, uniform
-from .statistics import SpikeStatistics, ann_energy, fan_out, record_spikes
+from .statistics import SpikeStatistics, record_spikes
 from .surrogate import STDB, SURROGATES, Exponential, Linear, Rectangle, Surrogate, surrogate_of
 from .traced import Rewrite
 
@@ -50,6 +51,7 @@ __all__ = [
     "ARCHITECTURES",
     "ENCODERS",
     "EVENTS",
+    "INTEGER_PJ",
     "NORMALISATIONS",
     "QCFS",
     "STDB",
@@ -62,6 +64,7 @@ __all__ = [
     "DirectEncoder",
     "Exponential",
     "Graph",
+    "LayerCost",
     "LayerDiagnosis",
     "Linear",
     "Node",
@@ -77,6 +80,8 @@ __all__ = [
     "SpikingNetwork",
     "SpikingNeuron",
     "Surrogate",
+    "access_pj",
+    "ann_costs",
     "ann_energy",
     "balance_thresholds",
     "build",

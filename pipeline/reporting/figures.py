@@ -252,6 +252,34 @@ def over_time(probabilities: Tensor, classes: Sequence[str], step: int, title: s
     return figure
 
 
+def energy(
+    curves: dict[str, list[tuple[str, float, float, float]]], eight: dict[str, float]
+) -> Figure:
+    """Energy over spikes of a neuron, in shares of the ANN's: a panel for each model of the cost.
+
+    Each network is a line from its share where nothing fires through a dot, what it really has.
+    ``eight``: the share that the ANN has in integers of 8 bits, where it is another.
+    """
+    figure, panels = _subplots(1, len(curves), figsize=(4 * len(curves), 3.6), sharey=True)
+    widest = 1.6 * max(spikes for rows in curves.values() for _, spikes, _, _ in rows)
+    highest = 1.1 * max(1.0, *(share for rows in curves.values() for _, _, share, _ in rows))
+    for axes, (model, rows) in zip(panels, curves.items(), strict=True):
+        for k, (name, spikes, share, silent) in enumerate(rows):
+            end = silent + (share - silent) * widest / spikes
+            (line,) = axes.plot([0, widest], [silent, end], lw=1, color=f"C{k}", label=name)
+            axes.plot([spikes], [share], "o", color=line.get_color())
+        axes.axhline(1, color="black", ls=":", lw=1, label="the ANN")
+        if model in eight:
+            axes.axhline(eight[model], color="black", ls="--", lw=1, label="the ANN in 8 bits")
+        axes.set(
+            title=model, xlabel="spikes of a neuron, over T", xlim=(0, widest), ylim=(0, highest)
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("energy / the ANN's")
+    panels[0].legend(frameon=False)
+    return figure
+
+
 def _subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A figure of its own, without pyplot's window and list of figures."""
     figure = Figure(figsize=options.pop("figsize"), layout="constrained")
