@@ -183,17 +183,30 @@ def _together(first: LayerCost | None, second: LayerCost) -> LayerCost:
 
 @torch.no_grad()
 def ann_costs(ann: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]:
-    """What each layer of an ANN with weights does for an image (C, H, W), in its order."""
+    """What each layer of an ANN does for an image (C, H, W), in its order.
+
+    A shortcut that is added without weights counts as multiply-accumulates of its values.
+    """
     snn = convert(ann, DirectEncoder(), example=torch.zeros(1, *image_shape))
-    shapes = snn.shapes(image_shape)
-    return [
-        LayerCost(
-            node.name, multiplies=synapses(snn, i, shapes), weights=snn.module(i).weight.numel(),
-            inputs=shapes[node.inputs[0]].numel(), outputs=shapes[i].numel(), spiking=False,
-        )
-        for i, node in enumerate(snn.graph.nodes)
-        if node.operator.learns
-    ]  # fmt: skip
+    graph, shapes, spikes = snn.graph, snn.shapes(image_shape), are_spikes(snn)
+    found = []
+    for i, node in enumerate(graph.nodes[1:], start=1):
+        if node.operator.learns:
+            weights, inputs = snn.module(i).weight.numel(), shapes[node.inputs[0]].numel()
+            multiplies = synapses(snn, i, shapes)
+        elif node.operator.fires or not spikes[i]:
+            reached = reach(snn, shapes, spikes, {i})
+            weights, inputs = 0, shapes[i].numel()
+            multiplies = sum(float(reached[j].sum()) for j in (0, *graph.neurons) if j in reached)
+        else:
+            continue
+        if multiplies:
+            outputs = shapes[i].numel() if weights else 0
+            found.append(LayerCost(
+                node.name, multiplies=multiplies, weights=weights, inputs=inputs, outputs=outputs,
+                spiking=False,
+            ))  # fmt: skip
+    return found
 
 
 def ann_energy(ann: nn.Module, image_shape: Sequence[int]) -> float:

@@ -1,5 +1,7 @@
 """Energy by operations and with memory: against numbers made by hand, and against each other."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -104,3 +106,26 @@ def test_layers_add_up_to_the_network(name, encoder, normalisation):
     for bits in (8, 32):
         assert all(min(c.with_memory_pj(bits).values()) >= 0 for c in costs)
     assert len({c.name for c in costs}) == len(costs)
+
+
+@pytest.mark.parametrize("name", ["vgg5", "vgg16", "resnet8", "resnet9", "resnet20"])
+def test_an_ann_multiplies_where_it_has_weights(name):
+    """As often as ones times ones say, borders left out; behind a pooling there is less."""
+    ann = stdb.build(name, 3, 32, 10, width=0.25, hidden=32).eval()
+    ones = copy.deepcopy(ann)
+    found = []
+    for module in ones.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.ones_(module.weight)
+            module.register_forward_pre_hook(lambda _, x: (torch.ones_like(x[0]),))
+            module.register_forward_hook(lambda _, x, y: found.append(float(y.double().sum())))
+    with torch.no_grad():
+        ones(torch.zeros(1, 3, 32, 32))
+    costs = stdb.ann_costs(ann, (3, 32, 32))
+    assert sorted(cost.multiplies for cost in costs if cost.weights) == sorted(found)
+    blocks = [m for m in ann.modules() if isinstance(m, stdb.ResidualBlock)]
+    plain = sum(isinstance(block.shortcut, nn.Identity) for block in blocks)
+    assert sum(not cost.weights for cost in costs) == plain
+    assert stdb.ann_energy(ann, (3, 32, 32)) == pytest.approx(
+        4.6 * sum(cost.multiplies for cost in costs)
+    )
