@@ -1,7 +1,7 @@
 # What a person can do here: `make help`. Needs make, git and Python 3.11 or newer, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench repro preset seeds sweep surrogates apply-best test test-slow test-all bench lint format \
+.PHONY: help setup setup-bench repro preset seeds sweep surrogates apply-best pull-results test test-slow test-all bench lint format \
 	lock ui screenshots clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
@@ -37,7 +37,7 @@ repro: $(READY) $(PAGE) ## Reproduce the pipeline: dvc repro ARGS
 	@$(IN_ENV) python -m pipeline.repro $(ARGS)
 
 preset: $(READY) ## Write a preset into params.yaml (NAME=..., DATA=folder or archive; without: list)
-	@$(IN_ENV) python -m pipeline.preset "$(NAME)" $(if $(DATA),--data "$(DATA)")
+	@$(IN_ENV) python -m pipeline.preset "$(NAME)" $(if $(filter command,$(firstword $(origin DATA))),--data "$(DATA)")
 
 seeds: $(READY) ## The pipeline over N seeds, as DVC experiments, and the mean (N=3)
 	@$(IN_ENV) python -m pipeline.seeds $(N)
@@ -50,6 +50,11 @@ surrogates: $(READY) ## Compare surrogates by T (hours): dvc repro sweep/surroga
 
 apply-best: $(READY) ## Write the sweep's winner into params.yaml and show what changed
 	@$(IN_ENV) python -m pipeline.apply_best $(ARGS)
+
+pull-results: $(READY) ## Fetch what stages made from the team's DVC remote, without running anything
+	@$(IN_ENV) dvc remote default >/dev/null 2>&1 || \
+		{ echo "There is no DVC remote to pull from. A team adds one: dvc remote add --default NAME URL (see .dvc/config)." >&2; exit 1; }
+	@$(IN_ENV) dvc pull $(ARGS)
 
 test: $(READY) ## Run the fast tests, about a quarter of an hour on two cores: pytest ARGS
 	@echo "The fast tests take about a quarter of an hour on two idle cores; ARGS='tests/stdb -x' runs some."

@@ -9,6 +9,7 @@ operations alone (Horowitz, 2014) and operations with the memory that they need 
 al., 2022), with numbers of 32 and of 8 bits; docs/energy.md says what is in them.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 
 import stdb
 from pipeline.command import command, parser
-from pipeline.data import Samples, load_split
+from pipeline.data import Samples, load_split, subset
 from pipeline.errors import StageError
 from pipeline.files import ANN, DATA, SNN, SNNS, writing
 from pipeline.learning.networks import build_ann
@@ -63,16 +64,20 @@ class Spiking:
         if spikes is None:
             return measured
         silent = sum(model(without_spikes(cost)) for cost in self.costs)
-        return silent + (measured - silent) * spikes / self.spikes
+        return silent + (measured - silent) * (spikes / self.spikes if self.spikes else 0.0)
 
     def even(self, model: Model, other: float) -> float:
         """Spikes of a neuron at which it costs as much as ``other``; 0 where it always costs more.
+
+        Infinite where nothing fires, which costs the same at any number.
 
         Args:
             model: of the cost.
             other: picojoules.
         """
         silent = self.pj(model, 0.0)
+        if self.pj(model) == silent:
+            return math.inf if silent < other else 0.0
         return max(0.0, (other - silent) / (self.pj(model) - silent) * self.spikes)
 
 
@@ -94,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.images < 1:
         raise StageError(f"--images is {options.images}; allowed: 1 or more")
     params, split = load_params(), load_split(DATA / "validation.safetensors")
-    few = split.take(torch.arange(min(options.images, len(split))))
+    few = subset(split, options.images, params.data.seed)
     ann = build_ann(params.network, few)
     load_weights(ann, ANN)
     dense = stdb.ann_costs(ann.eval(), few.shape)

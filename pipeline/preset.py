@@ -18,10 +18,15 @@ from pipeline.command import command, parser
 from pipeline.errors import ParamsError
 from pipeline.overlays import show
 from pipeline.reading import read_text
+from pipeline.typed import read_yaml
 
 PRESETS = Path("presets")
-DOWNLOADED: tuple[str, ...] = ("cifar-10-batches-py", "cifar-100-python", "MNIST", "FashionMNIST")
-DOWNLOADED += ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz")
+DOWNLOADED = {  # source → what torchvision keeps of it
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+    "mnist": ("MNIST",),
+    "fashion_mnist": ("FashionMNIST",),
+}
 
 
 @command
@@ -42,11 +47,22 @@ def main(arguments: Sequence[str]) -> None:
     chosen = known.get(name, Path(name))
     if not chosen.is_file():
         raise ParamsError(f"there is no preset {name!r}; allowed: a file, or {', '.join(known)}")
-    show(chosen, {"data": images_at(given.data)} if given.data else None)
+    show(chosen, {"data": images_at(given.data, source_of(chosen))} if given.data else None)
 
 
-def images_at(place: str) -> dict[str, str]:
+def source_of(overlay: Path) -> str:
+    """The source of the images that a preset names; empty where it names none."""
+    preset = read_yaml(overlay)
+    data = preset.get("data") if isinstance(preset, dict) else None
+    return str(data.get("source", "")) if isinstance(data, dict) else ""
+
+
+def images_at(place: str, source: str) -> dict[str, str]:
     """What to say of ``data`` where the images are in a folder or an archive.
+
+    Args:
+        place: of the images.
+        source: that the preset names.
 
     Raises:
         ParamsError: there is neither.
@@ -57,8 +73,9 @@ def images_at(place: str) -> dict[str, str]:
             f"DATA is {place}, which does not exist; allowed: a folder or an archive of class "
             "folders, or a folder with torchvision's downloads"
         )
-    if path.is_dir() and any((path / name).exists() for name in DOWNLOADED):
-        return {"path": place}  # of the preset's source
+    downloads = path.parent if path.name in DOWNLOADED.get(source, ()) else path
+    if any((downloads / name).exists() for name in DOWNLOADED.get(source, ())):
+        return {"path": str(downloads)}  # of the preset's source
     return {"source": "folder", "path": place}
 
 

@@ -334,7 +334,8 @@ class BackwardWalk:
         if i not in grads:
             grads[i] = grad
             return
-        grads[i] = _sum(dense(self._raised(grads[i])), dense(grad))
+        second = grad if isinstance(grad, Tensor) else self._raised(grad).dense()  # type: ignore[union-attr]
+        grads[i] = _sum(dense(self._raised(grads[i])), second)
 
 
 def _sum(first: Tensor, second: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from .conversion import convert
 from .encoding import DirectEncoder
-from .graph import INPUT
+from .graph import INPUT, OF_UNIT
 from .network import SpikingNetwork
+from .operators.shaping import Sum
 from .weights import bias_of
 
 ACCUMULATE_PJ = 0.9  # float32
@@ -120,7 +121,8 @@ def layer_costs(
 ) -> list[LayerCost]:
     """What each layer of a spiking network did, given its spikes; in the order of a step.
 
-    Neurons are counted with the weights in front of them; what meets in a sum, with its neurons.
+    Neurons are counted with the weights in front of them, and so are shortcuts that meet those in a
+    sum. Where a max-pooling is between them, potentials are the sums that it keeps.
 
     Args:
         snn: the network.
@@ -147,7 +149,7 @@ def layer_costs(
             "accumulates": sum(float((one * ways).sum()) for one, ways in into) / images,
             "arrives": sum(float(one[ways > 0].sum()) for one, ways in into) / images,
         }
-        name = node.name
+        name = node.name if operator.learns else names.get(_neuron_above(snn, i), node.name)
         if operator.learns:
             cost |= {
                 "weights": snn.module(i).weight.numel(),
@@ -157,8 +159,10 @@ def layer_costs(
             if not spikes[node.inputs[0]]:
                 once = i in graph.tail or (constant and graph.of_input[i])
                 cost["multiplies"] = synapses(snn, i, shapes) * (1 if once else timesteps)
+        elif operator.accumulates:  # it reads and writes its sums at every step
+            held = shapes[node.inputs[0]].numel()
+            cost |= {"outputs": held, "updates": timesteps * held}
         elif operator.fires:
-            name = names[i]
             cost |= {
                 "outputs": shapes[i].numel(),
                 "updates": timesteps * shapes[i].numel(),
@@ -175,7 +179,7 @@ def _together(first: LayerCost | None, second: LayerCost) -> LayerCost:
         return second
     summed = ("multiplies", "accumulates", "arrives", "updates", "leaves")
     counts = {name: getattr(first, name) + getattr(second, name) for name in summed}
-    outputs = second.outputs or first.outputs
+    outputs = max(first.outputs, second.outputs)
     return LayerCost(
         first.name, **counts, weights=first.weights, inputs=first.inputs, outputs=outputs
     )
@@ -185,28 +189,35 @@ def _together(first: LayerCost | None, second: LayerCost) -> LayerCost:
 def ann_costs(ann: nn.Module, image_shape: Sequence[int]) -> list[LayerCost]:
     """What each layer of an ANN does for an image (C, H, W), in its order.
 
-    A shortcut that is added without weights counts as multiply-accumulates of its values.
+    A shortcut that is added without weights counts as a multiply-accumulate of each value.
     """
     snn = convert(ann, DirectEncoder(), example=torch.zeros(1, *image_shape))
     graph, shapes, spikes = snn.graph, snn.shapes(image_shape), are_spikes(snn)
     found = []
     for i, node in enumerate(graph.nodes[1:], start=1):
-        if node.operator.learns:
-            weights, inputs = snn.module(i).weight.numel(), shapes[node.inputs[0]].numel()
-            multiplies = synapses(snn, i, shapes)
-        elif node.operator.fires or not spikes[i]:
-            reached = reach(snn, shapes, spikes, {i})
-            weights, inputs = 0, shapes[i].numel()
-            multiplies = sum(float(reached[j].sum()) for j in (0, *graph.neurons) if j in reached)
-        else:
-            continue
-        if multiplies:
-            outputs = shapes[i].numel() if weights else 0
+        name, size = node.name, shapes[i].numel()
+        if node.operator.learns and not node.name.endswith(OF_UNIT):
             found.append(LayerCost(
-                node.name, multiplies=multiplies, weights=weights, inputs=inputs, outputs=outputs,
-                spiking=False,
+                name, multiplies=synapses(snn, i, shapes), weights=snn.module(i).weight.numel(),
+                inputs=shapes[node.inputs[0]].numel(), outputs=size, spiking=False,
             ))  # fmt: skip
+        elif isinstance(node.operator, Sum):
+            added = [j for j in node.inputs if spikes[j] or graph.nodes[j].name.endswith(OF_UNIT)]
+            if added and len(added) < len(node.inputs):
+                multiplies = float(size * len(added))
+                found.append(LayerCost(name, multiplies=multiplies, inputs=size, spiking=False))
     return found
+
+
+def _neuron_above(snn: SpikingNetwork, i: int) -> int:
+    """The neurons that a node without weights leads to, the node itself where it is one."""
+    graph = snn.graph
+    while i not in graph.neurons:
+        above = [k for k, node in enumerate(graph.nodes) if i in node.inputs]
+        if len(above) != 1 or graph.nodes[above[0]].operator.learns:
+            break
+        i = above[0]
+    return i
 
 
 def ann_energy(ann: nn.Module, image_shape: Sequence[int]) -> float:

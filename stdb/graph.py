@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .operators import Operator
 
 INPUT = "input"  # name of the first node
+OF_UNIT = "_unit"  # how names end of diagonals that bring a shortcut to its sum's unit
 IN_FRONT = "_in_front"  # how names end of diagonals that calibration puts in front of a layer
 
 

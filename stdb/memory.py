@@ -30,6 +30,8 @@ def training_memory(
     timesteps: int,
     batch_size: int,
     chunk: int | None = None,
+    *,
+    continued: bool = False,
 ) -> int:
     """Peak bytes of a training step over model, gradients and optimiser state, to about a fifth.
 
@@ -39,13 +41,15 @@ def training_memory(
         timesteps: T; with truncated BPTT the steps between two backward passes.
         batch_size: images presented at once.
         chunk: time steps computed at once; by default what the network would choose.
+        continued: steps went before these, as with truncated BPTT.
     """
     graph, sizes = snn.graph, [shape.numel() for shape in snn.shapes(image_shape)]
     real, device = next(snn.parameters()).element_size(), next(snn.parameters()).device
     chunk = chunk or snn.chunk or default_chunk(batch_size, image_shape, device)
     chunk = min(chunk, timesteps)
     alone = chunk == timesteps
-    carry = 0 if alone else real  # a membrane's gradient, which goes on to the chunk before
+    earlier = continued or not alone  # steps before a chunk: its gradient and membranes are kept
+    carry = real if earlier else 0
     moved = 2 if snn.precision == torch.bfloat16 else real
     constant = bool(getattr(snn.encoder, "constant", False))
     per_image = 0.0
@@ -54,7 +58,7 @@ def training_memory(
         (source,) = graph.nodes[i].inputs
         product = graph.nodes[source].operator
         kept = real if snn.precision is None or not (product.learns and product.lowered) else 2
-        per_image += sizes[i] * (carry + _of_neuron(neuron, timesteps, chunk, real))
+        per_image += sizes[i] * (carry + _of_neuron(neuron, timesteps, chunk, real, continued))
         if alone and neuron.needs_membrane and not (constant and graph.of_input[source]):
             of_currents[i] = sizes[i] * timesteps * kept  # of an input, one for all steps
     for i, node in enumerate(graph.nodes):
@@ -80,13 +84,15 @@ def training_memory(
     return int(batch_size * (per_image + largest) + weights + OVERHEAD)
 
 
-def _of_neuron(neuron: SpikingNeuron, timesteps: int, chunk: int, real: int) -> float:
+def _of_neuron(
+    neuron: SpikingNeuron, timesteps: int, chunk: int, real: int, continued: bool
+) -> float:
     """Bytes that stay for a neuron until the backward pass, without a current."""
     taken = real + timesteps / 8  # membrane; bits
     if neuron.surrogate.needs_ages:
         taken += 2 + timesteps * 2 / max(chunk, STEPS_PER_SNAPSHOT)
     if neuron.needs_membrane:
-        taken += real * (timesteps / chunk - 1)  # those before later chunks
+        taken += real * (timesteps / chunk - (not continued))  # those before a chunk; U_0 is one
     return taken
 
 
@@ -96,11 +102,14 @@ def largest_chunk(
     timesteps: int,
     batch_size: int,
     available: int,
+    *,
+    continued: bool = False,
 ) -> int | None:
     """The largest chunk, up to the default, with which a step fits ``available`` bytes; or None."""
     device = next(snn.parameters()).device
     chunk = min(default_chunk(batch_size, image_shape, device), timesteps)
-    while training_memory(snn, image_shape, timesteps, batch_size, chunk) > available:
+    settings = (snn, image_shape, timesteps, batch_size)
+    while training_memory(*settings, chunk, continued=continued) > available:
         if chunk == 1:
             return None
         chunk //= 2

@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from .network import SpikingNetwork
 
 IMAGES_PER_CHUNK = 256  # chunk · B that the default chunk aims at on a CPU …
-PIXELS_PER_CHUNK = 3200 * 32**2  # … and chunk · B · H · W on a GPU
+PIXELS_PER_CHUNK = 3200 * 32**2  # … and chunk · B · pixels on a GPU
 LONGEST = 32_767  # steps whose spike times an int16 holds
 STEPS_PER_SNAPSHOT = 16  # last spike times are kept this often; those in between are found again
 
 
 def default_chunk(batch_size: int, image_shape: Sequence[int], device: torch.device) -> int:
     """Time steps computed at once where nobody says how many."""
-    batch_size = max(1, batch_size)
-    if device.type == "cuda":
-        return max(8, PIXELS_PER_CHUNK // (batch_size * torch.Size(image_shape[1:]).numel()))
-    return max(8, IMAGES_PER_CHUNK // batch_size)
+    if device.type != "cuda":
+        return max(8, IMAGES_PER_CHUNK // max(1, batch_size))
+    pixels = max(256, torch.Size(image_shape).numel() // 3)  # layers are no smaller than that
+    return min(255, max(8, PIXELS_PER_CHUNK // max(1, batch_size * pixels)))  # ages in a byte
 
 
 @dataclass

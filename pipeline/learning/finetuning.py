@@ -1,6 +1,7 @@
 """STDB fine-tuning (Algorithms 2 and 3), the same for the stage and the trials of a sweep."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -260,8 +261,11 @@ def fitting_chunk(
     """The chunk of the parameters, or one with which a training step fits; says where none does."""
     images = min(params.micro_batch or params.batch_size, -(-params.batch_size // worker.world))
     steps = min(params.truncate or params.timesteps, params.timesteps)
-    chunk = params.chunk or stdb.largest_chunk(snn, shape, steps, images, available) or 1
-    needed = stdb.training_memory(snn, shape, steps, images, chunk)
+    settings, continued = (snn, shape, steps, images), steps < params.timesteps
+    chunk = params.chunk or stdb.largest_chunk(*settings, available, continued=continued) or 1
+    needed = stdb.training_memory(*settings, chunk, continued=continued)
+    if params.chunk is None and chunk < (stdb.largest_chunk(*settings, sys.maxsize) or 1):
+        snn.chunk = chunk  # the evaluations between epochs find as little room
     text = f"a training step takes about {needed / 1e9:.1f} GB of {available / 1e9:.1f} GB free"
     if needed > available:
         text = f"warning: {text}; a smaller stdb.micro_batch (or truncate) may save it"

@@ -261,11 +261,11 @@ def energy(
     ``eight``: the share that the ANN has in integers of 8 bits, where it is another.
     """
     figure, panels = _subplots(1, len(curves), figsize=(4 * len(curves), 3.6), sharey=True)
-    widest = 1.6 * max(spikes for rows in curves.values() for _, spikes, _, _ in rows)
+    widest = 1.6 * max(spikes for rows in curves.values() for _, spikes, _, _ in rows) or 1.0
     highest = 1.1 * max(1.0, *(share for rows in curves.values() for _, _, share, _ in rows))
     for axes, (model, rows) in zip(panels, curves.items(), strict=True):
         for k, (name, spikes, share, silent) in enumerate(rows):
-            end = silent + (share - silent) * widest / spikes
+            end = silent + (share - silent) * (widest / spikes if spikes else 0.0)
             (line,) = axes.plot([0, widest], [silent, end], lw=1, color=f"C{k}", label=name)
             axes.plot([spikes], [share], "o", color=line.get_color())
         axes.axhline(1, color="black", ls=":", lw=1, label="the ANN")

@@ -24,7 +24,7 @@ if triton is not None:
 
     @triton.jit
     def _derive(keys, numbers, out, count, block: tl.constexpr):
-        place = tl.program_id(0) * block * 8 + tl.arange(0, block * 8)
+        place = tl.program_id(0).to(tl.int64) * block * 8 + tl.arange(0, block * 8)
         inside = place < count
         word = tl.load(keys + place, mask=inside, other=0) + _GOLDEN
         number = tl.load(numbers + place, mask=inside, other=0) + _GOLDEN
@@ -35,7 +35,7 @@ if triton is not None:
         keys, out, count, numbers, channels, pixels, rate, scale: tl.float64, masks: tl.constexpr,
         block: tl.constexpr,
     ):  # fmt: skip
-        place = tl.program_id(0) * block * 8 + tl.arange(0, block * 8)
+        place = tl.program_id(0).to(tl.int64) * block * 8 + tl.arange(0, block * 8)
         inside = place < count
         number = place % numbers
         if masks:  # channels last, drawn channels first
@@ -52,7 +52,8 @@ if triton is not None:
 
 def derive(keys: Tensor, numbers: Tensor) -> Tensor:
     """See :func:`stdb.randomness.derive`."""
-    keys, numbers = (x.contiguous() for x in torch.broadcast_tensors(keys, numbers))
+    both = torch.broadcast_tensors(keys, numbers.to(keys.device))
+    keys, numbers = (x.contiguous() for x in both)
     out = torch.empty_like(keys)
     launch(_derive, -(-out.numel() // 8), keys, numbers, out, out.numel())
     return out

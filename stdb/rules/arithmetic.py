@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph import Graph, Node
+from ..graph import OF_UNIT, Graph, Node
 from ..operators.diagonal import Diagonal
 from ..operators.shaping import Sum
 from ..traced import ConversionError, Rewriting, where
@@ -94,7 +94,7 @@ def unit_one(rewriting: Rewriting, call: fx.Node, source: int, value: Tensor) ->
     if not spikes and not (rewriting.limited and bool((of == INPUT).any())):
         return source
     diagonal = like_weights(rewriting, Diagonal(value.shape[1], bias=False))
-    rewriting.nodes.append(rewriting.put(call, diagonal, (source,), "_unit"))
+    rewriting.nodes.append(rewriting.put(call, diagonal, (source,), OF_UNIT))
     return len(rewriting.nodes) - 1
 
 

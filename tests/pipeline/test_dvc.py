@@ -8,6 +8,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import mlflow
 import pytest
@@ -15,7 +17,7 @@ import vl_convert
 import yaml
 
 from pipeline.write_plots_page import PAGE, VEGA_LITE
-from tests.pipeline.support import copy_of
+from tests.pipeline.support import ROOT, copy_of
 
 PLOTS = {  # title → names of the axes, where they differ from plot to plot
     "Accuracy after every time step": {"time steps", "test accuracy"},
@@ -425,3 +427,32 @@ def marks(svg: str) -> list[dict[str, str]]:
     """The data of a picture's lines and bars, from the labels that Vega gives them."""
     labels = re.findall(r'<path aria-label="([^"]+)" role="graphics-symbol"', svg)
     return [dict(part.split(": ", 1) for part in label.split("; ")) for label in labels]
+
+
+def test_results_are_pulled_from_a_teams_remote(tmp_path):
+    """`make pull-results` says what is missing without a remote, and fetches with one."""
+    here = tmp_path / "here"
+    here.mkdir()
+    shutil.copy(ROOT / "Makefile", here)
+    (here / ".venv").symlink_to(sys.prefix)
+
+    def run(*command):
+        return subprocess.run(command, cwd=here, capture_output=True, text=True)
+
+    pull = ("make", "-o", ".venv/.ready", "pull-results")  # the environment is there
+    assert run("git", "init", "-q").returncode == run("dvc", "init", "-q").returncode == 0
+    refused = run(*pull)
+    assert refused.returncode != 0
+    assert "There is no DVC remote to pull from" in refused.stderr
+    (here / "model").write_text("weights")
+    for command in (
+        ("dvc", "add", "-q", "model"),
+        ("dvc", "remote", "add", "-q", "--default", "team", str(tmp_path / "remote")),
+        ("dvc", "push", "-q"),
+    ):
+        assert run(*command).returncode == 0
+    (here / "model").unlink()
+    shutil.rmtree(here / ".dvc/cache")
+    result = run(*pull)
+    assert result.returncode == 0, result.stderr
+    assert (here / "model").read_text() == "weights"

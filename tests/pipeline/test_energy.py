@@ -1,5 +1,7 @@
 """`python -m pipeline.energy`: the networks that there are, beside their ANN."""
 
+import math
+
 import pytest
 
 import pipeline.energy
@@ -84,4 +86,8 @@ def test_energy_is_a_line_over_spikes():
     even = one.even(MEMORY, 3 * measured)
     assert one.pj(MEMORY, even) == pytest.approx(3 * measured)
     assert one.even(MEMORY, silent / 2) == 0.0
+    dead = Spiking(1, [stdb.LayerCost("a", updates=4, outputs=4)], 0.0)
+    assert dead.even(MEMORY, 1e6) == math.inf
+    assert dead.even(MEMORY, 0.0) == 0.0
+    assert dead.pj(MEMORY, 2.0) == dead.pj(MEMORY)
     assert even > 0.8

@@ -161,6 +161,11 @@ def test_the_images_are_where_the_user_has_them(here, capsys):
     assert main(["cpu-fewsteps-cifar10", "--data", "downloads"]) == 0
     data = load_params().data
     assert (data.source, data.path) == ("cifar10", "downloads")
+    (here / "downloads/cifar-10-python.tar.gz").touch()
+    assert main(["cpu-fewsteps-cifar10", "--data", "downloads/cifar-10-python.tar.gz"]) == 0
+    assert (load_params().data.source, load_params().data.path) == ("cifar10", "downloads")
+    assert main(["cpu-fewsteps-cifar100", "--data", "downloads"]) == 0  # another data set's
+    assert (load_params().data.source, load_params().data.path) == ("folder", "downloads")
     before = (here / "params.yaml").read_text()
     for arguments, error in (
         (["cpu-fewsteps-cifar10", "--data", "no.zip"], "DATA is no.zip, which does not exist"),

@@ -282,3 +282,22 @@ def test_text_of_a_user_cannot_become_markup():
     """A class or a path named like a tag stays text."""
     page = as_html(markdown_table(["a"], [["<script>alert(1)</script>"]]))
     assert "<script>" not in page
+
+
+def test_a_run_that_ended_can_be_kept(finished):
+    """Its figures are those of its metrics; a table is made of them."""
+    command = ("python", "-m", "benchmarks.kept")
+    finished.run(*command, "add", "digits")
+    kept = json.loads((finished.root / "results/digits.json").read_text())
+    tuned = measured(finished, "finetune_stdb")
+    assert [one["test"] for one in kept["tuned"]] == [tuned["accuracy"]["test"]]
+    assert kept["tuned"][0]["latency_ms"] > 0
+    energy, dense = kept["tuned"][0]["energy"], kept["ann"]["energy"]
+    assert dense["operations, float32"] == pytest.approx(
+        measured(finished, "evaluate_converted")["ann"]["energy_pj"]
+    )
+    assert all(energy[model] > 0 for model in dense)
+    finished.run(*command, "table")
+    assert "| **digits** |" in (finished.root / "RESULTS.md").read_text()
+    finished.run("git", "checkout", "RESULTS.md")
+    (finished.root / "results/digits.json").unlink()

@@ -129,3 +129,49 @@ def test_an_ann_multiplies_where_it_has_weights(name):
     assert stdb.ann_energy(ann, (3, 32, 32)) == pytest.approx(
         4.6 * sum(cost.multiplies for cost in costs)
     )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_shortcut_behind_a_pooling_counts_once(bias):
+    """In units or not: a multiply-accumulate of each value that is added, and no weights."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=bias), nn.ReLU())
+            self.second = nn.Conv2d(4, 4, 3, 2, 1, bias=bias)
+            self.pool, self.relu = nn.AvgPool2d(2), nn.ReLU()
+            self.out = nn.Sequential(nn.Flatten(), nn.Linear(64, 2, bias=bias))
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.out(self.relu(self.second(x) + self.pool(x)))
+
+    costs = stdb.ann_costs(Pooled().eval(), (1, 8, 8))
+    assert [cost.multiplies for cost in costs if not cost.weights] == [64]
+    assert len(costs) == 4
+
+
+def test_shortcuts_are_counted_with_the_neurons_that_add_them():
+    """Their potentials are those of the neurons, whose memory they are in."""
+    snn = stdb.convert(stdb.build("resnet8", width=0.125).eval(), stdb.PoissonEncoder(0)).eval()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    stdb.balance_thresholds(snn, x, 4, percentile=95)
+    costs = {cost.name: cost for cost in record(snn, x, 5).costs()}
+    assert "add" not in costs
+    block = costs["group1_block1.conv2"]
+    assert block.outputs == 8 * 16 * 16
+    assert block.updates == 5 * block.outputs
+
+
+def test_a_max_pooling_keeps_sums_as_large_as_its_input():
+    """They are the potentials that spikes reach; it looks at all of them at every step."""
+    ann = stdb.build("vgg5", width=0.125, hidden=16, pooling="max").eval()
+    snn = stdb.convert(ann, stdb.PoissonEncoder(0)).eval()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    stdb.balance_thresholds(snn, x, 4, percentile=95)
+    costs = {cost.name: cost for cost in record(snn, x, 5).costs()}
+    kinds = {type(module).__name__ for module in snn.modules()}
+    assert "MaxPool2d" in kinds
+    assert costs["conv1"].outputs == 8 * 32 * 32
+    assert costs["conv1"].updates >= 5 * 8 * 32 * 32

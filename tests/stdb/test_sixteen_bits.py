@@ -82,3 +82,45 @@ def test_other_types_are_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(ValueError, match=r"precision is torch.float16; allowed: None, torch.bfl"):
         stdb.convert(net, stdb.DirectEncoder(), precision=torch.float16)
+
+
+class TwoReaders(nn.Module):
+    """Spikes that a pooling of 3×3 and a convolution read, in either order."""
+
+    def __init__(self, pooled_first):
+        super().__init__()
+        self.pooled_first = pooled_first
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.pool, self.second = nn.AvgPool2d(3), nn.Conv2d(8, 8, 3, 3)
+        self.relu, self.out = nn.ReLU(), nn.Linear(32, 4)
+        self.of_pool = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.pooled_first:
+            pooled = self.of_pool(self.pool(x))
+            both = pooled + self.second(x)
+        else:
+            both = self.second(x)
+            both = both + self.of_pool(self.pool(x))
+        return self.out(self.relu(both).flatten(1))
+
+
+def test_gradients_of_branches_are_added_exactly():
+    """A gradient that is spread over windows is so in float32, whichever branch comes first."""
+    found = []
+    for pooled_first in (False, True):
+        torch.manual_seed(0)
+        snn = stdb.convert(
+            TwoReaders(pooled_first).eval(), stdb.DirectEncoder(), stdb.Linear(1.0, 1.0, True),
+            precision=torch.bfloat16,
+        )  # fmt: skip
+        snn.events = "never"
+        x = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        snn.set_thresholds(dict.fromkeys(snn.thresholds, 0.3))
+        F.cross_entropy(snn(x, 4), torch.arange(4)).backward()
+        found.append({n: p.grad for n, p in snn.named_parameters() if p.grad is not None})
+    one, other = found
+    assert one.keys() == other.keys()
+    assert one["net.first.0.weight"].abs().max() > 0
+    assert torch.equal(one["net.first.0.weight"], other["net.first.0.weight"])
