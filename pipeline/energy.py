@@ -140,7 +140,8 @@ def measured(path: Path, images: Samples) -> Spiking:
         for batch in images.stream(torch.arange(len(images)).split(BATCH), torch.device("cpu")):
             snn(batch.pixels(), timesteps, sample_ids=batch.ids)
     costs = statistics.costs()
-    neurons = sum(cost.updates for cost in costs) / timesteps
+    # not of updates: a max-pooling's sums have some, too
+    neurons = sum(spikes.numel() for name, spikes in statistics.maps.items() if name != "input")
     return Spiking(timesteps, costs, sum(cost.leaves for cost in costs) / neurons)
 
 

@@ -8,7 +8,7 @@ import pipeline.energy
 import stdb
 from pipeline.energy import MODELS, Spiking, main
 from pipeline.files import SNN, SNNS
-from pipeline.learning.networks import recipe
+from pipeline.learning.networks import build_ann, recipe
 from tests.pipeline.support import NETWORK, PARAMS, make_files, starting
 
 MEMORY = MODELS["with memory, 32 bits"]
@@ -91,3 +91,20 @@ def test_energy_is_a_line_over_spikes():
     assert dead.even(MEMORY, 0.0) == 0.0
     assert dead.pj(MEMORY, 2.0) == dead.pj(MEMORY)
     assert even > 0.8
+
+
+def test_spikes_of_a_neuron_are_those_of_neurons(tmp_path):
+    """The sums of a max-pooling are updated, too, and are none."""
+    folder, parts = make_files(tmp_path)
+    network = NETWORK.model_copy(update={"pooling": "max"})
+    snn = stdb.convert(build_ann(network, parts["train"]).eval(), stdb.PoissonEncoder(0))
+    images = parts["validation"]
+    stdb.balance_thresholds(snn.eval(), images.pixels()[:8], 4, percentile=95)
+    about = {"network": recipe(network, parts["train"]), "classes": images.classes}
+    stdb.save(snn, folder / "max", timesteps=4, **about)
+    with stdb.record_spikes(snn) as statistics:
+        snn(images.pixels(), 4, sample_ids=images.ids)
+    maps = [spikes for name, spikes in statistics.maps.items() if name != "input"]
+    fired, neurons = sum(float(m.sum()) for m in maps), sum(m.numel() for m in maps)
+    found = pipeline.energy.measured(folder / "max", images).spikes
+    assert found == pytest.approx(fired / neurons / len(images))
