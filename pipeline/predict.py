@@ -1,8 +1,11 @@
 """Classify image files with the trained spiking network; how the decision came about over time.
 
-    python -m pipeline.predict IMAGE…
+    python -m pipeline.predict IMAGE…                        # by the network of make repro
+    python -m pipeline.predict --network cifar10 cat.jpg     # by one that comes with this project
     python -m pipeline.predict --confidence 0.9 cat.jpg      # leave as soon as it is clear
     python -m pipeline.predict --model snn.safetensors --plot decisions cat.jpg dog.jpg
+
+A network of models/zoo leaves an image at a probability of 0.9, if nobody says otherwise.
 
 Prints for each image the class, its probability, the step at which the decision settled, and the
 probability of the class after every step. Images are brought to what the network was trained on,
@@ -24,11 +27,12 @@ from torch import Tensor
 import stdb
 from pipeline.command import command, parser
 from pipeline.data import DataError, Preparation, Size, read_image
-from pipeline.files import SNN, writing
+from pipeline.files import SNN, ZOO, root, writing
 from pipeline.typed import MOST_STEPS
 
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 60  # of the line of bars
+CONFIDENCE = 0.9  # at which a network of the zoo leaves
 LARGEST = 4096  # pixels of an image's side, as params.yaml allows
 
 
@@ -45,6 +49,9 @@ class Seen:
 def main(arguments: Sequence[str]) -> None:
     """Read, classify, print."""
     options = parse(arguments)
+    if options.network is not None:
+        options.model = of_zoo(options.network)
+        options.confidence = options.confidence or CONFIDENCE
     if not options.model.exists():
         raise DataError(f"{options.model} is missing; make repro makes it")
     try:
@@ -69,13 +76,24 @@ def parse(arguments: Sequence[str]) -> Any:
     """The command line."""
     line = parser(__doc__, "predict")
     line.add_argument("images", nargs="+", type=Path, help="image files")
-    line.add_argument("--model", type=Path, default=SNN, help=f"of stdb.save ({SNN})")
+    which = line.add_mutually_exclusive_group()
+    which.add_argument("--model", type=Path, default=SNN, help=f"of stdb.save ({SNN})")
+    which.add_argument("--network", help=f"of {ZOO}, such as cifar10")
     line.add_argument("--timesteps", type=_count, help="T; that of the training by default")
     line.add_argument(
         "--confidence", type=_share, help="leave when the largest probability reaches this"
     )
     line.add_argument("--plot", type=Path, help="a folder for pictures of probabilities by step")
     return line.parse_args(arguments)
+
+
+def of_zoo(name: str) -> Path:
+    """The file of a network that comes with the repository."""
+    folder = root() / ZOO
+    found = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    if name not in found:
+        raise DataError(f"there is no network {name!r} in {ZOO}; allowed: {', '.join(found)}")
+    return found[name]
 
 
 def read(images: Sequence[Path], seen: Seen) -> Tensor:

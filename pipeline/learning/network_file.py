@@ -14,7 +14,7 @@ def write_network(
 ) -> None:
     """The network's file, with its T and all that image files have to become for it."""
     prepared = train.preparation
-    resize = {} if prepared.resize is None else {"resize": prepared.resize}
+    resize: dict[str, Any] = {} if prepared.resize is None else {"resize": prepared.resize}
     stdb.save(
         snn,
         path,

@@ -49,6 +49,7 @@ CONTAINERS: dict[str, type[nn.Module]] = {
     for kind in (ResidualBlock, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Module)
 }
 EMPTY = "Identity"  # what no node has
+WEIGHTS = {"float32": torch.float32, "float64": torch.float64}  # types of weights stored in others
 
 
 def save(
@@ -58,6 +59,7 @@ def save(
     timesteps: int,
     classes: list[str],
     normalisation: Normalisation = Normalisation(),  # noqa: B008 (it is frozen)
+    storage: torch.dtype | None = None,
     **about: Any,
 ) -> None:
     """Write a network; the same bytes for the same values.
@@ -68,6 +70,8 @@ def save(
         timesteps: T that it is meant for.
         classes: their names, in the order of the logits.
         normalisation: what becomes of an image's pixels before the network sees them.
+        storage: what weights are kept in, such as ``torch.float16``, for a smaller file; ``load``
+            gives them their type again, rounded. None: as they are.
         about: further metadata, such as ``network``, how its ANN was built.
     """
     from safetensors.torch import save_file
@@ -106,6 +110,11 @@ def save(
     }
     if kept := normalisation.settings():
         config["normalisation"] = kept
+    if storage is not None:
+        if not storage.is_floating_point:
+            raise ValueError(f"storage is {storage}; allowed: a floating-point type, or None")
+        config["weights"] = str(next(snn.parameters()).dtype).removeprefix("torch.")
+        tensors = {n: x.to(storage) if x.dim() > 1 else x for n, x in tensors.items()}
     save_file(tensors, path, {"config": json.dumps(config)})  # of several keys none orders them
 
 
@@ -161,12 +170,24 @@ def load(
         raise ValueError(f"{path}: {error}") from error
     if written == 1 and network is None:
         network = _named(path, config)
+    tensors = _as_weights(path, config.pop("weights", None), tensors)
     try:
         check_timesteps(config["timesteps"])
         snn = _of_version_1(network, config, tensors) if network else _of_graph(config, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} does not describe its own weights: {error}") from error
     return snn.eval(), config
+
+
+def _as_weights(
+    path: str | Path, kept: str | None, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Weights in the type that they had before they were stored in another one."""
+    if kept is None:
+        return tensors
+    if kept not in WEIGHTS:
+        raise ValueError(f"{path} has weights of {kept!r}; allowed: {', '.join(WEIGHTS)}")
+    return {name: x.to(WEIGHTS[kept]) if x.dim() > 1 else x for name, x in tensors.items()}
 
 
 def _rules(config: dict[str, Any]) -> dict[str, Any]:

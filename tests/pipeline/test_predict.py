@@ -114,3 +114,18 @@ def test_a_network_that_does_not_say_its_images(tmp_path, capsys):
     assert main(["any.png", "--model", str(tmp_path / "snn")]) == 1
     said = capsys.readouterr().err
     assert "does not say what images it is for: in_channels is None" in said
+
+
+def test_a_network_that_comes_with_the_repository(network, images, tmp_path, monkeypatch, capsys):
+    """By its name, leaving at a probability of 0.9; where it is unknown, others are named."""
+    zoo = tmp_path / "models/zoo"
+    zoo.mkdir(parents=True)
+    (tmp_path / "snn").rename(zoo / "animals.safetensors")
+    monkeypatch.chdir(tmp_path)
+    _, files = images
+    assert main(["--network", "animals", *files]) == 0
+    named = capsys.readouterr().out
+    assert main(["--model", "models/zoo/animals.safetensors", "--confidence", "0.9", *files]) == 0
+    assert capsys.readouterr().out == named
+    assert main(["--network", "cars", *files]) == 1
+    assert "there is no network 'cars' in models/zoo; allowed: animals" in capsys.readouterr().err

@@ -159,6 +159,30 @@ def test_float64_stays_float64(tmp_path):
     assert again.thresholds == snn.thresholds
 
 
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])
+def test_weights_may_be_kept_in_half_the_bytes(tmp_path, storage):
+    """They come back in their type, rounded; thresholds and biases are not rounded."""
+    torch.manual_seed(0)
+    ann = stdb.build("vgg5", 1, 8, 3, width=0.5, hidden=64, normalisation="batch").eval()
+    snn = stdb.convert(ann, stdb.DirectEncoder())
+    stdb.balance_thresholds(snn, torch.rand(4, 1, 8, 8) * 2 - 1, 4)
+    for name, kept in (("whole", None), ("half", storage)):
+        stdb.save(snn, tmp_path / name, timesteps=4, classes=["a", "b", "c"], storage=kept)
+    whole, half = ((tmp_path / name).stat().st_size for name in ("whole", "half"))
+    assert half < 0.6 * whole
+    loaded, about = stdb.load(tmp_path / "half")
+    assert "weights" not in about
+    assert loaded.thresholds == snn.thresholds
+    for (name, ours), theirs in zip(
+        loaded.named_parameters(), stdb.load(tmp_path / "whole")[0].parameters(), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        rounded = theirs.to(storage).float() if theirs.dim() > 1 else theirs
+        assert torch.equal(ours, rounded), name
+    with pytest.raises(ValueError, match=r"storage is torch\.int8; allowed: a floating-point type"):
+        stdb.save(snn, tmp_path / "no", timesteps=4, classes=["a"], storage=torch.int8)
+
+
 def test_computed_weights_are_plain_there(tmp_path):
     """Pruned to zero they stay; how they were computed is not kept."""
     snn, path = saved(tmp_path)
