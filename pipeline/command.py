@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from pipeline.errors import DataError, DivergenceError, ParamsError, StageError
-from stdb import ConversionError
+from stdb import ConversionError, WeightsError
 
 MISTAKE, FAULT, INTERRUPTED = 1, 70, 130  # exit statuses; 70 is sysexits.h's "internal error"
 KNOWN = (
-    *(StageError, DataError, ParamsError, DivergenceError, ConversionError),
+    *(StageError, DataError, ParamsError, DivergenceError, ConversionError, WeightsError),
     *(OSError, MemoryError),
 )
 FOLDER = Path(".results")  # of tracebacks

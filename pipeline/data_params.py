@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.data.images import LARGEST, Preparation, Size, known_pixels
+from pipeline.data.images import known_pixels
 from pipeline.data.sources import NEEDS_PATH, SOURCES, path_is_missing
 from pipeline.typed import Count, Pixels, Section, Seed, Share, one_of
-from stdb import NORMALISATIONS, Normalisation, normalisation_of
+from stdb import NORMALISATIONS, Normalisation, Preparation, normalisation_of
 
 
 class DataParams(Section):
@@ -20,7 +20,7 @@ class DataParams(Section):
     image_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None
     """Images are brought to this many pixels square, or to [height, width], 1 to 4096 each; None
     leaves them. It is their middle, as large as it can be, that is brought to the size."""
-    resize: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
+    resize: Annotated[int, Field(ge=1, le=Preparation.LARGEST)] | None = None
     """The shorter side is brought to this many pixels, and the middle of ``image_size`` cut out of
     that, as torchvision's published weights ask for (256 for 224); None: as above."""
     normalise: Annotated[str | dict[str, list[float]] | None, BeforeValidator(known_pixels)] = None
@@ -41,7 +41,7 @@ class DataParams(Section):
     """Seed that draws the splits."""
 
     @property
-    def size(self) -> Size | None:
+    def size(self) -> tuple[int, int] | None:
         """(H, W) that images are brought to."""
         size = self.image_size
         if isinstance(size, list):

@@ -1,12 +1,12 @@
 """Errors that a person can mend: the message says what was wrong, where, and what is allowed."""
 
+from stdb import DataError
+
+__all__ = ["DataError", "DivergenceError", "ParamsError", "StageError"]
+
 
 class StageError(RuntimeError):
     """A stage cannot go on."""
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the file or class."""
 
 
 class ParamsError(ValueError):

@@ -16,33 +16,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 import stdb
 from pipeline.command import command, parser
-from pipeline.data import DataError, Preparation, Size, read_image
+from pipeline.errors import DataError
 from pipeline.files import SNN, ZOO, root, writing
 from pipeline.typed import MOST_STEPS
 
-BARS = " ▁▂▃▄▅▆▇█"
-WIDTH = 60  # of the line of bars
 CONFIDENCE = 0.9  # at which a network of the zoo leaves
-LARGEST = 4096  # pixels of an image's side, as params.yaml allows
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Images as a network sees them: channels, (H, W), and what becomes of the pixels."""
-
-    channels: int
-    size: Size
-    preparation: Preparation
 
 
 @command
@@ -54,22 +37,15 @@ def main(arguments: Sequence[str]) -> None:
         options.confidence = options.confidence or CONFIDENCE
     if not options.model.exists():
         raise DataError(f"{options.model} is missing; make repro makes it")
-    try:
-        snn, about = stdb.load(options.model)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    timesteps = options.timesteps or about["timesteps"]
-    pixels = read(options.images, seen_by(options.model, about))
-    decision = classify(snn, pixels, timesteps, options.confidence)
-    classes = about["classes"]
-    for k, name in enumerate(options.images):
-        print(describe(name, decision, k, classes))
+    network = stdb.Classifier(options.model)
+    decision = network.decide(network.read(options.images), options.timesteps, options.confidence)
+    for k, lines in enumerate(network.described(options.images, decision)):
+        print(lines)
         if options.plot is not None:
-            print(f"  see {draw(name, decision, k, classes, options.plot)}")
+            drawn = draw(options.images[k], decision, k, network.classes, options.plot)
+            print(f"  see {drawn}")
     if options.confidence is not None:
-        steps = decision.steps.double().mean().item()
-        saved = 1 - steps / timesteps
-        print(f"{steps:.1f} of {timesteps} steps on average, {saved:.0%} saved")
+        print(network.saved(decision, options.timesteps))
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -94,60 +70,6 @@ def of_zoo(name: str) -> Path:
     if name not in found:
         raise DataError(f"there is no network {name!r} in {ZOO}; allowed: {', '.join(found)}")
     return found[name]
-
-
-def read(images: Sequence[Path], seen: Seen) -> Tensor:
-    """(N, C, H, W) float32: image files as the network was trained on them."""
-    resize, normalisation = seen.preparation.resize, seen.preparation.normalisation
-    pixels = np.stack([read_image(path, seen.channels, seen.size, resize) for path in images])
-    return normalisation(torch.from_numpy(pixels))
-
-
-def seen_by(path: Path, about: dict[str, Any]) -> Seen:
-    """The images that a saved network is for."""
-    network = about.get("network")
-    said = network if isinstance(network, dict) else {}
-    channels, size = said.get("in_channels"), said.get("image_size")
-    sides: list[Any] = size if isinstance(size, list) else [size, size]
-    fits = len(sides) == 2 and all(type(n) is int and 1 <= n <= LARGEST for n in sides)
-    if channels not in (1, 3) or not fits:
-        raise DataError(
-            f"{path} does not say what images it is for: in_channels is {channels}, image_size "
-            f"{size}; allowed: 1 or 3, and 1 to {LARGEST} or two of that "
-            "(stdb.save(..., network={'in_channels': 3, 'image_size': 32}))"
-        )
-    try:
-        preparation = Preparation(about.get("resize"), about["normalisation"])
-        preparation.normalisation.check_channels(channels, "its images have")
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
-    if (preparation.resize or LARGEST) < max(sides):
-        raise DataError(
-            f"{path}: resize is {preparation.resize}; allowed: {max(sides)} or more, or none"
-        )
-    return Seen(channels, (sides[0], sides[1]), preparation)
-
-
-def classify(
-    snn: stdb.SpikingNetwork, pixels: Tensor, timesteps: int, confidence: float | None
-) -> stdb.Decision:
-    """Decide; every image draws the same random stream, so its neighbours do not matter."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ids = torch.zeros(len(pixels), dtype=torch.int64, device=device)
-    return stdb.decide(snn.to(device), pixels.to(device), timesteps, confidence, sample_ids=ids)
-
-
-def describe(name: Path, decision: stdb.Decision, k: int, classes: Sequence[str]) -> str:
-    """Two lines on image ``k``."""
-    final, steps = decision.final[k], int(decision.steps[k])
-    best = int(final.argmax())
-    over_time = decision.probabilities[:steps, k, best].tolist()
-    shown = over_time[:: -(-len(over_time) // WIDTH)]
-    bars = "".join(BARS[round(p * (len(BARS) - 1))] for p in shown)
-    return (
-        f"{name}: {classes[best]} ({final[best]:.1%}), settled at step "
-        f"{int(decision.settled[k])} of {steps}\n  t = 1 |{bars}| {steps}"
-    )
 
 
 def draw(name: Path, decision: stdb.Decision, k: int, classes: Sequence[str], folder: Path) -> Path:

@@ -19,13 +19,13 @@ from pipeline.data.checks import (
     check_counts,
     check_memory,
     check_samples,
-    shown,
 )
 from pipeline.data.images import array_to_size
 from pipeline.data.sources import Arrays, Held, read_source
 from pipeline.files import DATA, METRICS, digest, write_json, writing
 from pipeline.params import DataParams
 from pipeline.stage import Stage, stage_command
+from stdb import printable as shown
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # images or names of files, labels, ids
 

@@ -18,6 +18,7 @@ from .agreement import check_kernels
 from .architectures import ARCHITECTURES, ResidualBlock, build, build_network
 from .balancing import balance_thresholds, residual_layers
 from .calibration import logit_scale, scaled_losses
+from .classifier import Classifier
 from .configuration import configure
 from .conversion import ConversionError, convert
 from .decision import Decision, decide, first_confident
@@ -29,11 +30,21 @@ from .evaluation import evaluate
 from .few_steps import Balance, Plan, settle
 from .fronts import release, uncorrected
 from .graph import Graph, Node
+from .images import (
+    DataError,
+    Preparation,
+    check_image,
+    preparation_of,
+    printable,
+    read_image,
+    to_size,
+)
 from .interop.authors import AuthorsNetwork, import_authors
 from .interop.export import export_program
 from .interop.from_nir import from_nir
 from .interop.nir import to_nir
 from .interop.saving import load, save
+from .interop.weights import WeightsError, load_weights
 from .kernels.densities import EVENTS, instruction_set, multiplies_bfloat16
 from .memory import largest_chunk, training_memory
 from .network import SpikingNetwork
@@ -58,8 +69,10 @@ __all__ = [
     "SURROGATES",
     "AuthorsNetwork",
     "Balance",
+    "Classifier",
     "Clip",
     "ConversionError",
+    "DataError",
     "Decision",
     "DirectEncoder",
     "Exponential",
@@ -71,6 +84,7 @@ __all__ = [
     "Normalisation",
     "Plan",
     "PoissonEncoder",
+    "Preparation",
     "Presentation",
     "Rectangle",
     "ResidualBlock",
@@ -80,12 +94,14 @@ __all__ = [
     "SpikingNetwork",
     "SpikingNeuron",
     "Surrogate",
+    "WeightsError",
     "access_pj",
     "ann_costs",
     "ann_energy",
     "balance_thresholds",
     "build",
     "build_network",
+    "check_image",
     "check_kernels",
     "configure",
     "convert",
@@ -104,10 +120,14 @@ __all__ = [
     "instruction_set",
     "largest_chunk",
     "load",
+    "load_weights",
     "logit_scale",
     "multiplies_bfloat16",
     "normalisation_of",
+    "preparation_of",
+    "printable",
     "quantised_logits",
+    "read_image",
     "record_spikes",
     "release",
     "residual_layers",
@@ -119,6 +139,7 @@ __all__ = [
     "start_bounds",
     "surrogate_of",
     "to_nir",
+    "to_size",
     "training_memory",
     "uncorrected",
     "uniform",

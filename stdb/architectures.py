@@ -40,7 +40,10 @@ RESIDUAL: dict[str, list[int | str]] = {  # convolutions, blocks, a global avera
     "resnet9": [64, 128, A, R, 256, A, 512, A, R],
     "resnet11": [64, 128, A, R, 256, A, R, 512, A, R],
 }
-ARCHITECTURES = [*VGG, *RESNET, *RESIDUAL]
+CIFAR: dict[str, list[int]] = {  # He et al.'s first layer for small images, a global average
+    "resnet18": [2, 2, 2, 2],
+}
+ARCHITECTURES = [*VGG, *RESNET, *CIFAR, *RESIDUAL]
 NORMALISATIONS = ("none", "batch")
 POOLINGS: dict[str, type[nn.Module]] = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
 
@@ -146,13 +149,13 @@ def build(  # noqa: PLR0913 (each with a default, by keyword)
             layers[f"fc{index}_relu"] = neurons()
             layers[f"fc{index}_drop"] = nn.Dropout(classifier_dropout)
             features = hidden
-    elif name in RESNET or name in RESIDUAL:
-        if name in RESNET:
-            body.add([64, 64, 64, A])
-            body.add_groups(RESNET[name])
-        else:
+    elif name in RESNET or name in CIFAR or name in RESIDUAL:
+        if name in RESIDUAL:
             body.add(RESIDUAL[name])
-        if min(size) >= 128 or name in RESIDUAL:
+        else:
+            body.add([64, 64, 64, A] if name in RESNET else [64])
+            body.add_groups((RESNET | CIFAR)[name])
+        if min(size) >= 128 or name not in RESNET:
             layers["pool"], body.size = nn.AvgPool2d(_side(body.size)), (1, 1)
         layers["flatten"], features = nn.Flatten(), body.features
     else:

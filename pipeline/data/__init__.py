@@ -1,7 +1,6 @@
 """Data sets: where they come from, their splits, images and augmentation."""
 
 from pipeline.data.augmentation import augment, cut_out
-from pipeline.data.images import Preparation, Size, read_image
 from pipeline.data.splits import (
     Files,
     Samples,
@@ -16,14 +15,11 @@ from pipeline.errors import DataError
 __all__ = [
     "DataError",
     "Files",
-    "Preparation",
     "Samples",
-    "Size",
     "Split",
     "augment",
     "cut_out",
     "load_split",
-    "read_image",
     "save_split",
     "subset",
     "worker_batches",

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.data.checks import shown
 from pipeline.data.folders import ignored, is_split
 from pipeline.errors import DataError
 from pipeline.files import root
+from stdb import printable as shown
 
 UNPACKED = Path("data/unpacked")
 LONGEST, DEEPEST = 255, 100  # bytes of a file's name, folders around a file

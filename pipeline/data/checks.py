@@ -1,7 +1,6 @@
 """What is asked of every data set before it is used; the messages name the file or the class."""
 
 import os
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,21 +8,9 @@ import numpy as np
 
 from pipeline.errors import DataError
 from stdb import Normalisation
+from stdb import printable as shown
 
 LISTED = 10  # of the faults that a message tells
-LONGEST = 400  # characters of a name in a message
-
-
-def shown(name: object) -> str:
-    """A name or message of any origin on one line: no line breaks, no bytes that are not UTF-8."""
-    text = "".join(ascii(c)[1:-1] if _breaks(c) else c for c in str(name))
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
-
-
-def _breaks(character: str) -> bool:
-    """Control characters, line breaks, and bytes of names that are not UTF-8."""
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
 class Faults:
@@ -69,7 +56,7 @@ def check_classes(classes: list[str], where: str) -> None:
     """
     faults = Faults()
     for name in classes:
-        if not isinstance(name, str) or not name or any(map(_breaks, name)):
+        if not isinstance(name, str) or not name or shown(name, len(name)) != name:
             faults.add(
                 f"class '{shown(name)}' in {where} has a name that cannot be written; "
                 "allowed: UTF-8 without line breaks and other control characters"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.checks import LISTED, Faults, check_classes, check_counts, shown
+from pipeline.data.checks import LISTED, Faults, check_classes, check_counts
 from pipeline.errors import DataError
+from stdb import printable as shown
 
 SPLITS = {  # names of their folders, in any case
     "train": ("train", "training", "train_set", "training_set"),

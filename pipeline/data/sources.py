@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pipeline.data.archives import unpacked
-from pipeline.data.checks import Faults, check_channels, check_memory, shown
+from pipeline.data.checks import Faults, check_channels, check_memory
 from pipeline.data.folders import Found, find_images
-from pipeline.data.images import check_image, read_image
 from pipeline.errors import DataError
 from pipeline.files import root
+from stdb import check_image, read_image
+from stdb import printable as shown
 
 if TYPE_CHECKING:
     from pipeline.params import DataParams

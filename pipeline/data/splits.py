@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.checks import check_samples, shown
-from pipeline.data.images import Preparation, preparation_of, read_image
+from pipeline.data.checks import check_samples
 from pipeline.errors import DataError
+from stdb import Preparation, preparation_of, read_image
+from stdb import printable as shown
 
 
 @dataclass(frozen=True)

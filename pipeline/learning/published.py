@@ -1,14 +1,12 @@
 """torchvision's classification networks, by name: ``torchvision:resnet18``."""
 
 import difflib
-import re
 from typing import Any
 
 from torch import nn
 
 PREFIX = "torchvision:"
 WITH_AUXILIARY = ("googlenet", "inception_v3")  # have classifiers that only their training needs
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # as their files call them
 CLOSE = 3  # names in a message
 
 
@@ -44,11 +42,6 @@ def head(network: nn.Module) -> str:
     """Name of the layer that gives the classes: the last with weights."""
     names = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     return str(names[-1])
-
-
-def renamed(name: str) -> str:
-    """A tensor's name today, of the files of densenets that torchvision publishes."""
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def _names() -> list[str]:

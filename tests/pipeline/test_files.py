@@ -41,10 +41,12 @@ def test_weights_of_another_network_are_refused(tmp_path):
     network = small()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     save_weights(small(0.2).state_dict(), tmp_path / "a.safetensors")
-    with pytest.raises(StageError, match=r"conv1\.weight is \(13, 1, 3, 3\), the network's is \(6"):
+    with pytest.raises(
+        stdb.WeightsError, match=r"conv1\.weight is \(13, 1, 3, 3\), the network's is \(6"
+    ):
         load_weights(network, tmp_path / "a.safetensors")
     save_file({"other": torch.zeros(1)}, tmp_path / "b.safetensors")
-    with pytest.raises(StageError, match=r"conv1\.weight is missing"):
+    with pytest.raises(stdb.WeightsError, match=r"conv1\.weight is missing"):
         load_weights(network, tmp_path / "b.safetensors")
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
@@ -63,7 +65,7 @@ def test_a_pickled_or_broken_weights_file_is_refused(tmp_path, monkeypatch):
     Path("b.pt").write_bytes(pickle.dumps(Payload()))
     Path("c.safetensors").write_bytes(b"broken")
     for name in ("a.pt", "b.pt", "c.safetensors", "missing.pt"):
-        with pytest.raises(StageError, match=name.replace(".", r"\.")):
+        with pytest.raises(stdb.WeightsError, match=name.replace(".", r"\.")):
             load_weights(small(), Path(name))
     assert not Path("touched-by-pickle").exists()
 

@@ -34,7 +34,7 @@ from pipeline.sweeps.space import load_sweep
 from tests.pipeline import malformed
 from tests.pipeline.support import NETWORK, PARAMS, ROOT, make_repository
 
-KNOWN = (ParamsError, StageError, DataError, stdb.ConversionError)
+KNOWN = (ParamsError, StageError, DataError, stdb.ConversionError, stdb.WeightsError)
 LONGEST = 600  # characters of a line
 PATIENCE = 10  # seconds, of which most take none
 CASES = list(malformed.cases())

@@ -9,14 +9,14 @@ from PIL import Image
 from torchvision import transforms
 
 import stdb
-from pipeline.data import DataError, Files, Preparation, Split, augment, load_split, save_split
-from pipeline.data.images import array_to_size, preparation_of, read_image, to_size
+from pipeline.data import DataError, Files, Split, augment, load_split, save_split
+from pipeline.data.images import array_to_size
 from pipeline.data.sources import read_source
 from pipeline.finetune_stdb import write_network
 from pipeline.learning.networks import build_ann, build_snn, example_of, recipe
 from pipeline.params import DataParams
-from pipeline.predict import Seen, read, seen_by
 from pipeline.prepare_data import split
+from stdb import Preparation, preparation_of, read_image, to_size
 from tests.pipeline.support import NETWORK, PARAMS, STDB
 
 OWN = {"mean": [0.4], "std": [0.3]}
@@ -90,20 +90,21 @@ def test_predict_sees_what_training_saw(tmp_path, size, resize, normalise):
         for stream in (False, True)
     )
     saved(memory, tmp_path / "snn")
-    seen = seen_by(tmp_path / "snn", stdb.load(tmp_path / "snn")[1])
+    classifier = stdb.Classifier(tmp_path / "snn", "cpu")
     for name, part in streamed.items():
         assert isinstance(part, Files)
         path = tmp_path / "data" / "prepared" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_split(part, path)
         again = load_split(path).take(torch.arange(len(part))).pixels()
-        assert torch.equal(read(part.names, seen), again)
+        assert torch.equal(classifier.read(part.names), again)
         assert torch.equal(memory[name].pixels(), again)
     shape = tuple(size) if isinstance(size, list) else (size, size)
     assert again.shape[1:] == (1 if normalise == OWN else 3, *shape)
     expected = stdb.NORMALISATIONS.get(normalise, None) if isinstance(normalise, str) else None
     expected = expected or stdb.normalisation_of(normalise)
-    assert seen == Seen(again.shape[1], shape, Preparation(resize, expected))
+    assert classifier.shape == again.shape[1:]
+    assert classifier.preparation == Preparation(resize, expected)
 
 
 @pytest.mark.parametrize("normalise", [None, OWN], ids=str)
@@ -113,12 +114,12 @@ def test_predict_sees_what_training_saw_of_other_sources(tmp_path, size, resize,
     params = data(image_size=size, resize=resize, normalise=normalise, train_limit=60)
     parts = split(params, *read_source(params))
     saved(parts, tmp_path / "snn")
-    seen = seen_by(tmp_path / "snn", stdb.load(tmp_path / "snn")[1])
+    classifier = stdb.Classifier(tmp_path / "snn", "cpu")
     (images, _), _, _ = read_source(params)
     ids = parts["train"].ids[:5]
     for i in ids:
         Image.fromarray(images[i, 0]).save(tmp_path / f"{i}.png")
-    pixels = read([tmp_path / f"{i}.png" for i in ids], seen)
+    pixels = classifier.read([tmp_path / f"{i}.png" for i in ids])
     assert torch.equal(pixels, parts["train"].pixels()[:5])
 
 
@@ -321,9 +322,13 @@ def test_a_conversion_is_checked_with_images_of_the_data():
 def test_a_network_whose_images_cannot_be_made_is_refused(tmp_path, about, said):
     """By its file, before an image is read."""
     network = {"in_channels": 3, "image_size": 8} | about
-    known = {"network": network, "normalisation": stdb.NORMALISATIONS["imagenet"]}
+    ann = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 9), torch.nn.ReLU())
+    ann.append(torch.nn.Linear(9, 2))
+    known = {"network": network, "normalisation": stdb.NORMALISATIONS["imagenet"]} | about
+    snn = stdb.convert(ann, stdb.DirectEncoder())
+    stdb.save(snn, tmp_path / "snn", timesteps=4, classes=["a", "b"], **known)
     with pytest.raises(DataError, match="snn") as caught:
-        seen_by(tmp_path / "snn", known | about)
+        stdb.Classifier(tmp_path / "snn")
     assert said in str(caught.value)
 
 

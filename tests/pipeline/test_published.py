@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+import stdb
 from pipeline import train_ann
 from pipeline.data import Split
 from pipeline.errors import ParamsError, StageError
@@ -119,10 +120,10 @@ def test_another_number_of_classes_leaves_the_head_as_it_was_drawn(tmp_path):
     assert torch.equal(ann.fc.weight, head)
     assert torch.equal(ann.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
     other = saved(tmp_path, models.squeezenet1_1(weights=None))
-    with pytest.raises(StageError, match="belong to another network"):
+    with pytest.raises(stdb.WeightsError, match="belong to another network"):
         load_given(ann, network("resnet18"), other)
     own = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-    with pytest.raises(StageError, match="belong to another network"):
+    with pytest.raises(stdb.WeightsError, match="belong to another network"):
         load_given(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)), NETWORK,
                    saved(tmp_path, own))  # fmt: skip
 

@@ -19,8 +19,11 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # train_ann converts the network to see that it can be, and imports the evaluation of an ANN beside
 # that of a spiking network; an edit of the engine shall not train the ANN again for that.
 OF_THE_ENGINE = {
-    "prepare_data": {"stdb/normalisation.py"},
-    "train_ann": {"stdb/architectures.py", "stdb/normalisation.py", "stdb/randomness.py"},
+    "prepare_data": {"stdb/images.py", "stdb/normalisation.py"},
+    "train_ann": {
+        *("stdb/architectures.py", "stdb/normalisation.py", "stdb/randomness.py"),
+        *("stdb/images.py", "stdb/interop/weights.py"),
+    },
 }
 
 

@@ -80,8 +80,8 @@ def run_order(network):
 
 
 def test_names():
-    """The paper's ten, two of the authors' code, one more; a clear answer to any other name."""
-    assert sorted(stdb.ARCHITECTURES) == sorted([*NAMES, "resnet9", "resnet11"])
+    """The paper's ten, two of the authors' code, three more; a clear answer to any other name."""
+    assert sorted(stdb.ARCHITECTURES) == sorted([*NAMES, "resnet9", "resnet11", "resnet18"])
     with pytest.raises(ValueError, match=r"unknown architecture 'vgg7'.*vgg5.*resnet34"):
         stdb.build("vgg7")
 
@@ -131,6 +131,16 @@ def test_weighted_layers_of_resnets():
         layers = of_type(network, nn.Conv2d) + of_type(network, nn.Linear)
         shortcuts = [c for c in layers if isinstance(c, nn.Conv2d) and c.kernel_size == (1, 1)]
         assert len(layers) - len(shortcuts) == int(name.removeprefix("resnet"))
+
+
+def test_resnet18_of_small_images():
+    """As everybody has it for CIFAR: 11,173,962 with a bias of 10 at the end, which ours lacks."""
+    network = on_meta("resnet18", dropout=0.0, normalisation="batch")
+    assert weights(network) == 11_173_952
+    assert [m.stride[0] for m in of_type(network, nn.Conv2d) if m.kernel_size == (3, 3)] == [
+        *[1] * 5, 2, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1
+    ]  # fmt: skip
+    assert network.pool.kernel_size == 4
 
 
 def test_parameters_by_hand():

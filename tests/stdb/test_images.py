@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data import DataError, read_image
-from pipeline.data.images import check_image
+from stdb import DataError, check_image, read_image
 
 SHADES = np.arange(64, dtype=np.float64).reshape(8, 8) / 63
 EIGHT = np.rint(SHADES * 255).astype(np.uint8)

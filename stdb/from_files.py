@@ -1,0 +1,261 @@
+"""From files to a file: a CNN by its weights, its function and a folder of images, converted."""
+
+import importlib
+import inspect
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .balancing import balance_thresholds
+from .calibration import logit_scale, scaled_losses
+from .conversion import convert
+from .encoding import encoder_of
+from .images import DataError, Preparation, printable, read_image, suffixes
+from .interop.saving import save
+from .interop.weights import load_weights
+from .network import SpikingNetwork
+from .normalisation import NORMALISATIONS, Normalisation
+
+HELD_OUT = 256  # images at most that the result is told on
+BATCH = 64
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a conversion; the options of ``python -m stdb convert``.
+
+    Attributes:
+        checkpoint: weights of the CNN, as :func:`stdb.load_weights` reads them.
+        network: ``module:function``, which builds it.
+        images: a folder of image files, or of a folder for each class.
+        timesteps: T.
+        output: the file to write.
+        classes: a file of names, a line each; None: the names of the folders.
+        image_size: (H, W) that images are brought to; None: theirs, which has to be one.
+        resize: the shorter side is brought to so many pixels first.
+        grayscale: images have one channel.
+        normalise: a name of ``NORMALISATIONS``, means and deviations, or None.
+        count: images that calibrate.
+        method: of :func:`stdb.balance_thresholds`.
+        encoder: ``direct`` or ``poisson``.
+        seed: chooses the images.
+    """
+
+    checkpoint: Path
+    network: str
+    images: Path
+    timesteps: int
+    output: Path
+    classes: Path | None
+    image_size: tuple[int, int] | None
+    resize: int | None
+    grayscale: bool
+    normalise: str | None
+    count: int
+    method: str
+    encoder: str
+    seed: int
+
+
+def convert_files(asked: Asked, say: Say) -> Iterator[str]:
+    """Convert, calibrate, write; yields lines that tell what came of it.
+
+    Args:
+        asked: what to do.
+        say: is told what is being done.
+
+    Raises:
+        DataError: images or names that cannot be used.
+        ValueError: the network cannot be built, its weights not be loaded; no spiking form.
+    """
+    preparation = Preparation(asked.resize, normalisation_of(asked.normalise))
+    if not asked.output.parent.is_dir():
+        raise DataError(f"{asked.output.parent} is no folder, where {asked.output.name} would go")
+    files, labels, names = find(asked)
+    height, width = read(asked, files[:1], preparation).shape[2:]
+    ann = built(asked, (height, width), len(names)).eval()
+    load_weights(ann, asked.checkpoint)
+    chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(asked.seed))
+    most = max(1, min(asked.count, len(files) * 4 // 5))
+    say(f"reading {min(len(files), most + HELD_OUT)} of {len(files)} images")
+    pixels = read(asked, [files[k] for k in chosen[: most + HELD_OUT]], preparation)
+    images, others = pixels[:most], pixels[most:]
+    logits = torch.cat([ann(part) for part in pixels[:2].split(1)]).detach()
+    if logits.dim() != 2 or not logits.isfinite().all():
+        raise DataError(f"{asked.network} gives {tuple(logits.shape)} for two images")
+    if names and len(names) != logits.shape[1]:
+        raise DataError(
+            f"{asked.network} gives {logits.shape[1]} logits, and there are {len(names)} classes "
+            f"({printable(', '.join(names), 80)}); allowed: as many (--classes FILE names them)"
+        )
+    encoder = encoder_of(asked.encoder, 0)
+    snn = convert(ann, encoder, example=pixels[:2]).eval()
+    counts = Counter(found for _, found, _ in snn.rewrites)
+    yield f"converted: {', '.join(f'{times} {found}' for found, times in counts.items())}"
+    balance = balance_thresholds(
+        snn,
+        images,
+        asked.timesteps,
+        method=asked.method,
+        batch_size=BATCH,
+        progress=lambda layer, value: say(f"calibrated {layer}: a spike stands for {value:.3g}"),
+    )
+    yield f"{len(balance)} spiking layers, calibrated by {balance.method} on {len(images)} images"
+    if len(others):
+        right = labels[chosen[most : most + HELD_OUT]] if labels is not None else None
+        yield from told(ann, snn, others, right, asked.timesteps, say)
+    classes = names or [str(k) for k in range(logits.shape[1])]
+    resize: dict[str, Any] = {} if asked.resize is None else {"resize": asked.resize}
+    channels, *size = pixels.shape[1:]
+    save(
+        snn,
+        asked.output,
+        timesteps=asked.timesteps,
+        classes=classes,
+        normalisation=preparation.normalisation,
+        network={"architecture": asked.network, "in_channels": channels, "image_size": size},
+        **resize,
+    )
+    yield f"{asked.output} is written; python -m stdb predict {asked.output} IMAGE… classifies"
+
+
+@torch.no_grad()
+def told(
+    ann: nn.Module,
+    snn: SpikingNetwork,
+    images: Tensor,
+    labels: Tensor | None,
+    timesteps: int,
+    say: Say,
+) -> Iterator[str]:
+    """Fit the scale of the logits on images that did not calibrate; tell how it decides them.
+
+    Decisions do not change with the scale; how sure softmax(U_t) is does. Without labels it is as
+    sure as it agrees with the ANN.
+    """
+    theirs: list[Tensor] = []
+    ours: list[Tensor] = []
+    for part in images.split(BATCH):
+        say(f"presenting {len(images)} images that did not calibrate: {BATCH * len(ours)}")
+        theirs.append(ann(part).argmax(1))
+        ours.append(snn(part, timesteps))
+    of_ann, logits = torch.cat(theirs), torch.cat(ours)
+    decided = logits.argmax(1)
+    snn.scale_output(logit_scale(scaled_losses(logits, of_ann if labels is None else labels)))
+    same = (decided == of_ann).double().mean()
+    yield f"{same:.1%} of {len(images)} other images: decided as by the CNN, at T = {timesteps}"
+    if labels is not None:
+        accuracy = [(found == labels).double().mean() for found in (of_ann, decided)]
+        yield f"on these, right: CNN {accuracy[0]:.1%}, spiking network {accuracy[1]:.1%}"
+
+
+def find(asked: Asked) -> tuple[list[Path], Tensor | None, list[str]]:
+    """Image files, (N,) labels where they lie in folders by class, and the names of the classes.
+
+    Raises:
+        DataError: there are too few, or names that are no names.
+    """
+    if not asked.images.is_dir():
+        raise DataError(f"{asked.images} is no folder; allowed: a folder of image files")
+    known = suffixes()
+    files: list[Path] = []
+    for folder, below, there in os.walk(asked.images):
+        below.sort()
+        images = (name for name in sorted(there) if not name.startswith("."))
+        files += [Path(folder, name) for name in images if Path(name).suffix.lower() in known]
+    if len(files) < 2:
+        raise DataError(f"{asked.images} has {len(files)} image files; allowed: two or more")
+    tops = [file.relative_to(asked.images).parts for file in files]
+    folders = sorted({parts[0] for parts in tops if len(parts) > 1})
+    by_class = len(folders) > 1 and all(len(parts) > 1 for parts in tops)
+    names = folders if by_class else []
+    if asked.classes is not None:
+        names = asked.classes.read_text(encoding="utf-8").split("\n")
+        names = [name.strip() for name in names if name.strip()]
+        if len(set(names)) < max(2, len(names)):
+            raise DataError(
+                f"{asked.classes} has {len(names)} names; allowed: two or more, once each"
+            )
+        by_class = by_class and set(folders) <= set(names)
+    labels = torch.tensor([names.index(parts[0]) for parts in tops]) if by_class else None
+    return files, labels, names
+
+
+def built(asked: Asked, size: tuple[int, int], classes: int) -> nn.Module:
+    """The CNN, of those arguments that its function takes.
+
+    Raises:
+        ValueError: there is no such function, or it gives no module.
+    """
+    module, colon, name = asked.network.partition(":")
+    try:
+        if not colon:
+            raise ValueError("allowed: MODULE:FUNCTION, as models:resnet of a file models.py here")
+        function = getattr(importlib.import_module(module), name)
+        takes = inspect.signature(function).parameters
+        given = {
+            "in_channels": 1 if asked.grayscale else 3,
+            "image_size": size[0] if size[0] == size[1] else size,
+            "num_classes": classes,
+        }
+        any_name = any(str(argument).startswith("**") for argument in takes.values())
+        network = function(
+            **{
+                key: value
+                for key, value in given.items()
+                if value and (key in takes or (any_name and key == "num_classes"))
+            }
+        )
+    except Exception as error:
+        raise ValueError(f"--network {asked.network}: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"--network {asked.network} gives a {type(network).__name__}; allowed: an nn.Module"
+        )
+    return network
+
+
+def read(asked: Asked, files: list[Path], preparation: Preparation) -> Tensor:
+    """(N, C, H, W) float32.
+
+    Raises:
+        DataError: one that is no image, or images of several sizes.
+    """
+    channels = 1 if asked.grayscale else 3
+    pixels = [read_image(path, channels, asked.image_size, asked.resize) for path in files]
+    for path, image in zip(files, pixels, strict=True):
+        if image.shape != pixels[0].shape:
+            raise DataError(
+                f"{printable(path)} has {image.shape[1]}×{image.shape[2]} pixels and "
+                f"{printable(files[0])} {pixels[0].shape[1]}×{pixels[0].shape[2]}; "
+                "--image-size N brings all to one size"
+            )
+    return preparation.normalisation(torch.from_numpy(np.stack(pixels)))
+
+
+def normalisation_of(text: str | None) -> Normalisation:
+    """A name, or means and deviations: ``0.5,0.5,0.5/0.2,0.2,0.2``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text is None or text in NORMALISATIONS:
+        return NORMALISATIONS[text] if text else Normalisation()
+    mean, _, std = text.partition("/")
+    try:
+        numbers = [tuple(map(float, part.split(","))) for part in (mean, std)]
+    except ValueError as error:
+        raise ValueError(
+            f"--normalise is {text!r}; allowed: {', '.join(NORMALISATIONS)}, or a mean and a "
+            "deviation for each channel, 0.5,0.5,0.5/0.2,0.2,0.2"
+        ) from error
+    return Normalisation(*numbers)
