@@ -1,7 +1,7 @@
 # What a person can do here: `make help`. Needs make, git and Python 3.11 or newer, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench repro preset seeds sweep surrogates apply-best pull-results test test-slow test-all bench lint format \
+.PHONY: help setup setup-bench repro preset seeds sweep surrogates apply-best pull-results test test-slow test-all bench docs lint format \
 	lock ui screenshots clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
@@ -68,6 +68,11 @@ test-all: $(READY_BENCH) ## Run every test: fast, slow, and those against peers
 
 bench: $(READY_BENCH) ## Compare the engine with its peers: benchmarks/README.md (hours; ARGS=--quick)
 	@$(IN_ENV) python -m benchmarks.run $(ARGS)
+
+docs: $(READY) ## Build the documentation as a site: site/index.html
+	@$(IN_ENV) python -m sphinx --quiet --fail-on-warning --keep-going --jobs auto -c docs . site
+	@cp docs/site-index.html site/index.html
+	@echo "site/index.html is written; a browser opens it as it is."
 
 lint: $(READY) ## Check style, formatting and types: ruff and mypy
 	@$(IN_ENV) ruff check .

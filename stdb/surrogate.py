@@ -102,7 +102,7 @@ class STDB(Surrogate):
 
 @dataclass(frozen=True)
 class Linear(Surrogate):
-    """Eq. 13: α·max(0, 1 − |U − V|). β is not used."""
+    """Eq. 13: ``α·max(0, 1 − |U − V|)``. β is not used."""
 
     alpha: float = 1.0
     beta: float = 1.0
@@ -116,7 +116,7 @@ class Linear(Surrogate):
 
 @dataclass(frozen=True)
 class Rectangle(Surrogate):
-    """α·[|U − V| < ½]: straight through for a membrane near the threshold. β is not used.
+    """``α·[|U − V| < ½]``: straight through for a membrane near the threshold. β is not used.
 
     Over U/V it is the gradient of a quantised activation's rounding (Bu et al., ICLR 2022). The
     edge is outside: with U_0 = V/2 a neuron without input stays there, and learns nothing.
@@ -134,7 +134,7 @@ class Rectangle(Surrogate):
 
 @dataclass(frozen=True)
 class Exponential(Surrogate):
-    """Eq. 14: α·exp(−β·|U − V|)."""
+    """Eq. 14: ``α·exp(−β·|U − V|)``."""
 
     alpha: float = 1.0
     beta: float = 1.0
