@@ -100,7 +100,7 @@ stdb.configure(
 )  # a rectangle over U/V, which is for few steps
 optimiser = torch.optim.Adam(snn.parameters(), lr=3e-4)
 snn.train()
-for epoch in range(8):
+for _ in range(8):
     for images, classes in batches:
         with torch.no_grad():
             teacher = cnn(images)

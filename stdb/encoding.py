@@ -86,13 +86,13 @@ def in_units(images: Tensor, encoder: Encoder) -> Tensor:
 class PoissonEncoder:
     """At each t and pixel x a spike of sign(x) with probability ``|x|`` (paper §2.1, signed).
 
-    With ``limits`` u the probability is ``|x|/u`` and the first weights of a converted network hold u,
+    With ``limits`` u the probability is ``|x|/u``, and a converted network's first weights hold u,
     so that pixels beyond ±1, as of a normalisation by mean and deviation, can be encoded.
 
     Args:
         seed: chooses the random streams; the same seed gives the same spike trains everywhere.
-        limits: u, the largest ``|pixel|`` that there can be: one of each channel, or one for all; None
-            is 1.
+        limits: u, the largest ``|pixel|`` that there can be: one of each channel, or one for all;
+            None is 1.
 
     Raises:
         ValueError: a limit that is not a positive number.

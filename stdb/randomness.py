@@ -35,7 +35,7 @@ def derive(keys: Tensor, number: int | Tensor) -> Tensor:
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
-    """The first ``count`` numbers of each key's stream: ``(*keys.shape, count)`` float32 in [0, 1)."""
+    """The first ``count`` numbers of each stream: ``(*keys.shape, count)`` float32 in [0, 1)."""
     if gpu.available(keys.device):
         return gpu_random.uniform(keys, count)
     counter = torch.arange(1, count + 1, device=keys.device).mul_(GOLDEN)

@@ -9,9 +9,7 @@ import stdb
 from tests.pipeline.support import ROOT
 
 PAGES = sorted((ROOT / "docs/api").glob("*.md"))
-DIRECTIVE = re.compile(
-    r"^\.\. (?:auto(?:function|class|exception)|data):: stdb\.(\w+)$", re.MULTILINE
-)
+DIRECTIVE = re.compile(r"^\.\. (?:auto\w+|data):: stdb\.(\w+)$", re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
