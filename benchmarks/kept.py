@@ -31,8 +31,8 @@ from pipeline.params import load_params
 from pipeline.reading import read_text
 from pipeline.reporting.literature import literature
 from pipeline.reporting.page import machine
-from pipeline.reporting.results import read_results
-from pipeline.reporting.tables import at_scale, markdown_table, stdb_rows
+from pipeline.reporting.results import at_scale, read_results
+from pipeline.reporting.tables import markdown_table, stdb_rows
 from pipeline.tracking.origin import provenance
 
 RESULTS, PAGE = Path("results"), Path("RESULTS.md")

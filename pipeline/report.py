@@ -17,7 +17,7 @@ from pipeline.params import Params
 from pipeline.reporting import figures
 from pipeline.reporting.literature import rows_for
 from pipeline.reporting.page import as_html, gist, page, table
-from pipeline.reporting.results import Results, headline, read_results, summary
+from pipeline.reporting.results import Results, by_timestep, headline, read_results, summary
 from pipeline.stage import Stage, stage_command
 
 
@@ -36,7 +36,7 @@ def main(stage: Stage) -> None:
     write_json(METRICS / "summary.json", summary(results))
     row = table(stage.params, results)
     about = f"{gist(stage.params, results)}\n\n{row}"
-    stage.tracker.summary(headline(results), about, REPORT / "index.html")
+    stage.tracker.summary(headline(results), about, REPORT / "index.html", by_timestep(results))
     stage.say(row)
     stage.say(f"see {REPORT}/index.html, or {REPORT}/README.md")
 

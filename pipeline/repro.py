@@ -14,6 +14,7 @@ from contextlib import ExitStack
 
 from pipeline.command import command
 from pipeline.errors import ParamsError, StageError
+from pipeline.files import REPORT, SNN
 from pipeline.jobs.cluster import ray_cluster
 from pipeline.jobs.plan import machine, plan_workers
 from pipeline.params import load_params
@@ -33,9 +34,27 @@ def main(arguments: Sequence[str]) -> int:
             stack.enter_context(ray_cluster(None))
             environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         try:
-            return subprocess.run(["dvc", "repro", *arguments], env=environment).returncode
+            status = subprocess.run(["dvc", "repro", *arguments], env=environment).returncode
         except KeyboardInterrupt:  # dvc and the stage got it, too
             return 130
+    if status == 0 and not arguments:  # all of it was made
+        print("\n".join(["", *closing()]), flush=True)
+    return status
+
+
+def closing() -> list[str]:
+    """What came out, where it is, and what one may do next: five lines."""
+    from pipeline.reporting.page import in_a_line
+    from pipeline.reporting.results import read_results
+
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    return [
+        in_a_line(load_params(), read_results()),
+        f"{'the report':<12} {REPORT}/index.html, in any browser",
+        f"{'all runs':<12} {server or 'make ui, MLflow on this machine'}",
+        f"{'your images':<12} python -m pipeline.predict IMAGE…, with {SNN}",
+        f"{'next':<12} make sweep: how few steps do?  make preset: CIFAR-10, the paper's rows",
+    ]
 
 
 def several_workers() -> bool:

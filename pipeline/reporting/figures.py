@@ -19,8 +19,9 @@ from pipeline.reporting.results import (
     LayerRow,
     Results,
     Spiking,
+    at_scale,
 )
-from pipeline.reporting.tables import at_scale, stdb_rows
+from pipeline.reporting.tables import stdb_rows
 
 CONVERTED, FINETUNED, ANN, PUBLISHED = "#8a8f98", "#c8452d", "#2a5d8f", "#9a8a60"
 PUBLISHED_MARKERS = ("s", "^", "D", "v")

@@ -56,6 +56,19 @@ def gist(params: Params, results: Results) -> str:
     )
 
 
+def in_a_line(params: Params, results: Results) -> str:
+    """The table's row in words, for a terminal."""
+    long, reduced, test = results.converted.long, results.converted.reduced, results.data.test
+    tuned = ", ".join(
+        f"{one.accuracy.test:.2%} at T = {one.timesteps}" for one in results.finetuned.at_each
+    )
+    return (
+        f"{params.network.architecture} on {params.data.source}, {test.images:,} test images: "
+        f"ANN {results.ann.accuracy.test:.2%}; converted {long.accuracy:.2%} at T = "
+        f"{long.timesteps}, {reduced.accuracy:.2%} at T = {reduced.timesteps}; STDB {tuned}"
+    )
+
+
 def page(stage: Stage, results: Results) -> str:
     """The report, in Markdown."""
     params, test = stage.params, results.data.test.images

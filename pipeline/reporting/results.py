@@ -1,5 +1,6 @@
 """What the other stages measured, typed: their metrics files and the rows of their plots."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -246,6 +247,33 @@ def read_plots() -> Plots:
 
 
 # -- the few figures of a whole execution ----------------------------------------------------------
+
+
+def by_timestep(results: Results) -> list[tuple[int, dict[str, float]]]:
+    """Test accuracy after each number of steps, for MLflow's charts, where T is the step.
+
+    ``converted`` at the reduced threshold scale, ``levels`` the ANN with as many; ``stdb`` the
+    network that was fine-tuned last; ``stdb_each`` those that were fine-tuned at that T.
+    """
+    scale, plots = results.converted.reduced.threshold_scale, results.plots
+    each = [(one.timesteps, one.accuracy.test) for one in results.finetuned.at_each]
+    curves = {
+        "converted": at_scale(plots.converted_accuracy, scale),
+        "levels": at_scale(plots.converted_quantised, scale),
+        "stdb": plots.finetuned_accuracy,
+    }
+    points = {n: {row.timesteps: row.accuracy for row in rows} for n, rows in curves.items()}
+    points["stdb_each"] = dict(each)
+    steps = sorted({t for curve in points.values() for t in curve})
+    return [
+        (t, {f"by_timestep/{name}": curve[t] for name, curve in points.items() if t in curve})
+        for t in steps
+    ]
+
+
+def at_scale(curve: Sequence[CurvePoint], scale: float) -> list[CurvePoint]:
+    """The points of a curve at one threshold scale."""
+    return [row for row in curve if row.threshold_scale == scale]
 
 
 def headline(results: Results) -> dict[str, float]:

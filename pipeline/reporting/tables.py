@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 
 from pipeline.params import Params
 from pipeline.reporting.literature import literature, rows_for
-from pipeline.reporting.results import CurvePoint, Finetuned, Results
+from pipeline.reporting.results import Finetuned, Results, at_scale
 
 ROWS = ("converted", "converted, scaled", "STDB")
 MOST_COLUMNS = 10  # steps that a table shows one by one
@@ -52,11 +52,6 @@ def by_timestep(results: Results) -> str:
         known = {row.timesteps: f"{row.accuracy:.2%}" for row in curve}
         cells.append([name, *(known.get(t, "") for t in shown)])
     return markdown_table(["t", *map(str, shown)], cells)
-
-
-def at_scale(curve: Sequence[CurvePoint], scale: float) -> list[CurvePoint]:
-    """The points of a curve at one threshold scale."""
-    return [row for row in curve if row.threshold_scale == scale]
 
 
 def each_t(params: Params, results: Results) -> str:

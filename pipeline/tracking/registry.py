@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.address import tracking_uri
-from pipeline.tracking.messages import About, Model
+from pipeline.tracking.messages import Model
 
 CHAMPION = "champion"
 ACCURACY_TAG = "accuracy.validation"  # of a version; what decides who is champion
 REQUIREMENTS = ("mlflow", "numba", "numpy", "safetensors", "torch")  # of the model
+LISTED = 20  # classes in a card
 
 
 def register(client: Any, run_id: str, model: Model, source: dict[str, str], commit: str) -> str:
@@ -40,7 +41,7 @@ def register(client: Any, run_id: str, model: Model, source: dict[str, str], com
         model_id, version = _log(run_id, model)
     name, about = model.name, model.about
     client.set_logged_model_tags(model_id, source)
-    _describe(client, name, version, about, commit)
+    _describe(client, model, version, commit)
     of_all, of_its_t = CHAMPION, f"{CHAMPION}-t{about.timesteps}"
     won = [alias for alias in (of_its_t, of_all) if _crown(client, model, version, alias)]
     which = f"now models:/{name}@{' and @'.join(won)}" if won else "the champion is better"
@@ -83,8 +84,9 @@ def _log(run_id: str, model: Model) -> tuple[str, str]:
     return str(info.model_id), str(info.registered_model_version)
 
 
-def _describe(client: Any, name: str, version: str, about: About, commit: str) -> None:
+def _describe(client: Any, model: Model, version: str, commit: str) -> None:
     """What the registry's pages say of a model and of a version of it."""
+    name, about = model.name, model.about
     if not client.get_registered_model(name).description:  # else it is somebody's own
         client.update_registered_model(
             name,
@@ -92,14 +94,27 @@ def _describe(client: Any, name: str, version: str, about: About, commit: str) -
             f'`mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")` is the version that is '
             f"best on validation, `@{CHAMPION}-t4` the best one for T = 4.",
         )
-    client.update_model_version(
-        name,
-        version,
-        f"{about.architecture}, T = {about.timesteps}: {about.accuracy:.2%} on "
-        f"validation; commit {commit[:7]}",
-    )
+    client.update_model_version(name, version, _card(model, version, commit))
     client.set_model_version_tag(name, version, ACCURACY_TAG, str(about.accuracy))
     client.set_model_version_tag(name, version, "timesteps", str(about.timesteps))
+
+
+def _card(model: Model, version: str, commit: str) -> str:
+    """What a version's page says: what it is, what it takes, how to use it; Markdown."""
+    import numpy as np
+
+    about, shape = model.about, "×".join(map(str, np.shape(model.example)[1:]))
+    return f"""{about.architecture}, T = {about.timesteps}: {about.accuracy:.2%} on validation; \
+commit {commit[:7]}
+
+- **Takes** images of {shape} pixels, uint8, (N, C, H, W); pixels are normalised inside.
+- **Gives** (N, {len(about.classes)}) probabilities: {", ".join(about.classes[:LISTED])}\
+{", …" if len(about.classes) > LISTED else ""}.
+- **Use** `mlflow.pyfunc.load_model("models:/{model.name}/{version}").predict(images)`, with
+  `params={{"timesteps": 2}}` at another T. The engine travels with it.
+- **The network's file** is among its artefacts, `snn.safetensors`: `stdb.load` reads it,
+  `python -m stdb export` hands it on to NIR, ONNX and torch.export.
+"""
 
 
 def _crown(client: Any, model: Model, version: str, alias: str) -> bool:

@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -133,9 +134,24 @@ class Tracker:
         """A file as an artefact."""
         self._put(Figure(path=str(path)), path)
 
-    def summary(self, metrics: dict[str, float], text: str, page: Path) -> None:
-        """Of the whole execution, for its parent run: metrics, a description, and a page."""
-        self._put(Summary(entries=entries(metrics, 0), text=text, path=str(page)), page)
+    def summary(
+        self,
+        metrics: dict[str, float],
+        text: str,
+        page: Path,
+        curves: Sequence[tuple[int, Mapping[str, float]]] = (),
+    ) -> None:
+        """Of the whole execution, for its parent run: metrics, a description, and a page.
+
+        Args:
+            metrics: name → value.
+            text: the description, Markdown.
+            page: a file that becomes an artefact.
+            curves: metrics by T, whose step is T: name → value.
+        """
+        by_step = [one for timesteps, at in curves for one in entries(at, timesteps)]
+        logged = entries(metrics, 0) + by_step
+        self._put(Summary(entries=logged, text=text, path=str(page)), page)
 
     def model(
         self, path: Path, name: str, example: list[Any], about: About, child: str | None = None

@@ -147,6 +147,7 @@ def test_the_registry_says_what_a_model_is(database, network):
     assert f"models:/{NAME}@champion" in database.get_registered_model(NAME).description
     version = database.get_model_version(NAME, "1")
     assert version.description.startswith("vgg5, T = 6: 50.00% on validation; commit ")
+    assert f'load_model("models:/{NAME}/{version.version}")' in version.description
     made, shown = (
         [model.model_id for model in database.get_run(run).outputs.model_outputs]
         for run in (process.run_id, process.parent_id)

@@ -82,6 +82,9 @@ def test_mlflow_has_a_run_for_the_execution_and_one_below_it_per_stage(finished)
     tuned = json.loads((finished.root / "metrics/finetune_stdb.json").read_text())
     assert above.data.metrics["accuracy/stdb"] == tuned["accuracy"]["test"]
     assert {"accuracy/ann", "energy/stdb_pj", "spikes/conv1"} <= set(above.data.metrics)
+    curve = client.get_metric_history(above.info.run_id, "by_timestep/stdb")
+    assert [point.step for point in curve] == list(range(1, len(curve) + 1))  # T is the step
+    assert curve[tuned["timesteps"] - 1].value == tuned["accuracy"]["test"]
     described = above.data.tags["mlflow.note.content"]
     assert described.startswith("**vgg5** (width 0.1) on digits, 450 test images: ANN ")
     assert "| **vgg5** (width 0.1) | digits |" in described
@@ -211,6 +214,22 @@ def test_make_repro_has_one_ray_for_all_stages_and_leaves_nothing(finished, tmp_
     started.wait_until_gone(20)
     assert started.says().count("Ray Train job on 2 CPU worker(s)") == 2
     assert set(Path(tempfile.gettempdir()).glob("ray-*")) <= folders
+
+
+@pytest.mark.slow
+def test_make_repro_ends_with_what_came_out_and_what_to_do_next(finished, tmp_path):
+    """Five lines, when all of the pipeline was asked for; the first has the table's figures."""
+    copied = copy_of(finished, tmp_path / "copy")
+    said = copied.run(sys.executable, "-m", "pipeline.repro").stdout.rstrip().splitlines()[-5:]
+    tuned = json.loads((copied.root / "metrics/finetune_stdb.json").read_text())
+    assert said[0].startswith("vgg5 on digits, 450 test images: ANN ")
+    assert said[0].endswith(f"STDB {tuned['accuracy']['test']:.2%} at T = 3")
+    starts = ("the report", "all runs", "your images", "next")
+    assert [line.startswith(start) for line, start in zip(said[1:], starts, strict=True)] == [
+        True
+    ] * 4
+    one = copied.run(sys.executable, "-m", "pipeline.repro", "prepare_data").stdout
+    assert "the report" not in one
 
 
 OWN_NETWORK = """
