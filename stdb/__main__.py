@@ -9,6 +9,7 @@ python -m stdb COMMAND --help says more of each.
 """  # noqa: E501 (a command stands in one line)
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `… | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return MISTAKE
     except KNOWN as error:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return MISTAKE

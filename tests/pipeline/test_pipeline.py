@@ -225,9 +225,7 @@ def test_make_repro_ends_with_what_came_out_and_what_to_do_next(finished, tmp_pa
     assert said[0].startswith("vgg5 on digits, 450 test images: ANN ")
     assert said[0].endswith(f"STDB {tuned['accuracy']['test']:.2%} at T = 3")
     starts = ("the report", "all runs", "your images", "next")
-    assert [line.startswith(start) for line, start in zip(said[1:], starts, strict=True)] == [
-        True
-    ] * 4
+    assert all(line.startswith(start) for line, start in zip(said[1:], starts, strict=True))
     one = copied.run(sys.executable, "-m", "pipeline.repro", "prepare_data").stdout
     assert "the report" not in one
 

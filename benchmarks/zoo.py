@@ -1,0 +1,126 @@
+"""A trained network that comes with this repository: models/zoo/NAME.safetensors, and its card.
+
+    python -m benchmarks.zoo NAME [--network models/snn/t4.safetensors]
+
+Where make repro has ended: keeps the network's weights in float16, reads the test split with what
+was kept, and writes the card, models/zoo/NAME.md: what it is of, accuracy after every step and
+with leaving early, commit, machine.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stdb
+from pipeline.command import command, parser
+from pipeline.data import load_split
+from pipeline.errors import StageError
+from pipeline.files import DATA, SNN, ZOO, write_text, writing
+from pipeline.params import load_params
+from pipeline.predict import CONFIDENCE
+from pipeline.reporting.page import machine
+from pipeline.reporting.results import read_results
+from pipeline.reporting.tables import markdown_table
+from pipeline.tracking.origin import provenance
+
+LARGEST = 4 * 2**20  # bytes of a file
+BATCH = 250
+LICENCES = {
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009), 50,000 of the 80 million tiny images; its authors ask "
+    "to be cited and name no licence.",
+}
+
+
+@command
+def main(arguments: Sequence[str]) -> None:
+    """Keep a network, and write its card."""
+    line = parser(__doc__, "zoo")
+    line.prog = "python -m benchmarks.zoo"
+    line.add_argument("name", metavar="NAME")
+    line.add_argument("--network", type=Path, default=SNN, help=f"of finetune_stdb ({SNN})")
+    given = line.parse_args(arguments)
+    path = ZOO / f"{given.name}.safetensors"
+    snn, about = stdb.load(given.network)
+    with writing(path) as temporary:
+        keep(snn, about, temporary)
+        if (size := temporary.stat().st_size) > LARGEST:
+            raise StageError(f"{path} would have {size:,} bytes; allowed: {LARGEST:,}")
+    write_text(ZOO / f"{given.name}.md", card(given.name, path, snn))
+    print(f"{path} and its card are written; python -m pipeline.predict --network {given.name}")
+
+
+def keep(snn: stdb.SpikingNetwork, about: dict[str, Any], path: Path) -> None:
+    """The network with its weights in half the bytes, and all that its file said of it."""
+    named = ("timesteps", "classes", "normalisation", "network", "stdb", "resize")
+    said = {name: about[name] for name in named if name in about}
+    stdb.save(snn, path, **said, storage=torch.float16)
+
+
+def card(name: str, path: Path, whole: stdb.SpikingNetwork) -> str:
+    """What it is, how it was made, what it can do."""
+    params, results, tags = load_params(), read_results(), provenance()
+    snn, about = stdb.load(path)
+    last, source = about["timesteps"], params.data.source
+    before, _ = decided(whole, last, None)
+    after, _ = decided(snn, last, None)
+    early, steps = decided(snn, last, CONFIDENCE)
+    rows = [
+        [f"T = {t + 1}", f"{share:.2%}"] for t, share in enumerate(after.double().mean(1).tolist())
+    ]
+    rows.append(
+        [f"left at a probability of {CONFIDENCE:g}, {steps:.2f} steps on average", f"{early:.2%}"]
+    )
+    rows.append(["its ANN", f"{results.ann.accuracy.test:.2%}"])
+    loss = (before[-1].double().mean() - after[-1].double().mean()).item()
+    weights = sum(p.numel() for p in snn.net.parameters() if p.dim() > 1)
+    return f"""# {name}
+
+A spiking network for images of {len(about["classes"])} classes: {", ".join(about["classes"])}.
+
+    python -m pipeline.predict --network {name} photo.jpg
+
+| | {after.shape[1]:,} test images |
+| --- | ---: |
+{chr(10).join(markdown_table(["", ""], rows).splitlines()[2:])}
+
+- {params.network.architecture} at width {params.network.width:g}, {weights:,} weights; analogue \
+input, IF neurons, {last} step{"s" * (last > 1)} at most. Kept in float16, which costs \
+{100 * loss:.2f} points at T = {last}.
+- Made by `make repro` with `params.yaml` of a preset (`make preset`), seeds {params.data.seed}, \
+{params.train_ann.seed}, {params.stdb.seed}, at commit {tags["git.commit"][:7]}; \
+{results.data.train.images:,} images to learn from, {results.data.validation.images:,} to choose \
+with, the test split read once.
+- {machine()}.
+- Data: {LICENCES.get(name, source)}
+- What it has not learned it takes for one of its classes all the same. Photographs are brought to \
+{about["network"]["image_size"]} pixels, their middle.
+"""
+
+
+@torch.no_grad()
+def decided(
+    snn: stdb.SpikingNetwork, timesteps: int, confidence: float | None
+) -> tuple[Any, float]:
+    """Right or wrong of the test images after each step (T, N); left early, the share and steps."""
+    split = load_split(DATA / "test.safetensors")
+    right, steps, count = [], 0.0, 0
+    for part in torch.arange(len(split)).split(BATCH):
+        batch = split.take(part)
+        decision = stdb.decide(snn.eval(), batch.pixels(), timesteps, sample_ids=batch.ids)
+        chosen = decision.probabilities.argmax(2) == batch.labels
+        if confidence is not None:
+            left = stdb.first_confident(decision.probabilities, confidence, timesteps)
+            chosen = chosen[left - 1, torch.arange(len(part))]
+            steps += float(left.double().sum())
+        right.append(chosen)
+        count += len(part)
+    if confidence is None:
+        return torch.cat(right, 1), 0.0
+    return torch.cat(right).double().mean().item(), steps / count
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
