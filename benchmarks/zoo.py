@@ -1,6 +1,6 @@
 """A trained network that comes with this repository: models/zoo/NAME.safetensors, and its card.
 
-    python -m benchmarks.zoo NAME [--network models/snn/t4.safetensors]
+    python -m benchmarks.zoo NAME [--network models/snn/t2.safetensors] [--timesteps 4]
 
 Where make repro has ended: keeps the network's weights in float16, reads the test split with what
 was kept, and writes the card, models/zoo/NAME.md: what it is of, accuracy after every step and
@@ -41,14 +41,15 @@ def main(arguments: Sequence[str]) -> None:
     line.prog = "python -m benchmarks.zoo"
     line.add_argument("name", metavar="NAME")
     line.add_argument("--network", type=Path, default=SNN, help=f"of finetune_stdb ({SNN})")
+    line.add_argument("--timesteps", type=int, help="the most steps; those of its training (None)")
     given = line.parse_args(arguments)
     path = ZOO / f"{given.name}.safetensors"
     snn, about = stdb.load(given.network)
     with writing(path) as temporary:
-        keep(snn, about, temporary)
+        keep(snn, about | ({"timesteps": given.timesteps} if given.timesteps else {}), temporary)
         if (size := temporary.stat().st_size) > LARGEST:
             raise StageError(f"{path} would have {size:,} bytes; allowed: {LARGEST:,}")
-    write_text(ZOO / f"{given.name}.md", card(given.name, path, snn))
+    write_text(ZOO / f"{given.name}.md", card(given.name, path, snn, about["timesteps"]))
     print(f"{path} and its card are written; python -m pipeline.predict --network {given.name}")
 
 
@@ -59,7 +60,7 @@ def keep(snn: stdb.SpikingNetwork, about: dict[str, Any], path: Path) -> None:
     stdb.save(snn, path, **said, storage=torch.float16)
 
 
-def card(name: str, path: Path, whole: stdb.SpikingNetwork) -> str:
+def card(name: str, path: Path, whole: stdb.SpikingNetwork, trained: int) -> str:
     """What it is, how it was made, what it can do."""
     params, results, tags = load_params(), read_results(), provenance()
     snn, about = stdb.load(path)
@@ -74,7 +75,7 @@ def card(name: str, path: Path, whole: stdb.SpikingNetwork) -> str:
         [f"left at a probability of {CONFIDENCE:g}, {steps:.2f} steps on average", f"{early:.2%}"]
     )
     rows.append(["its ANN", f"{results.ann.accuracy.test:.2%}"])
-    loss = (before[-1].double().mean() - after[-1].double().mean()).item()
+    gain = (after[-1].double().mean() - before[-1].double().mean()).item()
     weights = sum(p.numel() for p in snn.net.parameters() if p.dim() > 1)
     return f"""# {name}
 
@@ -87,12 +88,12 @@ A spiking network for images of {len(about["classes"])} classes: {", ".join(abou
 {chr(10).join(markdown_table(["", ""], rows).splitlines()[2:])}
 
 - {params.network.architecture} at width {params.network.width:g}, {weights:,} weights; analogue \
-input, IF neurons, {last} step{"s" * (last > 1)} at most. Kept in float16, which costs \
-{100 * loss:.2f} points at T = {last}.
+input, IF neurons; fine-tuned at T = {trained}, presented for {last} step{"s" * (last > 1)} at \
+most. Kept in float16: {100 * gain:+.2f} points at T = {last}.
 - Made by `make repro` with `params.yaml` of a preset (`make preset`), seeds {params.data.seed}, \
 {params.train_ann.seed}, {params.stdb.seed}, at commit {tags["git.commit"][:7]}; \
 {results.data.train.images:,} images to learn from, {results.data.validation.images:,} to choose \
-with, the test split read once.
+with; the test split chose nothing.
 - {machine()}.
 - Data: {LICENCES.get(name, source)}
 - What it has not learned it takes for one of its classes all the same. Photographs are brought to \

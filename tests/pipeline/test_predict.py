@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import stdb
 from pipeline.predict import main
+from tests.pipeline.support import ROOT
 
 NETWORK = {"architecture": "vgg5", "in_channels": 1, "image_size": 8, "num_classes": 3,
            "width": 0.1, "hidden": 8}  # fmt: skip
@@ -114,6 +115,24 @@ def test_a_network_that_does_not_say_its_images(tmp_path, capsys):
     assert main(["any.png", "--model", str(tmp_path / "snn")]) == 1
     said = capsys.readouterr().err
     assert "does not say what images it is for: in_channels is None" in said
+
+
+def test_the_network_of_cifar10_names_what_is_on_a_photo(tmp_path, monkeypatch, capsys):
+    """Photos of the test split that the repository has; larger, not square, as JPEG, from anywhere."""
+    zoo = ROOT / "models/zoo"
+    with Image.open(zoo / "cat.webp") as photo:
+        wide = Image.new("RGB", (160, 128), "grey")
+        wide.paste(photo.convert("RGB").resize((128, 128), Image.Resampling.BICUBIC), (16, 0))
+        wide.save(tmp_path / "photo.jpg", quality=90)
+    monkeypatch.chdir(ROOT)
+    photos = [zoo / "cat.webp", zoo / "ship.webp", tmp_path / "photo.jpg"]
+    assert main(["--network", "cifar10", *map(str, photos)]) == 0
+    *told, steps = capsys.readouterr().out.splitlines()
+    named = [line.split(": ")[1].split(" (")[0] for line in told if "settled" in line]
+    assert named == ["cat", "ship", "cat"]
+    assert steps.endswith("saved")
+    assert (zoo / "cifar10.safetensors").stat().st_size <= 4 * 2**20
+    assert "| T = 1 |" in (zoo / "cifar10.md").read_text()
 
 
 def test_a_network_that_comes_with_the_repository(network, images, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """The engine's wheel: all packages below stdb/, and importable where nothing of the pipeline is."""
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -64,3 +66,36 @@ def test_the_wheel_works_alone(wheel, tmp_path):
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version that runs, or None; of pyenv's, too."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for path in [f"python{version}", *map(str, sorted(root.glob(f"{version}.*/bin/python")))]:
+        if found := shutil.which(path):
+            asked = subprocess.run([found, "-c", "print('runs')"], capture_output=True, text=True)
+            if asked.stdout == "runs\n":
+                return found
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_the_wheel_installs_on_other_pythons(wheel, tmp_path, version):
+    """With what requirements.lock pins, into an environment of its own; converts and learns."""
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f"this machine has no Python {version}")
+    uv = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
+    subprocess.run([uv, "venv", "--quiet", "--python", python, tmp_path / "venv"], check=True)
+    installed = [tmp_path / "venv/bin/python", "-m", "stdb", "--help"]
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--python", installed[0], f"{wheel}[images]",
+         "--constraint", ROOT / "requirements.lock"],
+        check=True,
+    )  # fmt: skip
+    helped = subprocess.run(installed, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "convert" in helped.stdout
+    code = ALONE.replace("sys.path[:0] = [sys.argv[1]]", "")
+    site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
+    subprocess.run([installed[0], "-c", code, str(site)], cwd=tmp_path, check=True)
