@@ -33,6 +33,7 @@ from pipeline.params import DistilParams, StdbAtT, StdbParams
 Networks = tuple[nn.Module, stdb.SpikingNetwork]  # an ANN, and what it is converted to
 SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 90.0
 STEPS = "timesteps"  # of an epoch's metrics: T, where it is one of several
+DESCENTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # factors of V that are tried at the next T
 BATCH = 128  # images presented at once where nothing is learned
 
 
@@ -81,6 +82,8 @@ def fine_tune(
             snn.net.load_state_dict(tuned[-1]["network"])
         if params.progressive:
             worker.say(f"T = {at_t.timesteps}, {at_t.epochs} epoch(s)")
+        if tuned and params.threshold_scale is None and not snn.has_units:
+            lower_thresholds(worker, snn, validation, at_t.timesteps)
         use_surrogate(snn, at_t)
         available = free_memory(worker.device, worker.world)
         chunk = fitting_chunk(worker, snn, train.shape, at_t, available)
@@ -108,6 +111,32 @@ def fine_tune(
         begun = {"epoch": state["epoch"]}
     snn.net.load_state_dict(tuned[-1]["network"])
     return snn, state | {"tuned": tuned}
+
+
+@torch.no_grad()
+def lower_thresholds(
+    worker: Worker, snn: stdb.SpikingNetwork, validation: Samples, timesteps: int
+) -> None:
+    """Multiply V by the factor with which the network is best at its next T, on validation.
+
+    Fewer steps bring less potential. As at the first T, where evaluate_converted finds the scale,
+    layers that were not balanced keep their V. A network with units was calibrated at a V that its
+    weights hold, and stays.
+    """
+    layers = [n for n in snn.neurons.values() if not n.balanced_threshold.isnan()]
+    before = [neuron.threshold.clone() for neuron in layers]
+    accuracies: dict[float, float] = {}
+
+    def multiply(factor: float) -> None:
+        for neuron, threshold in zip(layers, before, strict=True):
+            neuron.threshold.copy_(threshold * factor)
+
+    for factor in DESCENTS:
+        multiply(factor)
+        accuracies[factor] = evaluate_snn(worker, snn, validation, timesteps, BATCH).accuracy[-1]
+    best = max(accuracies, key=lambda factor: accuracies[factor])
+    multiply(best)
+    worker.say(f"thresholds × {best:g}: validation {accuracies[best]:.1%} at T = {timesteps}")
 
 
 def starting_networks(
