@@ -33,7 +33,17 @@ from pipeline.params import DistilParams, StdbAtT, StdbParams
 Networks = tuple[nn.Module, stdb.SpikingNetwork]  # an ANN, and what it is converted to
 SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 90.0
 STEPS = "timesteps"  # of an epoch's metrics: T, where it is one of several
-DESCENTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # factors of V that are tried at the next T
+DESCENTS = (
+    1.0,
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+    0.4,
+    0.3,
+    0.2,
+)  # factors of V that are tried at the next T
 BATCH = 128  # images presented at once where nothing is learned
 
 

@@ -261,7 +261,10 @@ def address_of(started) -> str:
 
 # -- loops -----------------------------------------------------------------------------------------
 
-PARAMS = load_params(ROOT / "params.yaml")
+_DEFAULT = load_params(ROOT / "params.yaml")
+PARAMS = _DEFAULT.model_copy(  # of one T, as a trial has it
+    update={"stdb": _DEFAULT.stdb.model_copy(update={"timesteps": 8})}
+)
 
 
 def based(section="stdb", **values):

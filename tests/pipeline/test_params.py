@@ -72,7 +72,11 @@ def test_the_defaults_are_valid_and_complete():
         ("hidden: 128", "hidden: true", "network.hidden is True; allowed: integer"),
         ("epochs: 50", "epochs: 6.5", "train_ann.epochs is 6.5; allowed: integer"),
         ("momentum: 0.9", "momentum: much", "train_ann.momentum is 'much'; allowed: number"),
-        ("timesteps: 8 ", "timesteps: 0 ", "stdb.timesteps is 0; allowed: greater than or equal"),
+        (
+            "timesteps: [8, 4] ",
+            "timesteps: 0 ",
+            "stdb.timesteps is 0; allowed: greater than or equal",
+        ),
         ("alpha: 0.3", "alpha: 0", "stdb.alpha is 0; allowed: greater than 0"),
         ("alpha: 0.3", "alpha: .inf", "stdb.alpha is inf; allowed: a finite number"),
         ("beta: 0.01", "beta: -1", "stdb.beta is -1; allowed: greater than or equal to 0"),

@@ -118,7 +118,7 @@ def test_a_network_that_does_not_say_its_images(tmp_path, capsys):
 
 
 def test_the_network_of_cifar10_names_what_is_on_a_photo(tmp_path, monkeypatch, capsys):
-    """Photos of the test split that the repository has; larger, not square, as JPEG, from anywhere."""
+    """Photos of the test split that the repository has; one larger, not square, as JPEG."""
     zoo = ROOT / "models/zoo"
     with Image.open(zoo / "cat.webp") as photo:
         wide = Image.new("RGB", (160, 128), "grey")

@@ -132,7 +132,7 @@ def test_a_file_of_ones_own_is_a_preset(here, capsys):
     assert main(["mine.yaml"]) == 0
     added = [line for line in capsys.readouterr().out.splitlines() if line.startswith("+  ")]
     assert [" ".join(line.split()) for line in added] == [
-        "+ timesteps: 9 # T of the network that is wanted; [8, 4, 2, 1]: one after the other",
+        "+ timesteps: 9 # T of the network that is wanted, or of several, one after the other",
         "+ milestones: [0.5, 0.9]",
     ]
 
