@@ -76,6 +76,7 @@ def card(name: str, path: Path, whole: stdb.SpikingNetwork, trained: int) -> str
     )
     rows.append(["its ANN", f"{results.ann.accuracy.test:.2%}"])
     gain = (after[-1].double().mean() - before[-1].double().mean()).item()
+    changed = ", with changes" if tags["git.dirty"] == "true" else ""
     weights = sum(p.numel() for p in snn.net.parameters() if p.dim() > 1)
     return f"""# {name}
 
@@ -91,7 +92,7 @@ A spiking network for images of {len(about["classes"])} classes: {", ".join(abou
 input, IF neurons; fine-tuned at T = {trained}, presented for {last} step{"s" * (last > 1)} at \
 most. Kept in float16: {100 * gain:+.2f} points at T = {last}.
 - Made by `make repro` with `params.yaml` of a preset (`make preset`), seeds {params.data.seed}, \
-{params.train_ann.seed}, {params.stdb.seed}, at commit {tags["git.commit"][:7]}; \
+{params.train_ann.seed}, {params.stdb.seed}, at commit {tags["git.commit"][:7]}{changed}; \
 {results.data.train.images:,} images to learn from, {results.data.validation.images:,} to choose \
 with; the test split chose nothing.
 - {machine()}.

@@ -21,8 +21,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 
 # The source is the root, so that links mean here what they mean in a file browser.
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/*.md", "docs/api/*.md", "*/README.md"]
-exclude_patterns = [".*", "mlartifacts", "data", "models", "site"]
+include_patterns = ["*.md", "docs/*.md", "docs/api/*.md", "*/README.md", "models/zoo/*.md"]
+exclude_patterns = [".*", "mlartifacts", "data", "site"]
 suppress_warnings = ["myst.header", "misc.highlighting_failure"]
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]

@@ -2,7 +2,7 @@
 # # A tour
 #
 # From a trained CNN with batch norm and max-pooling to a spiking network that decides in four
-# time steps; with its curve, its spikes and its energy. Two minutes on a CPU, nothing is
+# time steps; with its curve, its spikes and its energy. Half a minute on a CPU, nothing is
 # downloaded. `python docs/tour.py` runs it as it is; an editor that knows the percent format (VS
 # Code, PyCharm, Jupyter with jupytext) runs it cell by cell.
 

@@ -38,14 +38,17 @@ def main(arguments: Sequence[str]) -> None:
     if not options.model.exists():
         raise DataError(f"{options.model} is missing; make repro makes it")
     network = stdb.Classifier(options.model)
-    decision = network.decide(network.read(options.images), options.timesteps, options.confidence)
-    for k, lines in enumerate(network.described(options.images, decision)):
-        print(lines)
-        if options.plot is not None:
-            drawn = draw(options.images[k], decision, k, network.classes, options.plot)
-            print(f"  see {drawn}")
+    steps: list[int] = []
+    for files, decision in network.decisions(options.images, options.timesteps, options.confidence):
+        for k, lines in enumerate(network.described(files, decision)):
+            print(lines, flush=True)
+            if options.plot is not None:
+                number = len(steps) + k + 1
+                drawn = draw(files[k], decision, k, network.classes, options.plot, number)
+                print(f"  see {drawn}")
+        steps += decision.steps.tolist()
     if options.confidence is not None:
-        print(network.saved(decision, options.timesteps))
+        print(network.saved(steps, options.timesteps))
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -72,7 +75,14 @@ def of_zoo(name: str) -> Path:
     return found[name]
 
 
-def draw(name: Path, decision: stdb.Decision, k: int, classes: Sequence[str], folder: Path) -> Path:
+def draw(
+    name: Path,
+    decision: stdb.Decision,
+    k: int,
+    classes: Sequence[str],
+    folder: Path,
+    number: int,
+) -> Path:
     """Probabilities by step as a picture; where it is."""
     from pipeline.reporting import figures
 
@@ -80,7 +90,7 @@ def draw(name: Path, decision: stdb.Decision, k: int, classes: Sequence[str], fo
     probabilities = decision.probabilities[:steps, k].cpu()
     title = f"{name.name}: {classes[int(decision.final[k].argmax())]}"
     figure = figures.over_time(probabilities, classes, int(decision.settled[k]), title)
-    path = folder / f"{k + 1}-{name.stem}.png"  # two folders may have files of the same name
+    path = folder / f"{number}-{name.stem}.png"  # two folders may have files of the same name
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     return path

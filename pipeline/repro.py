@@ -14,7 +14,7 @@ from contextlib import ExitStack
 
 from pipeline.command import command
 from pipeline.errors import ParamsError, StageError
-from pipeline.files import REPORT, SNN
+from pipeline.files import REPORT, SNN, SNNS
 from pipeline.jobs.cluster import ray_cluster
 from pipeline.jobs.plan import machine, plan_workers
 from pipeline.params import load_params
@@ -47,12 +47,14 @@ def closing() -> list[str]:
     from pipeline.reporting.page import in_a_line
     from pipeline.reporting.results import read_results
 
+    falling = load_params().stdb.falling
+    others = f" (T = {falling[-1]}; others: --model {SNNS}/…)" if len(falling) > 1 else ""
     server = os.environ.get("MLFLOW_TRACKING_URI")
     return [
         in_a_line(load_params(), read_results()),
         f"{'the report':<12} {REPORT}/index.html, in any browser",
         f"{'all runs':<12} {server or 'make ui, MLflow on this machine'}",
-        f"{'your images':<12} python -m pipeline.predict IMAGE…, with {SNN}",
+        f"{'your images':<12} python -m pipeline.predict IMAGE…, with {SNN}{others}",
         f"{'next':<12} make sweep: how few steps do?  make preset: CIFAR-10, the paper's rows",
     ]
 

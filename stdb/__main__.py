@@ -21,7 +21,7 @@ import torch
 from .classifier import Classifier
 from .encoding import ENCODERS
 from .few_steps import METHODS
-from .from_files import Asked, convert_files
+from .from_files import Asked, check_output, convert_files, written
 from .interop.export import export_program
 from .interop.nir import to_nir
 from .interop.saving import load
@@ -37,8 +37,8 @@ CONVERT = """Convert a trained CNN, calibrated for T time steps.
 
 models:resnet is a function in models.py of this folder that returns the network (an nn.Module). Of
 the arguments in_channels, image_size and num_classes it is given those that it takes. The images
-calibrate: some hundred of those that it was trained on, in any folders. Where they lie in folders
-by class, the result is also told in accuracy, on images that did not calibrate.
+calibrate: some hundred of those that it was trained on. Two or more folders in the folder are taken
+for classes, and the result is then told in accuracy, too, on images that did not calibrate.
 
 Pixels become x/127.5 - 1, unless --normalise says what the CNN was trained with.
 """  # noqa: E501
@@ -60,6 +60,10 @@ a program of plain operators, for onnxruntime (pip install onnxscript) and torch
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)  # a test's stream has none
+        if reconfigure is not None:
+            reconfigure(errors="replace")  # what a terminal has no letters for
     options = parse(arguments)
     try:
         options.run(options)
@@ -108,7 +112,7 @@ def parse(arguments: Sequence[str] | None) -> Any:
     one.add_argument("--count", type=_count, default=256, help="images that calibrate (256)")
     one.add_argument("--method", default="auto", choices=METHODS, help="of the calibration (auto)")
     one.add_argument("--encoder", default="direct", choices=ENCODERS, help="direct: analogue input")
-    one.add_argument("--seed", type=int, default=0, help="chooses the images (0)")
+    one.add_argument("--seed", type=_seed, default=0, help="chooses the images (0)")
 
     one = command("info", info, INFO)
     one.add_argument("file", type=Path, help="of stdb.save")
@@ -146,6 +150,7 @@ def info(options: Any) -> None:
     said = network if isinstance(network, dict) else {}
     shape = [said.get("in_channels"), *_sides(said.get("image_size"))]
     names = about["classes"]
+    listed = [*map(str, names[:8]), *(["…"] if len(names) > 8 else [])]
     lines = {
         "file": f"{options.file}, {options.file.stat().st_size / 2**20:.1f} MiB",
         "time steps": about["timesteps"],
@@ -153,7 +158,7 @@ def info(options: Any) -> None:
         "input": f"{type(snn.encoder).__name__}, images "
         + ("not said" if None in shape else "×".join(map(str, shape))),
         "pixels become": _pixels(about),
-        "classes": f"{len(names)}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}",
+        "classes": f"{len(names)}: {', '.join(listed)}",
         "surrogate": surrogate,
     }
     for name, value in lines.items():
@@ -168,20 +173,24 @@ def info(options: Any) -> None:
 
 def predict(options: Any) -> None:
     """Classify, print."""
-    network = Classifier(options.file)
-    decision = network.decide(network.read(options.images), options.timesteps, options.confidence)
-    for lines in network.described(options.images, decision):
-        print(lines)
+    network, steps = Classifier(options.file), []
+    shown = network.decisions(options.images, options.timesteps, options.confidence)
+    for files, decision in shown:
+        for lines in network.described(files, decision):
+            print(lines, flush=True)
+        steps += decision.steps.tolist()
     if options.confidence is not None:
-        print(network.saved(decision, options.timesteps))
+        print(network.saved(steps, options.timesteps))
 
 
 def export(options: Any) -> None:
     """Write what is asked for."""
     name = next(form for form in FORMS if getattr(options, form) is not None)
     path = getattr(options, name)
+    check_output(path, options.file)
     network = Classifier(options.file, "cpu")
-    FORMS[name](network, options.timesteps or network.timesteps, path)
+    with written(path) as temporary:
+        FORMS[name](network, options.timesteps or network.timesteps, temporary)
     print(f"{path} is written, {path.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -247,6 +256,12 @@ def _pixels(about: dict[str, Any]) -> str:
 def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_STEPS:
         raise argparse.ArgumentTypeError(f"{text}; allowed: 1 to {MOST_STEPS}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text}; allowed: 0 to 999999999")
     return int(text)
 
 

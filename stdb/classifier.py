@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .decision import Decision, decide
-from .images import DataError, Preparation, read_image
+from .images import DataError, Preparation, printable, read_image
 from .interop.saving import load
+from .network import SpikingNetwork
 
+BATCH = 32  # images that are read and presented at once
 LARGEST = 4096  # pixels of an image's side
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 60  # of the line of bars
@@ -47,6 +49,7 @@ class Classifier:
         self.snn = snn.to(self.device)
         self.timesteps: int = about["timesteps"]
         self.classes: list[str] = about["classes"]
+        _check_output(path, snn, self.shape, self.classes)
 
     def read(self, files: Sequence[str | Path]) -> Tensor:
         """(N, C, H, W) float32: image files as the network was trained on them.
@@ -78,6 +81,17 @@ class Classifier:
             sample_ids=ids,
         )
 
+    def decisions(
+        self,
+        files: Sequence[Path],
+        timesteps: int | None = None,
+        confidence: float | None = None,
+    ) -> Iterator[tuple[Sequence[Path], Decision]]:
+        """Image files and what they are decided for, ``BATCH`` at a time."""
+        for start in range(0, len(files), BATCH):
+            part = files[start : start + BATCH]
+            yield part, self.decide(self.read(part), timesteps, confidence)
+
     def described(self, files: Sequence[str | Path], decision: Decision) -> Iterator[str]:
         """Two lines on each image: class, probability and step; the probability over time."""
         for k, name in enumerate(files):
@@ -91,11 +105,29 @@ class Classifier:
                 f"{int(decision.settled[k])} of {steps}\n  t = 1 |{bars}| {steps}"
             )
 
-    def saved(self, decision: Decision, timesteps: int | None = None) -> str:
-        """A line on how many steps leaving early has saved."""
-        whole = timesteps or self.timesteps
-        steps = decision.steps.double().mean().item()
-        return f"{steps:.1f} of {whole} steps on average, {1 - steps / whole:.0%} saved"
+    def saved(self, steps: Sequence[int], timesteps: int | None = None) -> str:
+        """A line on how many steps leaving early has saved; ``steps`` are those of each image."""
+        whole, mean = timesteps or self.timesteps, sum(steps) / len(steps)
+        return f"{mean:.1f} of {whole} steps on average, {1 - mean / whole:.0%} saved"
+
+
+def _check_output(
+    path: str | Path, snn: SpikingNetwork, shape: tuple[int, int, int], classes: Any
+) -> None:
+    """A name for each logit, of images of the shape that the file says."""
+    try:
+        logits = int(snn.shapes(shape)[-1].numel())
+    except Exception as error:
+        raise DataError(
+            f"{path} says that it is for images of {'×'.join(map(str, shape))}, which its weights "
+            f"do not take: {printable(error, 200)}"
+        ) from error
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not named or len(classes) != logits:
+        raise DataError(
+            f"{path} names {printable(classes, 80)} as classes and gives {logits} logits; allowed: "
+            "a name, as text, for each"
+        )
 
 
 def _images(path: str | Path, about: dict[str, Any]) -> tuple[tuple[int, int, int], Preparation]:

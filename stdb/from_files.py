@@ -5,7 +5,8 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from .balancing import balance_thresholds
 from .calibration import logit_scale, scaled_losses
 from .conversion import convert
-from .encoding import encoder_of
+from .encoding import PoissonEncoder, encoder_of
 from .images import DataError, Preparation, printable, read_image, suffixes
 from .interop.saving import save
-from .interop.weights import load_weights
+from .interop.weights import WeightsError, load_weights
 from .network import SpikingNetwork
 from .normalisation import NORMALISATIONS, Normalisation
 
@@ -78,26 +79,43 @@ def convert_files(asked: Asked, say: Say) -> Iterator[str]:
         ValueError: the network cannot be built, its weights not be loaded; no spiking form.
     """
     preparation = Preparation(asked.resize, normalisation_of(asked.normalise))
-    if not asked.output.parent.is_dir():
-        raise DataError(f"{asked.output.parent} is no folder, where {asked.output.name} would go")
+    if asked.resize is not None and (
+        asked.image_size is None or asked.resize < max(asked.image_size)
+    ):
+        raise DataError(
+            f"--resize is {asked.resize} with --image-size "
+            f"{'x'.join(map(str, asked.image_size or ['not given']))}; allowed: an --image-size, "
+            "of which no side is larger than --resize"
+        )
+    check_output(asked.output, asked.checkpoint)
     files, labels, names = find(asked)
+    if not names:
+        say("no names of classes: the images are not all in two or more folders")
     height, width = read(asked, files[:1], preparation).shape[2:]
-    ann = built(asked, (height, width), len(names)).eval()
-    load_weights(ann, asked.checkpoint)
+    ann = built(asked, (height, width), len(names)).float().eval()
+    try:
+        load_weights(ann, asked.checkpoint)
+    except WeightsError as error:
+        if not names:
+            raise
+        raise WeightsError(
+            f"{error}; the network was built for {len(names)} classes, "
+            f"{printable(', '.join(names), 80)} (--classes FILE names others)"
+        ) from error
     chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(asked.seed))
     most = max(1, min(asked.count, len(files) * 4 // 5))
     say(f"reading {min(len(files), most + HELD_OUT)} of {len(files)} images")
     pixels = read(asked, [files[k] for k in chosen[: most + HELD_OUT]], preparation)
     images, others = pixels[:most], pixels[most:]
-    logits = torch.cat([ann(part) for part in pixels[:2].split(1)]).detach()
-    if logits.dim() != 2 or not logits.isfinite().all():
-        raise DataError(f"{asked.network} gives {tuple(logits.shape)} for two images")
+    logits = called(ann, asked, pixels[:2])
     if names and len(names) != logits.shape[1]:
         raise DataError(
             f"{asked.network} gives {logits.shape[1]} logits, and there are {len(names)} classes "
             f"({printable(', '.join(names), 80)}); allowed: as many (--classes FILE names them)"
         )
-    encoder = encoder_of(asked.encoder, 0)
+    encoder, limits = encoder_of(asked.encoder, 0), preparation.normalisation.largest
+    if isinstance(encoder, PoissonEncoder) and max(limits) > 1:
+        encoder = replace(encoder, limits=limits)
     snn = convert(ann, encoder, example=pixels[:2]).eval()
     counts = Counter(found for _, found, _ in snn.rewrites)
     yield f"converted: {', '.join(f'{times} {found}' for found, times in counts.items())}"
@@ -116,16 +134,69 @@ def convert_files(asked: Asked, say: Say) -> Iterator[str]:
     classes = names or [str(k) for k in range(logits.shape[1])]
     resize: dict[str, Any] = {} if asked.resize is None else {"resize": asked.resize}
     channels, *size = pixels.shape[1:]
-    save(
-        snn,
-        asked.output,
-        timesteps=asked.timesteps,
-        classes=classes,
-        normalisation=preparation.normalisation,
-        network={"architecture": asked.network, "in_channels": channels, "image_size": size},
-        **resize,
-    )
+    with written(asked.output) as temporary:
+        save(
+            snn,
+            temporary,
+            timesteps=asked.timesteps,
+            classes=classes,
+            normalisation=preparation.normalisation,
+            network={"architecture": asked.network, "in_channels": channels, "image_size": size},
+            **resize,
+        )
     yield f"{asked.output} is written; python -m stdb predict {asked.output} IMAGE… classifies"
+
+
+def check_output(path: Path, source: Path) -> None:
+    """Refuse, before any work, a file that cannot be written, or that is read.
+
+    Raises:
+        DataError: says which, and what is allowed.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder, where {path.name} would go")
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(f"{path} cannot be written; allowed: a file in a folder of yours")
+    if path.resolve() == source.resolve():
+        raise DataError(
+            f"{path} is the file that is read; allowed: another name for what is written"
+        )
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A file beside it to write to, which takes its place when all is well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def called(ann: nn.Module, asked: Asked, images: Tensor) -> Tensor:
+    """The CNN's logits of two images.
+
+    Raises:
+        DataError: it cannot be called with them, or gives something else.
+    """
+    shape = "×".join(map(str, images.shape[1:]))
+    try:
+        logits = ann(images)
+    except Exception as error:
+        raise DataError(
+            f"{asked.network} cannot be called with images of {shape} (C, H, W): "
+            f"{type(error).__name__}: {printable(error, 200)} (--image-size, --grayscale)"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.isfinite().all():
+        gives = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(
+            f"{asked.network} gives {gives} for {len(images)} images of {shape}; allowed: finite "
+            "logits, (images, classes)"
+        )
+    return logits
 
 
 @torch.no_grad()
@@ -168,8 +239,11 @@ def find(asked: Asked) -> tuple[list[Path], Tensor | None, list[str]]:
         raise DataError(f"{asked.images} is no folder; allowed: a folder of image files")
     known = suffixes()
     files: list[Path] = []
-    for folder, below, there in os.walk(asked.images):
-        below.sort()
+    seen: set[str] = set()
+    for folder, below, there in os.walk(asked.images, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        inside = (name for name in sorted(below) if not name.startswith("."))
+        below[:] = [n for n in inside if os.path.realpath(os.path.join(folder, n)) not in seen]
         images = (name for name in sorted(there) if not name.startswith("."))
         files += [Path(folder, name) for name in images if Path(name).suffix.lower() in known]
     if len(files) < 2:
@@ -179,7 +253,10 @@ def find(asked: Asked) -> tuple[list[Path], Tensor | None, list[str]]:
     by_class = len(folders) > 1 and all(len(parts) > 1 for parts in tops)
     names = folders if by_class else []
     if asked.classes is not None:
-        names = asked.classes.read_text(encoding="utf-8").split("\n")
+        try:
+            names = asked.classes.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{asked.classes} cannot be read as UTF-8 text: {error}") from error
         names = [name.strip() for name in names if name.strip()]
         if len(set(names)) < max(2, len(names)):
             raise DataError(
@@ -199,7 +276,7 @@ def built(asked: Asked, size: tuple[int, int], classes: int) -> nn.Module:
     module, colon, name = asked.network.partition(":")
     try:
         if not colon:
-            raise ValueError("allowed: MODULE:FUNCTION, as models:resnet of a file models.py here")
+            raise ValueError("it has no colon")
         function = getattr(importlib.import_module(module), name)
         takes = inspect.signature(function).parameters
         given = {
@@ -215,8 +292,12 @@ def built(asked: Asked, size: tuple[int, int], classes: int) -> nn.Module:
                 if value and (key in takes or (any_name and key == "num_classes"))
             }
         )
-    except Exception as error:
-        raise ValueError(f"--network {asked.network}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # of a script that reads its own command line
+        raise ValueError(
+            f"--network {asked.network}: {type(error).__name__}: {error}; allowed: "
+            "MODULE:FUNCTION, as models:resnet of a file models.py here, which only defines it, or "
+            "torchvision.models:resnet18"
+        ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"--network {asked.network} gives a {type(network).__name__}; allowed: an nn.Module"

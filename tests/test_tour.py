@@ -7,7 +7,7 @@ import sys
 
 from tests.pipeline.support import ROOT
 
-MINUTES = 3  # that the tour promises; on a busy machine some more
+PATIENCE = 600  # seconds, on the busiest machine
 
 
 def test_the_tour_ends_with_a_network_of_four_steps(tmp_path):
@@ -15,7 +15,7 @@ def test_the_tour_ends_with_a_network_of_four_steps(tmp_path):
     environment = os.environ | {"MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         [sys.executable, ROOT / "docs/tour.py"], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=4 * 60 * MINUTES,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     cnn = float(re.search(r"^CNN: ([\d.]+)%", ended.stdout, re.MULTILINE)[1])

@@ -49,7 +49,8 @@ CONTAINERS: dict[str, type[nn.Module]] = {
     for kind in (ResidualBlock, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Module)
 }
 EMPTY = "Identity"  # what no node has
-WEIGHTS = {"float32": torch.float32, "float64": torch.float64}  # types of weights stored in others
+STORED_FROM = "stored_from"  # in the metadata: the type of weights that are kept in another one
+WEIGHTS = {"float32": torch.float32, "float64": torch.float64}  # types by their names there
 
 
 def save(
@@ -113,8 +114,13 @@ def save(
     if storage is not None:
         if not storage.is_floating_point:
             raise ValueError(f"storage is {storage}; allowed: a floating-point type, or None")
-        config["weights"] = str(next(snn.parameters()).dtype).removeprefix("torch.")
+        config[STORED_FROM] = str(next(snn.parameters()).dtype).removeprefix("torch.")
         tensors = {n: x.to(storage) if x.dim() > 1 else x for n, x in tensors.items()}
+        for name, stored in tensors.items():
+            if not stored.isfinite().all():
+                raise ValueError(
+                    f"{name} is too large for {storage}; allowed: torch.bfloat16, or None"
+                )
     save_file(tensors, path, {"config": json.dumps(config)})  # of several keys none orders them
 
 
@@ -170,7 +176,7 @@ def load(
         raise ValueError(f"{path}: {error}") from error
     if written == 1 and network is None:
         network = _named(path, config)
-    tensors = _as_weights(path, config.pop("weights", None), tensors)
+    tensors = _as_weights(path, config.pop(STORED_FROM, None), tensors)
     try:
         check_timesteps(config["timesteps"])
         snn = _of_version_1(network, config, tensors) if network else _of_graph(config, tensors)
@@ -179,14 +185,12 @@ def load(
     return snn.eval(), config
 
 
-def _as_weights(
-    path: str | Path, kept: str | None, tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _as_weights(path: str | Path, kept: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights in the type that they had before they were stored in another one."""
     if kept is None:
         return tensors
-    if kept not in WEIGHTS:
-        raise ValueError(f"{path} has weights of {kept!r}; allowed: {', '.join(WEIGHTS)}")
+    if not isinstance(kept, str) or kept not in WEIGHTS:
+        raise ValueError(f"{path}: {STORED_FROM} is {kept!r}; allowed: {', '.join(WEIGHTS)}")
     return {name: x.to(WEIGHTS[kept]) if x.dim() > 1 else x for name, x in tensors.items()}
 
 

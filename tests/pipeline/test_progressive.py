@@ -107,6 +107,30 @@ def test_a_sweep_searches_one_t(tmp_path):
         load_sweep(path, whole(FALLING))
 
 
+def test_thresholds_fall_with_t_as_far_as_validation_says(files):
+    """One factor for all layers that were balanced; no other factor is better."""
+    params = FALLING.model_copy(update={"threshold_scale": None})
+    one, snn = worker(files[0], params), starting(files, params.at_each()[0])
+    snn.eval()
+    thresholds, validation = snn.thresholds, files[1]["validation"]
+    kept = "conv2"
+    snn.set_thresholds(thresholds, balanced=set(thresholds) - {kept})
+    found = {}
+    for factor in finetuning.DESCENTS:
+        for name, neuron in snn.neurons.items():
+            value = thresholds[name] * (1 if name == kept else factor)
+            neuron.threshold.fill_(value)
+        batch = [(validation.pixels(), validation.labels)]
+        found[factor] = float(stdb.evaluate(snn, batch, 2, sample_ids=validation.ids)[-1])
+    snn.set_thresholds(thresholds, balanced=set(thresholds) - {kept})
+    finetuning.lower_thresholds(one, snn, validation, 2)
+    factors = {name: value / thresholds[name] for name, value in snn.thresholds.items()}
+    assert factors.pop(kept) == 1
+    (factor,) = {round(value, 4) for value in factors.values()}
+    assert found[factor] == max(found.values())
+    assert len(set(found.values())) > 1
+
+
 # -- the loop --------------------------------------------------------------------------------------
 
 

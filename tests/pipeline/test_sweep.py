@@ -309,6 +309,12 @@ def test_alpha_and_beta_follow_the_time_steps(timesteps, alpha, beta):
     assert settings({"timesteps": timesteps}, PARAMS) == based(timesteps=timesteps)
 
 
+@pytest.mark.parametrize("folder", ["sweep", "sweep/ablation"])
+def test_the_sweeps_that_come_with_the_project_run_on_its_parameters(folder):
+    """As they stand: params.yaml has several T, and a trial one."""
+    load_sweep(ROOT / folder / "params.yaml", load_params(ROOT / "params.yaml"))
+
+
 def test_a_sweep_depends_on_the_code_that_makes_its_result():
     """And on no test split, which it never reads."""
     scripts = {"sweep": "sweep", "sweep/ablation": "sweep"}

@@ -1,5 +1,6 @@
 """python -m stdb: from a CNN's files to a file, and what one does with that."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ from PIL import Image
 from torch import nn
 
 import stdb
+from stdb import from_files
 from stdb.__main__ import main
+
+ROOT = Path(__file__).parents[2]
 
 CNN = """
 from torch import nn
@@ -23,6 +27,17 @@ def small(num_classes=3, image_size=None):
 
 def nothing():
     return 3
+
+def pair(**options):
+    class Pair(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), x
+    return Pair(*small(options["num_classes"], 8))
+
+def grey(num_classes, in_channels, image_size):
+    high, wide = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3, padding=1), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(4 * high * wide, num_classes))
 """
 COLOURS = {"blue": 2, "green": 1, "red": 0}
 
@@ -155,6 +170,13 @@ REFUSED = {
     "no images": (["--images", "empty"], "has 0 image files; allowed: two or more"),
     "nowhere to write": (["-o", "no/snn.safetensors"], "no is no folder"),
     "a normalisation": (["--normalise", "grey"], "--normalise is 'grey'; allowed: imagenet"),
+    "a resize of no size": (["--resize", "16"], "--resize is 16 with --image-size not given"),
+    "a small resize": (["--resize", "4", "--image-size", "8"], "4 with --image-size 8x8; allowed"),
+    "its own input": (["-o", "cnn.pth"], "cnn.pth is the file that is read"),
+    "a folder as output": (["-o", "photos"], "photos cannot be written"),
+    "two outputs": (["--network", "colours:pair"], "colours:pair gives tuple for 2 images"),
+    "names that are no text": (["--classes", "cnn.pth"], "cnn.pth cannot be read as UTF-8 text"),
+    "another number of classes": (["--classes", "two.txt"], "was built for 2 classes, a, b"),
     "other weights": (["--image-size", "4"], "belong to another network"),
 }
 
@@ -163,12 +185,103 @@ REFUSED = {
 def test_what_cannot_be_is_refused_in_a_line(run, folder, case):
     """With what is allowed; nothing is written."""
     (folder / "empty").mkdir(exist_ok=True)
+    (folder / "two.txt").write_text("a\nb\n")
+    weights = (folder / "cnn.pth").read_bytes()
     more, message = REFUSED[case]
     status, _, said = converted(run, *more, out="refused.safetensors")
     assert status == 1
     assert message in said
     assert said.strip().count("\n") == said.count("reading")
     assert not (folder / "refused.safetensors").exists()
+    assert (folder / "cnn.pth").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--grayscale", "--image-size", "8"],
+        ["--image-size", "6x8", "--resize", "9", "--normalise", "imagenet"],
+        ["--encoder", "poisson", "--normalise", "imagenet"],
+    ],
+    ids=lambda more: " ".join(more),
+)
+def test_predict_sees_what_calibrated(run, folder, more):
+    """Pixel by pixel; the same prepared images, and the encoder's limits fit them."""
+    taken = more[more.index("--image-size") + 1] if "--image-size" in more else "8"
+    high, _, wide = taken.partition("x")
+    channels = 1 if "--grayscale" in more else 3
+    namespace: dict = {}
+    exec(CNN, namespace)
+    side = int(high) if not wide else (int(high), int(wide))
+    torch.save(namespace["grey"](3, channels, side).state_dict(), folder / "other.pth")
+    asked = ["--network", "colours:grey", "--images", "photos", "--timesteps", "4", "--count", "9"]
+    calibrated = []
+    read = from_files.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(from_files, "read", lambda *a: calibrated.append(read(*a)) or calibrated[-1])
+        status, _, said = run("convert", "other.pth", *asked, "-o", "other.safetensors", *more)
+    assert status == 0, said
+    files = sorted((folder / "photos").rglob("*.png"))
+    seen = stdb.Classifier(folder / "other.safetensors", "cpu").read(files)
+    for image in calibrated[-1]:
+        assert any(torch.equal(image, other) for other in seen)
+    status, told, said = run("predict", "other.safetensors", *files[:2])
+    assert status == 0, said
+    assert told.count("settled") == 2
+
+
+def test_hidden_folders_are_no_classes_and_links_are_followed(run, folder, tmp_path):
+    """As the pipeline reads folders."""
+    for colour in COLOURS:
+        (tmp_path / colour).symlink_to(folder / "photos" / colour, target_is_directory=True)
+    (tmp_path / ".hidden").mkdir()
+    picture("red", 0).save(tmp_path / ".hidden/red.png")
+    status, told, said = converted(run, "--images", tmp_path, out="linked.safetensors")
+    assert status == 0, said
+    assert "spiking network 100.0%" in told
+
+
+def test_a_file_for_other_images_is_refused(run, folder):
+    """Whose weights do not take what it says, or whose names are not one for each logit."""
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    snn = stdb.convert(cnn.eval(), stdb.DirectEncoder())
+    for side, names, message in (
+        (9, list("abc"), "which its weights do not take"),
+        (8, ["a"], "gives 3 logits; allowed: a name, as text, for each"),
+    ):
+        seen = {"in_channels": 3, "image_size": side}
+        stdb.save(snn, folder / "odd.safetensors", timesteps=4, classes=names, network=seen)
+        status, _, said = run("predict", "odd.safetensors", "photos/red/3.png")
+        assert status == 1
+        assert message in said
+
+
+def test_a_terminal_without_our_letters_gets_what_it_can_show(folder, run):
+    """As on Windows, where output goes into a file."""
+    converted(run)
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    for command in (["info"], ["predict"]):
+        more = ["photos/red/3.png"] if command == ["predict"] else []
+        ended = subprocess.run(
+            [sys.executable, "-m", "stdb", *command, "snn.safetensors", *more],
+            cwd=folder, env=environment, capture_output=True,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_onnx_is_written(run, folder):
+    """onnxruntime gives the engine's logits."""
+    pytest.importorskip("onnxscript", reason="make setup-bench installs onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="make setup-bench installs onnxruntime")
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    snn = stdb.convert(cnn.eval(), stdb.DirectEncoder()).eval()
+    seen = {"in_channels": 3, "image_size": 8}
+    stdb.save(snn, folder / "o.safetensors", timesteps=2, classes=list("abc"), network=seen)
+    assert run("export", "o.safetensors", "--onnx", "o.onnx")[0] == 0
+    session = runtime.InferenceSession(str(folder / "o.onnx"))
+    pixels = torch.rand(2, 3, 8, 8) * 2 - 1
+    (logits,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    assert torch.allclose(torch.from_numpy(logits), snn(pixels, 2), atol=1e-4)
 
 
 def test_images_of_several_sizes_want_one(run, folder, tmp_path):
@@ -183,7 +296,7 @@ def test_images_of_several_sizes_want_one(run, folder, tmp_path):
 def test_help_is_for_people():
     """In a process of its own, without what the pipeline needs."""
     command = [sys.executable, "-m", "stdb"]
-    root = Path(__file__).parents[2]
+    root = ROOT
     whole = subprocess.run([*command, "--help"], cwd=root, capture_output=True, text=True)
     assert whole.returncode == 0
     for name in ("convert", "info", "predict", "export"):

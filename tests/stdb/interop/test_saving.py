@@ -171,7 +171,7 @@ def test_weights_may_be_kept_in_half_the_bytes(tmp_path, storage):
     whole, half = ((tmp_path / name).stat().st_size for name in ("whole", "half"))
     assert half < 0.6 * whole
     loaded, about = stdb.load(tmp_path / "half")
-    assert "weights" not in about
+    assert "stored_from" not in about
     assert loaded.thresholds == snn.thresholds
     for (name, ours), theirs in zip(
         loaded.named_parameters(), stdb.load(tmp_path / "whole")[0].parameters(), strict=True
@@ -179,6 +179,11 @@ def test_weights_may_be_kept_in_half_the_bytes(tmp_path, storage):
         assert ours.dtype == torch.float32
         rounded = theirs.to(storage).float() if theirs.dim() > 1 else theirs
         assert torch.equal(ours, rounded), name
+    with torch.no_grad():
+        snn.net.conv1.weight[0, 0, 0, 0] = 1e6
+    if storage == torch.float16:
+        with pytest.raises(ValueError, match=r"conv1\.weight is too large for torch\.float16"):
+            stdb.save(snn, tmp_path / "no", timesteps=4, classes=["a"], storage=storage)
     with pytest.raises(ValueError, match=r"storage is torch\.int8; allowed: a floating-point type"):
         stdb.save(snn, tmp_path / "no", timesteps=4, classes=["a"], storage=torch.int8)
 
