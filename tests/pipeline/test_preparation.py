@@ -53,9 +53,10 @@ def saved(parts, path, stdb_params=STDB, surrogate=stdb.STDB()):  # noqa: B008 (
     """The file that a fine-tuning on this data writes."""
     params = PARAMS.model_copy(update={"network": NETWORK, "stdb": stdb_params})
     channels, height, width = parts["train"].shape
+    classes = len(parts["train"].classes)
     ann = torch.nn.Sequential(
         torch.nn.Conv2d(channels, 2, 3, bias=False), torch.nn.ReLU(), torch.nn.Flatten(),
-        torch.nn.Linear(2 * (height - 2) * (width - 2), 2, bias=False),
+        torch.nn.Linear(2 * (height - 2) * (width - 2), classes, bias=False),
     )  # fmt: skip
     example = torch.zeros(1, channels, height, width)
     snn = stdb.convert(ann, stdb.DirectEncoder(), surrogate, example=example)
