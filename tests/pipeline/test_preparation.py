@@ -53,6 +53,7 @@ def saved(parts, path, stdb_params=STDB, surrogate=stdb.STDB()):  # noqa: B008 (
     """The file that a fine-tuning on this data writes."""
     params = PARAMS.model_copy(update={"network": NETWORK, "stdb": stdb_params})
     channels, height, width = parts["train"].shape
+    torch.manual_seed(0)  # of others the neurons may be silent
     classes = len(parts["train"].classes)
     ann = torch.nn.Sequential(
         torch.nn.Conv2d(channels, 2, 3, bias=False), torch.nn.ReLU(), torch.nn.Flatten(),
