@@ -164,16 +164,6 @@ def test_accuracy_and_spikes_are_drawn_for_both_runs(page, runs):
                 expect(chart.get_by_text(run.run_name, exact=True).first).to_be_visible()
 
 
-def test_accuracy_by_time_steps_is_a_line_for_each_run(page, runs):
-    """One chart compares runs, T along x."""
-    ends, _ = runs
-    row_of(page, ends[0].run_id).wait_for()
-    show_charts(page)
-    section(page, "by_timestep").evaluate("head => head.scrollIntoView()")
-    chart = card(page, "by_timestep/stdb")
-    expect(chart.locator(".scatterlayer .trace")).to_have_count(2)
-
-
 def test_a_run_says_what_was_made_from_what(run_page):
     """The figures in words and as metrics, the data sets, the commit, the registered network."""
     page = run_page(1)
