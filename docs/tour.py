@@ -3,8 +3,8 @@
 #
 # From a trained CNN with batch norm and max-pooling to a spiking network that decides in four
 # time steps; with its curve, its spikes and its energy. Half a minute on a CPU, nothing is
-# downloaded. `python docs/tour.py` runs it as it is; an editor that knows the percent format (VS
-# Code, PyCharm, Jupyter with jupytext) runs it cell by cell.
+# downloaded. `PYTHONPATH=. python docs/tour.py` runs it. An editor that knows the percent format
+# (VS Code, PyCharm, Jupyter with jupytext) runs it cell by cell.
 
 # %%
 import matplotlib.pyplot as plt
