@@ -137,8 +137,13 @@ def parse(arguments: Sequence[str] | None) -> Any:
 def convert(options: Any) -> None:
     """Convert, calibrate, tell, write."""
     values = {name: getattr(options, name) for name in Asked.__dataclass_fields__}
-    for line in convert_files(Asked(**values), _Progress()):
-        print(line, flush=True)
+    progress = _Progress()
+    try:
+        for line in convert_files(Asked(**values), progress):
+            progress.end()
+            print(line, flush=True)
+    finally:
+        progress.end()
 
 
 def info(options: Any) -> None:
