@@ -3,6 +3,8 @@
 A plain ``Worker(params, "train_ann", checkpoints)`` is the only worker of a job in this process.
 """
 
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,9 @@ from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.params import Params
 
 WORK_PER_THREAD = 1 << 28  # multiply-accumulates of a batch; the digits' network has 46 million
+
+LOG_EVERY, TERMINAL_EVERY = 10.0, 0.3  # seconds between two lines of progress
+CLEAR = "\r\033[K"  # to the beginning of the line, which is emptied
 
 Row = dict[str, float]  # the metrics of an epoch
 State = dict[str, Any]  # what a job goes on from, and ends with
@@ -52,11 +57,27 @@ class Worker:
     report_every: float = 0.0
     choices: dict[str, str] = field(default_factory=dict)
     send: Callable[[list[Row]], None] = lambda _: None
+    _said: float = field(default_factory=time.monotonic)
 
     def say(self, text: str) -> None:
         """A line for the person who watches, once for all workers."""
         if self.rank == 0:
-            print(f"[{self.stage}] {text}", flush=True)
+            print(f"{CLEAR if sys.stdout.isatty() else ''}[{self.stage}] {text}", flush=True)
+
+    def progress(self, text: str) -> None:
+        """How far long work is; may be called often.
+
+        On a terminal one line that is written over, which the next line of :meth:`say` takes away;
+        in a log a line now and then.
+        """
+        terminal, now = sys.stdout.isatty(), time.monotonic()
+        if now - self._said < (TERMINAL_EVERY if terminal else LOG_EVERY):
+            return
+        self._said = now
+        if terminal and self.rank == 0:
+            print(f"{CLEAR}[{self.stage}] {text}", end="", flush=True)
+        elif not terminal:
+            self.say(text)
 
     def use_threads(self, work: float) -> None:
         """Compute with as many threads as a batch's work is worth, up to this worker's cores.

@@ -4,7 +4,6 @@ A worker gets whole batches, the same for any number of workers, so the counts a
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ from stdb import first_confident, logit_scale, scaled_losses
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # at which leaving early is looked at
 DIAGNOSED = 64  # images of a diagnosis
 EACH_LEVEL = 10  # levels of activations up to which each is looked at; then powers of two
-SAY_EVERY = 15.0  # seconds between lines of a long evaluation
 
 
 @dataclass(frozen=True)
@@ -85,13 +83,10 @@ def evaluate_snn(
     confusion = torch.zeros(classes**2, dtype=torch.int64, device=device)
     exits = torch.zeros(len(CONFIDENCES), 2, dtype=torch.int64, device=device)
     positions = worker.batches(len(split), batch_size)
-    said = time.monotonic()
     with stdb.record_spikes(snn) as statistics:
         for number, batch in enumerate(split.stream(positions, device)):
-            if time.monotonic() - said > SAY_EVERY:
-                said = time.monotonic()
-                shown = number * batch_size * worker.world
-                worker.say(f"T = {timesteps}: {shown} of {len(split)} images presented")
+            shown = number * batch_size * worker.world
+            worker.progress(f"T = {timesteps}: {shown} of {len(split)} images presented")
             images = batch.pixels()
             logits = snn.logits_over_time(images, timesteps, sample_ids=batch.ids)
             decided = logits.argmax(2)  # (T, B)

@@ -33,7 +33,7 @@ BackwardPasses = Callable[[Tensor, Tensor, int], Iterator[Callable[[], Tensor]]]
 Losses = Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]
 
 # seconds between progress lines of epochs, and of steps
-SAY_EPOCH_EVERY, SAY_STEP_EVERY = 2.0, 10.0
+SAY_EPOCH_EVERY = 2.0
 
 
 def cross_entropy(_: Tensor, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -192,9 +192,7 @@ class _Fit:
             if worker.checkpoint_due(step) and step < len(batches):
                 so_far = worker.all_reduce(sums.clone())
                 self._checkpoint(self.state | self._weights() | {"step": step, "sums": so_far})
-            if time.monotonic() - self.said > SAY_STEP_EVERY:
-                self.said = time.monotonic()
-                worker.say(f"epoch {epoch}: step {step}/{len(batches)}")
+            worker.progress(f"epoch {epoch}: step {step}/{len(batches)}")
         sums = worker.all_reduce(sums)
         seen = sum(len(batch) for batch in batches)
         return {

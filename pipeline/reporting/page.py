@@ -31,11 +31,39 @@ body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
        font: 16px/1.5 system-ui, sans-serif; }
 img { max-width: 100%; } table { border-collapse: collapse; margin: 1rem 0; display: block;
 overflow-x: auto; } th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; }
-th { border-bottom: 2px solid #888; } code { font-size: .9em; }
+th { border-bottom: 2px solid #888; } code { font-size: .9em; overflow-wrap: anywhere; }
+th.sorts { cursor: pointer; } th.sorts:hover { text-decoration: underline; }
 :root { color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #17191c; } th, td { border-color: #444; }
   img { border-radius: .25rem; } a { color: #8ab4f8; }
+}
+"""
+
+
+# A click on a column's head sorts its table by it, up and then down; equal rows stay in order.
+SORT = """
+const value = cell => {
+  const text = cell.textContent.trim().replaceAll(',', ''), number = parseFloat(text);
+  return isNaN(number) ? text : number;
+};
+for (const table of document.querySelectorAll('table')) {
+  if (!table.tBodies[0] || table.tBodies[0].rows.length < 3) continue;
+  [...table.tHead.rows[0].cells].forEach((head, column) => {
+    head.className = 'sorts';
+    head.title = 'sort';
+    head.onclick = () => {
+      const down = head.ariaSort === 'ascending';
+      for (const other of table.tHead.rows[0].cells) other.ariaSort = null;
+      head.ariaSort = down ? 'descending' : 'ascending';
+      const rows = [...table.tBodies[0].rows].sort((one, other) => {
+        const [a, b] = [value(one.cells[column]), value(other.cells[column])];
+        const order = typeof a === typeof b ? (a > b) - (a < b) : typeof a === 'number' ? -1 : 1;
+        return down ? -order : order;
+      });
+      table.tBodies[0].append(...rows);
+    };
+  });
 }
 """
 
@@ -290,5 +318,5 @@ def as_html(text: str) -> str:
     body = re.sub(r'src="([\w.]+\.png)"', inside, body)
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Report</title>\n'
-        f"<style>{STYLE}</style>\n{body}</html>\n"
+        f"<style>{STYLE}</style>\n{body}<script>{SORT}</script>\n</html>\n"
     )

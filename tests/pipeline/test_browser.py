@@ -10,6 +10,8 @@ import mlflow
 import pytest
 from playwright.sync_api import expect
 
+from pipeline.reporting.page import as_html
+from pipeline.reporting.tables import markdown_table
 from tests import browser
 from tests.browser import card, row_of, section, select, show_charts, unfold
 from tests.pipeline.support import STAGES, address_of, copy_of, ui
@@ -213,3 +215,19 @@ def test_the_registered_model_has_a_champion(page, runs, repository):
     expect(
         page.get_by_text('mlflow.pyfunc.load_model("models:/stdb-digits@champion")')
     ).to_be_visible()
+
+
+def test_the_tables_of_the_report_sort(chromium):
+    """By a click on a column's head, up and then down; numbers as numbers."""
+    rows = [["b", "9.5%"], ["a", "10.25%"], ["c", ""], ["d", "1,000"]]
+    with browser.new_page(chromium, 400, 800) as (page, outside):
+        page.set_content(as_html(markdown_table(["name", "share"], rows)))
+        names = page.locator("tbody tr td:first-child")
+        head = page.get_by_role("columnheader", name="share")
+        expect(names).to_have_text(["b", "a", "c", "d"])
+        head.click()
+        expect(names).to_have_text(["b", "a", "d", "c"])
+        head.click()
+        expect(names).to_have_text(["c", "d", "a", "b"])
+        assert head.get_attribute("aria-sort") == "descending"
+    assert not outside

@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import os
+import pty
 import shutil
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import pipeline.learning.evaluation
+import pipeline.jobs.worker
 import pipeline.learning.finetuning
 import stdb
 from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
@@ -339,12 +342,31 @@ def share_of_two(files, rank):
 
 def test_a_long_evaluation_says_how_far_it_is(files, alone, monkeypatch, capsys):
     """Every so many seconds; the first worker, for all of them."""
-    monkeypatch.setattr(pipeline.learning.evaluation, "SAY_EVERY", -1.0)
+    monkeypatch.setattr(pipeline.jobs.worker, "LOG_EVERY", -1.0)
     snn, test = starting(files, STDB), files[1]["test"]
     evaluate_snn(alone, snn, test, 3, len(test) // 2)
     assert f"T = 3: {len(test) // 2} of {len(test)} images presented" in capsys.readouterr().out
     evaluate_snn(share_of_two(files, 1), snn, test, 3, len(test) // 2)
     assert capsys.readouterr().out == ""
+
+
+def test_progress_is_one_line_on_a_terminal(files, monkeypatch):
+    """It is written over, and nothing of it stays when something is said."""
+    monkeypatch.setattr(pipeline.jobs.worker, "TERMINAL_EVERY", -1.0)
+    ours, theirs = pty.openpty()
+    with open(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        one = worker(files[0])
+        one.progress("step 1")
+        one.progress("step 2")
+        one.say("done")
+        terminal.flush()
+        written = os.read(ours, 1000).decode()
+    os.close(ours)
+    first, second, third = written.split("\r\033[K")[1:]
+    assert first.endswith("step 1")
+    assert second.endswith("step 2")
+    assert third.endswith("done\r\n")
 
 
 def test_the_shares_of_the_workers_add_up_to_the_whole_evaluation(files, alone):

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import stdb
+from stdb.memory import OVERHEAD
 from stdb.presentation import default_chunk
+
+GLIBC = {  # what is freed goes back to the system at once: its fragments differ between runs
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "262144",
+    "MALLOC_TRIM_THRESHOLD_": "262144",
+}
 
 PROGRAM = """
 import sys, ctypes
@@ -51,15 +58,18 @@ for p in weights:
 ctypes.CDLL("libc.so.6").malloc_trim(0)
 base = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-for _ in range(3):  # of one batch, what glibc keeps in fragments differs by a quarter
+for _ in range(3):
     train([window] * (steps // window))
 peak = status("VmHWM") - base
 print(peak, stdb.training_memory(snn, (3, 32, 32), window, batch, continued=window < steps))
 """
 
 
-def measure(*setting, **environment) -> tuple[int, int]:
-    """Peak bytes over model and gradients, in a process of its own; and what was predicted."""
+def measure(*setting, environment=GLIBC) -> tuple[int, int]:
+    """Peak bytes over model and gradients, in a process of its own; and what was predicted.
+
+    The prediction has an allowance for fragments and libraries, which such a process hardly takes.
+    """
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, setting)],
         env=os.environ | environment,
@@ -82,7 +92,7 @@ def measure(*setting, **environment) -> tuple[int, int]:
 def test_the_predicted_peak_is_right_within_a_fifth(setting):
     """Short and long T, several architectures."""
     peak, predicted = measure(*setting)
-    assert 0.8 < peak / predicted < 1.2
+    assert 0.8 < peak / (predicted - OVERHEAD) < 1.1
 
 
 @pytest.mark.slow
@@ -90,7 +100,7 @@ def test_the_predicted_peak_is_right_within_a_fifth(setting):
 def test_the_predicted_peak_of_windows():
     """Of truncated BPTT: membranes of the window before are kept, and a gradient for them."""
     peak, predicted = measure("resnet9", 12, 4, 64, 4, 256, "bf16")
-    assert 0.78 < peak / predicted < 1.25
+    assert 0.8 < peak / (predicted - OVERHEAD) < 1.1
     shorter = measure("resnet9", 4, 4, 64, 4, 256, "bf16")[1]
     assert predicted > 1.05 * shorter
 
@@ -105,7 +115,23 @@ def test_the_predicted_peak_of_few_steps(setting, precision):
     """Networks with biases, analogue input, a membrane-based surrogate, and V that learns."""
     architecture, steps, batch = setting
     peak, predicted = measure(architecture, steps, steps, batch, steps, 256, precision)
-    assert 0.78 < peak / predicted < 1.25
+    assert 0.8 < peak / (predicted - OVERHEAD) < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "setting",
+    [("vgg9", 4, 4, 64, 4, 256, "float32"), ("vgg16", 16, 16, 32, 8, 512)],
+    ids=lambda s: s[0],
+)
+def test_the_allowance_covers_what_an_allocator_keeps(setting):
+    """With glibc as it is by default: the middle of three, which differ by a sixth."""
+    ratios = [
+        peak / predicted
+        for peak, predicted in (measure(*setting, environment={}) for _ in range(3))
+    ]
+    assert 0.8 < sorted(ratios)[1] < 1.3
 
 
 @pytest.mark.slow
@@ -113,16 +139,10 @@ def test_the_predicted_peak_of_few_steps(setting, precision):
 def test_with_truncated_bptt_memory_does_not_grow_with_time():
     """Eight times as many steps, in windows of 16: the same peak.
 
-    The spikes of all 256 steps would make it 1.7 times as much. What is freed goes back to the
-    system at once here: the fragments that glibc keeps by default differ by a third between runs.
+    The spikes of all 256 steps would make it 1.7 times as much.
     """
-    glibc = {
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": "262144",
-        "MALLOC_TRIM_THRESHOLD_": "262144",
-    }
-    few, _ = measure("vgg5", 32, 16, 16, 8, 256, **glibc)
-    many, _ = measure("vgg5", 256, 16, 16, 8, 256, **glibc)
+    few, _ = measure("vgg5", 32, 16, 16, 8, 256)
+    many, _ = measure("vgg5", 256, 16, 16, 8, 256)
     assert many < 1.1 * few
 
 
