@@ -11,14 +11,14 @@ import mlflow
 from PIL import Image
 from playwright.sync_api import Page
 
-from pipeline.tracking.origin import EXPERIMENT, tracking_uri
+from pipeline.tracking.address import EXPERIMENT, tracking_uri
 from pipeline.ui import HOST, page_of, serving
 from tests import browser
 from tests.pipeline.support import free_port
 
 FOLDER = Path("docs/screenshots")
 COLUMNS = ("accuracy/scaled", "accuracy/stdb", "energy/stdb_pj")
-CHARTS = r"accuracy/(ann|scaled|stdb)$|spikes/conv"
+CHARTS = r"accuracy/(ann|scaled|stdb)$|by_timestep/(levels|stdb)$|spikes/conv"
 
 
 def main() -> int:

@@ -33,17 +33,8 @@ from pipeline.params import DistilParams, StdbAtT, StdbParams
 Networks = tuple[nn.Module, stdb.SpikingNetwork]  # an ANN, and what it is converted to
 SCRATCH_IMAGES, SCRATCH_PERCENTILE = 64, 90.0
 STEPS = "timesteps"  # of an epoch's metrics: T, where it is one of several
-DESCENTS = (
-    1.0,
-    0.9,
-    0.8,
-    0.7,
-    0.6,
-    0.5,
-    0.4,
-    0.3,
-    0.2,
-)  # factors of V that are tried at the next T
+# factors of V that are tried at the next T
+DESCENTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 BATCH = 128  # images presented at once where nothing is learned
 
 
@@ -94,13 +85,15 @@ def fine_tune(
             worker.say(f"T = {at_t.timesteps}, {at_t.epochs} epoch(s)")
         if tuned and params.threshold_scale is None and not snn.has_units:
             lower_thresholds(worker, snn, validation, at_t.timesteps)
+        if tuned and not in_units(params, snn):
+            snn.scale_output(fitting_scale(worker, ann, snn, validation, at_t.timesteps))
         use_surrogate(snn, at_t)
         available = free_memory(worker.device, worker.world)
         chunk = fitting_chunk(worker, snn, train.shape, at_t, available)
         task = Task(
             snn.net,
             model,
-            backward_passes(snn, model, at_t, chunk, mean=params.in_units),
+            backward_passes(snn, model, at_t, chunk, mean=in_units(params, snn)),
             torch.optim.Adam(
                 [p for p in snn.parameters() if p.requires_grad],
                 lr=at_t.learning_rate,
@@ -181,27 +174,37 @@ def starting_networks(
     snn.scale_thresholds(scale)
     factor = params.logit_scale
     if factor == "auto":
-        factor = fitting_scale(worker, ann, snn, validation)
+        factor = fitting_scale(worker, ann, snn, validation, params.first_timesteps)
     snn.scale_output(factor)
     return ann, snn
 
 
-def fitting_scale(
-    worker: Worker, ann: nn.Module, snn: stdb.SpikingNetwork, validation: Samples
-) -> float:
-    """The output layer's factor for a loss of U_T; for one of U_T/T that in the ANN's units.
+def in_units(params: StdbParams, snn: stdb.SpikingNetwork) -> bool:
+    """Whether the loss is that of U_t/t, in the ANN's units: beside a teacher, and at falling T.
 
-    Found at the first T: units are the same at every other one.
+    Weights that hold units keep them at every T. Without, what U_T amounts to changes with T and V:
+    the loss is that of U_T, whose scale is fitted at each T.
     """
+    return params.distil is not None or (params.progressive and snn.has_units)
+
+
+def fitting_scale(
+    worker: Worker,
+    ann: nn.Module,
+    snn: stdb.SpikingNetwork,
+    validation: Samples,
+    timesteps: int,
+) -> float:
+    """The output layer's factor for a loss of U_T; for one of U_T/T that in the ANN's units."""
     params = worker.params.stdb
     if params.from_scratch:  # random weights are not sure of anything
         return 1.0
-    if not params.in_units:
-        factor = fitting_logit_scale(worker, snn, validation, params.first_timesteps, BATCH)
+    if not in_units(params, snn):
+        factor = fitting_logit_scale(worker, snn, validation, timesteps, BATCH)
     elif snn.has_units:  # which the weights hold
         return 1.0
     else:
-        factor = fitting_units(worker, ann, snn, validation, params.first_timesteps, BATCH)
+        factor = fitting_units(worker, ann, snn, validation, timesteps, BATCH)
     worker.say(f"logit scale {factor:.3g}")
     return factor
 
