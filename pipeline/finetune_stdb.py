@@ -33,7 +33,7 @@ from pipeline.learning.evaluation import (
     levels_of,
     longest,
 )
-from pipeline.learning.finetuning import BATCH, fine_tune, in_units
+from pipeline.learning.finetuning import BATCH, fine_tune
 from pipeline.learning.network_file import write_network
 from pipeline.learning.networks import (
     build_ann,
@@ -224,7 +224,7 @@ def sure_scale(
 
     Where U_t/t was trained, in the ANN's units, U_T is T times that: far too sure to leave early.
     """
-    if not in_units(worker.params.stdb, snn):
+    if not worker.params.stdb.in_units:
         return 1.0
     return fitting_logit_scale(worker, snn, validation, timesteps, BATCH)
 

@@ -273,8 +273,8 @@ class StdbParams(Training):
             )
         if self.logit_scale != "auto":
             raise ValueError(
-                f"logit_scale is {self.logit_scale} with timesteps: {steps}; allowed: auto, which "
-                "finds the scale of each of them, or one T"
+                f"logit_scale is {self.logit_scale} with timesteps: {steps}, whose loss takes "
+                "U_t/t in the ANN's units; allowed: auto, which finds them, or one T"
             )
         if self.truncate is not None and self.truncate >= self.first_timesteps:
             raise ValueError(
@@ -302,6 +302,11 @@ class StdbParams(Training):
     def last_timesteps(self) -> int:
         """T of the network that is wanted."""
         return self.falling[-1]
+
+    @property
+    def in_units(self) -> bool:
+        """Whether the loss is that of U_t/t, in the ANN's units, so that it is one for all T."""
+        return self.distil is not None or self.progressive
 
     def at_each(self) -> list["StdbAtT"]:
         """The fine-tuning at each T."""

@@ -85,15 +85,13 @@ def fine_tune(
             worker.say(f"T = {at_t.timesteps}, {at_t.epochs} epoch(s)")
         if tuned and params.threshold_scale is None and not snn.has_units:
             lower_thresholds(worker, snn, validation, at_t.timesteps)
-        if tuned and not in_units(params, snn):
-            snn.scale_output(fitting_scale(worker, ann, snn, validation, at_t.timesteps))
         use_surrogate(snn, at_t)
         available = free_memory(worker.device, worker.world)
         chunk = fitting_chunk(worker, snn, train.shape, at_t, available)
         task = Task(
             snn.net,
             model,
-            backward_passes(snn, model, at_t, chunk, mean=in_units(params, snn)),
+            backward_passes(snn, model, at_t, chunk, mean=params.in_units),
             torch.optim.Adam(
                 [p for p in snn.parameters() if p.requires_grad],
                 lr=at_t.learning_rate,
@@ -122,11 +120,11 @@ def lower_thresholds(
 ) -> None:
     """Multiply V by the factor with which the network is best at its next T, on validation.
 
-    Fewer steps bring less potential. As at the first T, where evaluate_converted finds the scale,
-    layers that were not balanced keep their V. A network with units was calibrated at a V that its
-    weights hold, and stays.
+    Fewer steps bring less potential, to every layer: also to those that were not balanced, the
+    blocks of the paper's ResNets. A network with units was calibrated at a V that its weights hold,
+    and stays.
     """
-    layers = [n for n in snn.neurons.values() if not n.balanced_threshold.isnan()]
+    layers = list(snn.neurons.values())
     before = [neuron.threshold.clone() for neuron in layers]
     accuracies: dict[float, float] = {}
 
@@ -174,37 +172,27 @@ def starting_networks(
     snn.scale_thresholds(scale)
     factor = params.logit_scale
     if factor == "auto":
-        factor = fitting_scale(worker, ann, snn, validation, params.first_timesteps)
+        factor = fitting_scale(worker, ann, snn, validation)
     snn.scale_output(factor)
     return ann, snn
 
 
-def in_units(params: StdbParams, snn: stdb.SpikingNetwork) -> bool:
-    """Whether the loss is that of U_t/t, in the ANN's units: beside a teacher, and at falling T.
-
-    Weights that hold units keep them at every T. Without, what U_T amounts to changes with T and V:
-    the loss is that of U_T, whose scale is fitted at each T.
-    """
-    return params.distil is not None or (params.progressive and snn.has_units)
-
-
 def fitting_scale(
-    worker: Worker,
-    ann: nn.Module,
-    snn: stdb.SpikingNetwork,
-    validation: Samples,
-    timesteps: int,
+    worker: Worker, ann: nn.Module, snn: stdb.SpikingNetwork, validation: Samples
 ) -> float:
-    """The output layer's factor for a loss of U_T; for one of U_T/T that in the ANN's units."""
+    """The output layer's factor for a loss of U_T; for one of U_T/T that in the ANN's units.
+
+    Found at the first T: units are the same at every other one.
+    """
     params = worker.params.stdb
     if params.from_scratch:  # random weights are not sure of anything
         return 1.0
-    if not in_units(params, snn):
-        factor = fitting_logit_scale(worker, snn, validation, timesteps, BATCH)
+    if not params.in_units:
+        factor = fitting_logit_scale(worker, snn, validation, params.first_timesteps, BATCH)
     elif snn.has_units:  # which the weights hold
         return 1.0
     else:
-        factor = fitting_units(worker, ann, snn, validation, timesteps, BATCH)
+        factor = fitting_units(worker, ann, snn, validation, params.first_timesteps, BATCH)
     worker.say(f"logit scale {factor:.3g}")
     return factor
 
