@@ -166,6 +166,25 @@ def test_accuracy_and_spikes_are_drawn_for_both_runs(page, runs):
                 expect(chart.get_by_text(run.run_name, exact=True).first).to_be_visible()
 
 
+def test_accuracy_by_timestep_is_a_line_for_each_run(page, runs, repository):
+    """T is the step of one chart; a point for each T that was measured."""
+    ends, _ = runs
+    client = mlflow.MlflowClient(f"sqlite:///{repository.root / 'mlflow.db'}")
+    metric = "by_timestep/stdb"
+    steps = [[one.step for one in client.get_metric_history(run.run_id, metric)] for run in ends]
+    assert steps[0][:3] == [1, 2, 3]
+    row_of(page, ends[0].run_id).wait_for()
+    show_charts(page)
+    page.get_by_placeholder("Search metric charts").fill(metric)
+    chart = card(page, metric)
+    chart.evaluate("chart => chart.scrollIntoView()")
+    expect(chart.locator(".scatterlayer .point")).to_have_count(sum(map(len, steps)))
+    expect(chart.get_by_text("Step", exact=True)).to_be_visible()
+    for run in ends:
+        legend = chart.get_by_text(f"{run.run_name} ({metric})", exact=True)
+        expect(legend.first).to_be_visible()
+
+
 def test_a_run_says_what_was_made_from_what(run_page):
     """The figures in words and as metrics, the data sets, the commit, the registered network."""
     page = run_page(1)
@@ -215,6 +234,9 @@ def test_the_registered_model_has_a_champion(page, runs, repository):
     expect(
         page.get_by_text('mlflow.pyfunc.load_model("models:/stdb-digits@champion")')
     ).to_be_visible()
+    text = client.get_model_version("stdb-digits", champion).description
+    version.get_by_role("link", name=f"Version {champion}").click()
+    expect(page.get_by_text(text.splitlines()[0])).to_be_visible()
 
 
 def test_the_tables_of_the_report_sort(chromium):
