@@ -104,21 +104,23 @@ def page(stage: Stage, results: Results) -> str:
 
 {table(params, results)}
 
-Top-1 accuracy on {test:,} test images, read once; scale and epoch are chosen on validation. In
-brackets: 95 % confidence intervals (Wilson) for the test images drawn, seeds not included.
+Top-1 accuracy on {test:,} test images, which are used once. The threshold scale and the epoch are
+chosen on validation images. In brackets: 95 % confidence intervals (Wilson) for the choice of test
+images; the spread over seeds is not included.
 {gain(results)}
 
 ![Accuracy against T](accuracy_by_timestep.png)
 
-One simulation gives the accuracy at every t: the output layer only accumulates. The ANN with t
-levels has activations of so many steps, up to the A of the converted network's neurons: what t
-spikes say of it where currents are even in time. STDB may do better, as it learns for its T.
+One simulation gives the accuracy after every step, since the output layer only accumulates. *ANN
+with t levels* is the ANN with its activations rounded to t levels between 0 and A, the activation
+that a spike in every step stands for: what t steps could represent if currents were constant in
+time. A network that was fine-tuned for T steps may be better than that.
 
 {by_timestep(results)}
 
 ## Each T
 
-T counts steps of binary spikes; spikes a neuron are those of an image, of all layers together.
+T counts steps of binary spikes. Spikes a neuron: for one image, the mean of all neurons.
 
 {each_t(params, results)}
 
@@ -126,17 +128,17 @@ T counts steps of binary spikes; spikes a neuron are those of an image, of all l
 
 ## Spikes (Fig. 3)
 
-Spikes of each layer summed over T, per neuron and image; V after scaling and fine-tuning on
-the bars. {fewer_spikes(results)}
+Spikes of each layer, per neuron and image, over all T steps. On the bars: the threshold V after
+scaling and fine-tuning. {fewer_spikes(results)}
 
 ![Spikes per layer](spikes_per_layer.png)
 
 ## Energy
 
-Per image, 45 nm CMOS: 0.9 pJ an accumulate, 4.6 pJ a multiply-accumulate. A spike is an accumulate
-at each synapse that it reaches, by real fan-out. What an analogue input drives multiplies, once
-where it is the same at every step; a neuron with a bias, or such a current, accumulates once more
-at every step.
+For one image, in 45 nm CMOS: 0.9 pJ for an accumulate and 4.6 pJ for a multiply-accumulate. Each
+spike costs one accumulate for each synapse that it reaches (the real fan-out is counted). A layer
+with an analogue input multiplies, only once if the input is the same at every step. A neuron with a
+bias, or with such an input, needs one more accumulate in every step.
 
 {energy(results)}
 
@@ -150,15 +152,15 @@ at every step.
 
 ## Leaving early
 
-The output may be read as soon as the largest probability is large enough.
+The simulation of an image may end as soon as the largest probability reaches a confidence.
 
 {exits(results)}
 
 ## Layer by layer: does it follow its ANN?
 
-On a few validation images: correlation of spike counts with the activations of the ANN of the same
-weights, neurons that never fired, neurons that fired in nine of ten steps or more, and the spikes'
-worth of potential that was left.
+On a few validation images: the correlation of spike counts with the activations of an ANN with the
+same weights; *silent* neurons, which never fired; *saturated* neurons, which fired in nine of ten
+steps or more; and U/V at the end, the number of spikes that T steps had no time for.
 
 ![Diagnosis](diagnosis.png)
 
@@ -172,7 +174,7 @@ worth of potential that was left.
 
 ![Training](training.png)
 
-## How it came about
+## Provenance
 
 {origin(stage, results)}
 
@@ -225,9 +227,9 @@ def fewer_spikes(results: Results) -> str:
     """The two networks' spikes, as a sentence."""
     before, after = results.converted.reduced, results.finetuned
     return (
-        f"The layers' averages sum to {sum(before.spikes_per_neuron.values()):.2f} converted at "
-        f"T = {before.timesteps} and {sum(after.spikes_per_neuron.values()):.2f} after STDB at "
-        f"T = {after.timesteps}."
+        f"The sum of the layers' averages is {sum(before.spikes_per_neuron.values()):.2f} for the "
+        f"converted network at T = {before.timesteps} and "
+        f"{sum(after.spikes_per_neuron.values()):.2f} after STDB at T = {after.timesteps}."
     )
 
 
@@ -248,7 +250,7 @@ def exits(results: Results) -> str:
 
 
 def diagnosis(results: Results) -> str:
-    """A table of the fine-tuned layers, and what helps where one is ill."""
+    """A table of the fine-tuned layers, and what helps where one does not follow its ANN."""
     plots = results.plots
     head = ["layer", "V", "spikes per step", "correlation", "silent", "saturated", "U/V left"]
     rows = [
@@ -260,7 +262,7 @@ def diagnosis(results: Results) -> str:
     ]  # fmt: skip
     both = (("converted", plots.converted_diagnosis), ("STDB", plots.finetuned_diagnosis))
     hints = [f"- {name}: {row.hint}" for name, rows in both for row in rows if row.hint]
-    return markdown_table(head, rows) + "\n\n" + "\n".join(hints or ["No layer is ill."])
+    return markdown_table(head, rows) + "\n\n" + "\n".join(hints or ["All layers follow the ANN."])
 
 
 def origin(stage: Stage, results: Results) -> str:
