@@ -29,7 +29,7 @@ from pipeline.tracking.origin import provenance
 LARGEST = 4 * 2**20  # bytes of a file
 BATCH = 250
 LICENCES = {
-    "cifar10": "CIFAR-10 (Krizhevsky, 2009), 50,000 of the 80 million tiny images; its authors ask "
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009), 50,000 training images from the 80 million tiny images; its authors ask "
     "to be cited and name no licence.",
 }
 
@@ -72,7 +72,10 @@ def card(name: str, path: Path, whole: stdb.SpikingNetwork, trained: int) -> str
         [f"T = {t + 1}", f"{share:.2%}"] for t, share in enumerate(after.double().mean(1).tolist())
     ]
     rows.append(
-        [f"left at a probability of {CONFIDENCE:g}, {steps:.2f} steps on average", f"{early:.2%}"]
+        [
+            f"early exit at a probability of {CONFIDENCE:g}, {steps:.2f} time steps on average",
+            f"{early:.2%}",
+        ]
     )
     rows.append(["its ANN", f"{results.ann.accuracy.test:.2%}"])
     gain = (after[-1].double().mean() - before[-1].double().mean()).item()
@@ -89,16 +92,16 @@ A spiking network for images of {len(about["classes"])} classes: {", ".join(abou
 {chr(10).join(markdown_table(["", ""], rows).splitlines()[2:])}
 
 - {params.network.architecture} at width {params.network.width:g}, {weights:,} weights; analogue \
-input, IF neurons; fine-tuned at T = {trained}, presented for {last} step{"s" * (last > 1)} at \
-most. Kept in float16: {100 * gain:+.2f} points at T = {last}.
+input, IF neurons; fine-tuned at T = {trained}, run for at most {last} time \
+step{"s" * (last > 1)}. Weights stored in float16: {100 * gain:+.2f} points at T = {last}.
 - Made by `make repro` with `params.yaml` of a preset (`make preset`), seeds {params.data.seed}, \
 {params.train_ann.seed}, {params.stdb.seed}, at commit {tags["git.commit"][:7]}{changed}; \
-{results.data.train.images:,} images to learn from, {results.data.validation.images:,} to choose \
-with; the test split chose nothing.
+{results.data.train.images:,} training images, {results.data.validation.images:,} validation \
+images; the test split was not used for any choice.
 - {machine()}.
 - Data: {LICENCES.get(name, source)}
-- What it has not learned it takes for one of its classes all the same. Photographs are brought to \
-{about["network"]["image_size"]} pixels, their middle.
+- An image of anything else is also assigned to one of the classes. Photographs are cropped to their \
+central square and resized to {about["network"]["image_size"]} pixels.
 """
 
 
