@@ -29,8 +29,8 @@ from pipeline.tracking.origin import provenance
 LARGEST = 4 * 2**20  # bytes of a file
 BATCH = 250
 LICENCES = {
-    "cifar10": "CIFAR-10 (Krizhevsky, 2009), 50,000 training images from the 80 million tiny images; its authors ask "
-    "to be cited and name no licence.",
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009), 50,000 training images from the 80 million tiny "
+    "images; its authors ask to be cited and name no licence.",
 }
 
 
@@ -100,8 +100,8 @@ step{"s" * (last > 1)}. Weights stored in float16: {100 * gain:+.2f} points at T
 images; the test split was not used for any choice.
 - {machine()}.
 - Data: {LICENCES.get(name, source)}
-- An image of anything else is also assigned to one of the classes. Photographs are cropped to their \
-central square and resized to {about["network"]["image_size"]} pixels.
+- An image of anything else is also assigned to one of the classes. Photographs are cropped to \
+their central square and resized to {about["network"]["image_size"]} pixels.
 """
 
 
