@@ -57,8 +57,9 @@ class Training(Section):
     """Fractions of the epochs after which the learning rate is divided."""
     decay: Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)]
     """Divisor of the learning rate at each milestone, above 1."""
-    augment: bool
-    """Random crops (padding 4) and horizontal flips, by (seed, epoch, sample)."""
+    augment: bool | Literal["trivial"]
+    """Random crops (padding 4) and horizontal flips, by (seed, epoch, sample); ``trivial``: behind
+    them one operation of TrivialAugment, too, against overfitting in long trainings."""
     seed: Seed
     """Seed of initial weights, order of the images, dropout, augmentation, spikes."""
 

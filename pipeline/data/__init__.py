@@ -1,6 +1,6 @@
 """Data sets: where they come from, their splits, images and augmentation."""
 
-from pipeline.data.augmentation import augment, cut_out
+from pipeline.data.augmentation import augment, cut_out, trivial_augment
 from pipeline.data.splits import (
     Files,
     Samples,
@@ -22,5 +22,6 @@ __all__ = [
     "load_split",
     "save_split",
     "subset",
+    "trivial_augment",
     "worker_batches",
 ]

@@ -1,17 +1,48 @@
-"""Augmentation: random crops, flips and cutouts, a function of (seed, epoch, sample)."""
+"""Augmentation: crops, flips, TrivialAugment, cutouts, a function of (seed, epoch, sample)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
 
 from stdb import derive, sample_keys, uniform
 
-CROP_STREAM, FLIP_STREAM, CUTOUT_STREAM = 0xC0, 0xF1, 0xCD
+CROP_STREAM, FLIP_STREAM, CUTOUT_STREAM, TRIVIAL_STREAM = 0xC0, 0xF1, 0xCD, 0x7A
 GREY = 128  # of uint8: 0 to a network, by the default normalisation
 PHOTOGRAPH = 128  # pixels, from which on a network and its augmentation are ImageNet's
 AREA, ASPECT = (0.08, 1.0), 4 / 3  # of a random crop of a photograph; the ratio is 1/ASPECT to that
+
+
+def _moved(
+    image: Tensor, across: float = 0, down: float = 0, shear: tuple[float, float] = (0, 0)
+) -> Tensor:
+    degrees = [math.degrees(math.atan(number)) for number in shear]
+    centre = [0.0, 0.0] if any(shear) else None
+    moved: Tensor = transforms.affine(image, 0, [int(across), int(down)], 1, degrees, center=centre)
+    return moved
+
+
+Operation = Callable[[Tensor, float], Tensor]  # of an image and a magnitude of either sign
+OPERATIONS: dict[str, tuple[Operation, float, float]] = {  # and the first and last magnitude
+    "Identity": (lambda image, _: image, 0, 0),
+    "ShearX": (lambda image, m: _moved(image, shear=(m, 0)), 0, 0.99),
+    "ShearY": (lambda image, m: _moved(image, shear=(0, m)), 0, 0.99),
+    "TranslateX": (lambda image, m: _moved(image, across=m), 0, 32),
+    "TranslateY": (lambda image, m: _moved(image, down=m), 0, 32),
+    "Rotate": (lambda image, m: transforms.rotate(image, m), 0, 135),
+    "Brightness": (lambda image, m: transforms.adjust_brightness(image, 1 + m), 0, 0.99),
+    "Color": (lambda image, m: transforms.adjust_saturation(image, 1 + m), 0, 0.99),
+    "Contrast": (lambda image, m: transforms.adjust_contrast(image, 1 + m), 0, 0.99),
+    "Sharpness": (lambda image, m: transforms.adjust_sharpness(image, 1 + m), 0, 0.99),
+    "Posterize": (lambda image, m: transforms.posterize(image, round(abs(m))), 8, 2),
+    "Solarize": (lambda image, m: transforms.solarize(image, 255 * abs(m)), 1, 0),
+    "AutoContrast": (lambda image, _: transforms.autocontrast(image), 0, 0),
+    "Equalize": (lambda image, _: transforms.equalize(image), 0, 0),
+}
+MAGNITUDES = 31  # of every operation, evenly from the first to the last
 
 
 def augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
@@ -32,6 +63,29 @@ def augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
     flip = uniform(derive(keys, FLIP_STREAM), 1) < 0.5
     cropped = crop(images, keys)
     return torch.where(flip[:, :, None, None], cropped.flip(-1), cropped)
+
+
+def trivial_augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
+    """TrivialAugment (Müller and Hutter, 2021, its wide space): one operation on every image.
+
+    Which of the fourteen, its magnitude and sign are drawn evenly, a function of (seed, epoch,
+    sample). The operations are torchvision's; what they uncover is black.
+
+    Args:
+        images: (B, C, H, W) uint8, C = 1 or 3.
+        ids: (B,) names of the samples.
+        seed: of the training.
+        epoch: of the training.
+    """
+    keys = derive(derive(sample_keys(ids, epoch), seed), TRIVIAL_STREAM)
+    choices = uniform(keys, 3) * torch.tensor([len(OPERATIONS), MAGNITUDES, 2], device=keys.device)
+    operations = list(OPERATIONS.values())
+    changed = []
+    for image, (number, step, sign) in zip(images, choices.long().tolist(), strict=True):
+        operate, first, last = operations[number]
+        magnitude = float(torch.linspace(first, last, MAGNITUDES)[step])
+        changed.append(operate(image, -magnitude if sign else magnitude))
+    return torch.stack(changed)
 
 
 def cut_out(images: Tensor, ids: Tensor, seed: int, epoch: int, side: int) -> Tensor:

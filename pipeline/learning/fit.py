@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data import Samples, Split, augment, cut_out
+from pipeline.data import Samples, Split, augment, cut_out, trivial_augment
 from pipeline.errors import DivergenceError
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning.norms import GroupStatistics, group_sizes, has_norms
@@ -32,8 +32,7 @@ BackwardPasses = Callable[[Tensor, Tensor, int], Iterator[Callable[[], Tensor]]]
 # images (B, C, H, W) → a function of their logits and labels: the sum of their losses
 Losses = Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]
 
-# seconds between progress lines of epochs, and of steps
-SAY_EPOCH_EVERY = 2.0
+SAY_EPOCH_EVERY = 2.0  # seconds, between progress lines of epochs
 
 
 def cross_entropy(_: Tensor, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -205,17 +204,23 @@ class _Fit:
             **task.validate(epoch),
         }
 
+    def _augmented(self, share: Split, epoch: int) -> Split:
+        """What is learned from in this epoch instead of these images."""
+        images, ids, seed = share.images, share.ids, self.params.seed
+        if self.params.augment:
+            images = augment(images, ids, seed, epoch)
+        if self.params.augment == "trivial":
+            images = trivial_augment(images, ids, seed, epoch)
+        if self.task.cutout:
+            images = cut_out(images, ids, seed, epoch, self.task.cutout)
+        return replace(share, images=images)
+
     def _step(
         self, share: Split, epoch: int, step: int, weight: float
     ) -> tuple[Tensor, Tensor, float]:
         """One step of the optimiser; mean loss, correct predictions, and norm of the gradient."""
         task = self.task
-        if self.params.augment:
-            images = augment(share.images, share.ids, self.params.seed, epoch)
-            share = replace(share, images=images)
-        if task.cutout:
-            images = cut_out(share.images, share.ids, self.params.seed, epoch, task.cutout)
-            share = replace(share, images=images)
+        share = self._augmented(share, epoch)
         task.optimizer.zero_grad(set_to_none=True)
         sizes = None if self.norms is None else self.norms.mine
         loss, correct = backward(task, share.pixels(), share, epoch, weight, sizes)

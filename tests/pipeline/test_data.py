@@ -14,15 +14,12 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torchvision.transforms.v2.functional import erase
 
 import pipeline.data.archives
 import pipeline.data.sources
 from pipeline.data import (
     DataError,
     Files,
-    augment,
-    cut_out,
     load_split,
     save_split,
     subset,
@@ -375,76 +372,3 @@ def test_a_file_that_is_gone_is_named_when_it_is_read(streamed):
     Path(part.names[4]).unlink()
     with pytest.raises(DataError, match=Path(part.names[4]).name):
         list(part.stream([torch.arange(8)], torch.device("cpu")))
-
-
-def test_augmentation_depends_on_the_sample_only():
-    """Same (seed, epoch, id), same crop, whatever the batch; another epoch, another crop."""
-    images = torch.arange(6 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(6, 3, 8, 8)
-    ids = torch.arange(6)
-    whole = augment(images, ids, 0, 1)
-    part = augment(images[2:4], ids[2:4], 0, 1)
-    assert torch.equal(whole[2:4], part)
-    assert not torch.equal(whole, augment(images, ids, 0, 2))
-    assert not torch.equal(whole, augment(images, ids, 1, 1))
-    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
-    windows = [padded[0, :, r : r + 8, c : c + 8] for r in range(9) for c in range(9)]
-    assert any(torch.equal(whole[0], w) or torch.equal(whole[0], w.flip(-1)) for w in windows)
-
-
-@pytest.mark.parametrize("side", [1, 4, 5, 8, 30])
-def test_a_cutout_is_torchvisions_erase_at_a_place_of_the_sample(side):
-    """A grey square, its middle anywhere in the image; the same in any batch; another epoch's."""
-    images = torch.randint(0, 100, (300, 2, 9, 7), generator=torch.Generator().manual_seed(0))
-    images, ids = images.to(torch.uint8), torch.arange(300)
-    found = cut_out(images, ids, 0, 1, side)
-    assert torch.equal(cut_out(images[5:9], ids[5:9], 0, 1, side), found[5:9])
-    for before, after in zip(images, found, strict=True):
-        rows, columns = (after != before).any(0).nonzero().unbind(1)
-        square = [int(rows.min()), int(columns.min())]
-        sizes = [int(rows.max()) - square[0] + 1, int(columns.max()) - square[1] + 1]
-        wanted = erase(before, *square, *sizes, torch.tensor(128, dtype=torch.uint8))
-        assert torch.equal(after, wanted)
-        for first, size, length in zip(square, sizes, (9, 7), strict=True):
-            inside = first > 0 and first + size < length
-            assert size == side if inside else size <= side
-    if side < 9:
-        assert not torch.equal(cut_out(images, ids, 0, 2, side), found)
-        assert not torch.equal(cut_out(images, ids, 1, 1, side), found)
-
-
-def test_the_middle_of_a_cutout_is_anywhere():
-    """Each pixel as often."""
-    images = torch.zeros(6300, 1, 9, 7, dtype=torch.uint8)
-    counts = (cut_out(images, torch.arange(6300), 0, 1, 1) == 128).sum((0, 1))
-    assert int(counts.sum()) == 6300
-    assert counts.min() > 60
-    assert counts.max() < 140
-
-
-def test_photographs_are_cropped_at_any_size():
-    """A gradient stays one; slope and place tell area, aspect ratio and position."""
-    size, count = 128, 400
-    ramp = torch.arange(size).to(torch.uint8)
-    rows, columns = ramp[:, None].expand(size, size), ramp[None].expand(size, size)
-    images = torch.stack([rows, columns]).expand(count, 2, size, size)
-    ids = torch.arange(count)
-    found = augment(images, ids, 0, 1)
-    assert found.shape == images.shape
-    assert found.dtype == torch.uint8
-    assert torch.equal(found[5:7], augment(images[5:7], ids[5:7], 0, 1))
-    assert not torch.equal(found, augment(images, ids, 0, 2))
-    values = found.float()
-    height = (values[:, 0, -9, 64] - values[:, 0, 8, 64]) / (
-        size - 17
-    )  # of 1, away from the border
-    width = (values[:, 1, 64, -9] - values[:, 1, 64, 8]) / (size - 17)
-    flipped = (width < 0).float().mean()
-    area, ratio = height * width.abs(), width.abs() / height
-    assert 0.4 < flipped < 0.6
-    assert 0.07 < area.min() < 0.12
-    assert 0.9 < area.max() < 1.01
-    assert 0.45 < area.mean() < 0.6
-    assert ratio.min() > 0.7
-    assert ratio.max() < 1.45
-    assert values[:, 0, 0].min() < 4  # some begin at the upper edge
-    assert values[:, 0, -1].max() > size - 5

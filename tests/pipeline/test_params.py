@@ -66,6 +66,7 @@ def test_the_defaults_are_valid_and_complete():
         ),
         ("label_smoothing: 0.0", "label_smoothing: 1", "train_ann.label_smoothing is 1; allowed: "),
         ("compile: auto", "compile: fast", "train_ann.compile is 'fast'; allowed: true, false or"),
+        ("augment: false ", "augment: more ", "train_ann.augment is 'more'; allowed: true, "),
         ("cutout: 0 ", "cutout: -1 ", "train_ann.cutout is -1; allowed: greater than or equal to"),
         ("norm_images: 32", "norm_images: 1", "train_ann.norm_images is 1; allowed: greater than"),
         ("width: 0.25", "width: 0", "network.width is 0; allowed: greater than 0"),

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms
 
 import stdb
-from pipeline.data import DataError, Files, Split, augment, load_split, save_split
+from pipeline.data import DataError, Files, Split, load_split, save_split
 from pipeline.data.images import array_to_size
 from pipeline.data.sources import read_source
 from pipeline.finetune_stdb import write_network
@@ -196,19 +196,6 @@ def test_arrays_are_resized_as_files_are(tmp_path, channels, size, resize):
     image.save(tmp_path / "a.png")
     expected = read_image(tmp_path / "a.png", channels, size, resize)
     assert np.array_equal(array_to_size(pixels, size, resize), expected)
-
-
-def test_rectangles_are_cropped_from_black():
-    """Every crop is a window of the padded image, and black stays 0 whatever it becomes later."""
-    images = torch.arange(1, 1 + 40 * 6 * 10).remainder(250).add(1).to(torch.uint8)
-    images = images.view(40, 1, 6, 10)
-    found = augment(images, torch.arange(40), 0, 1)
-    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
-    for k in range(40):
-        windows = [padded[k, :, r : r + 6, c : c + 10] for r in range(9) for c in range(9)]
-        assert any(torch.equal(found[k], w) or torch.equal(found[k], w.flip(-1)) for w in windows)
-    assert (found == 0).any()
-    assert augment(torch.ones(2, 1, 128, 160, dtype=torch.uint8), torch.arange(2), 0, 1).eq(1).all()
 
 
 # -- files of splits -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from pipeline.data import Files, Split, augment, cut_out
+from pipeline.data import Files, Split, augment, cut_out, trivial_augment
 from pipeline.errors import DivergenceError
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.worker import Worker
@@ -289,8 +289,9 @@ def test_augmentation_reaches_the_training(job):
     assert not torch.equal(seen[0], batch.pixels())
 
 
-def test_cutout_reaches_the_training_behind_crops_and_flips(job):
-    """The images are those of augment() and cut_out() for this seed and epoch."""
+@pytest.mark.parametrize("trivial", [False, True])
+def test_cutout_reaches_the_training_behind_what_else_is_done_to_images(job, trivial):
+    """The images are those of augment(), trivial_augment() and cut_out() for seed and epoch."""
     split, network, seen = images(), tiny(), []
 
     def passes(pixels, ids, epoch):
@@ -299,12 +300,14 @@ def test_cutout_reaches_the_training_behind_crops_and_flips(job):
 
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     task = Task(network, network, passes, optimizer, half, cutout=3)
-    fit(job, task, split, schedule(epochs=1, augment=True, seed=5))
+    fit(job, task, split, schedule(epochs=1, augment="trivial" if trivial else True, seed=5))
     batch = split.take(order(20, 8, 5, 1)[0])
     cropped = augment(batch.images, batch.ids, 5, 1)
-    expected = replace(batch, images=cut_out(cropped, batch.ids, 5, 1, 3))
+    changed = trivial_augment(cropped, batch.ids, 5, 1) if trivial else cropped
+    expected = replace(batch, images=cut_out(changed, batch.ids, 5, 1, 3))
     assert torch.equal(seen[0], expected.pixels())
-    assert not torch.equal(expected.images, cropped)
+    assert not torch.equal(expected.images, changed)
+    assert torch.equal(changed, cropped) != trivial
 
 
 def test_smoothed_labels_are_what_is_learned():
