@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import stdb
 from pipeline.command import command, parser
-from pipeline.data import load_split
+from pipeline.data import Samples, load_split
 from pipeline.errors import StageError
 from pipeline.files import DATA, SNN, ZOO, write_text, writing
 from pipeline.params import load_params
@@ -65,20 +66,15 @@ def card(name: str, path: Path, whole: stdb.SpikingNetwork, trained: int) -> str
     params, results, tags = load_params(), read_results(), provenance()
     snn, about = stdb.load(path)
     last, source = about["timesteps"], params.data.source
-    before, _ = decided(whole, last, None)
-    after, _ = decided(snn, last, None)
-    early, steps = decided(snn, last, CONFIDENCE)
-    rows = [
-        [f"T = {t + 1}", f"{share:.2%}"] for t, share in enumerate(after.double().mean(1).tolist())
-    ]
-    rows.append(
-        [
-            f"early exit at a probability of {CONFIDENCE:g}, {steps:.2f} time steps on average",
-            f"{early:.2%}",
-        ]
-    )
-    rows.append(["its ANN", f"{results.ann.accuracy.test:.2%}"])
-    gain = (after[-1].double().mean() - before[-1].double().mean()).item()
+    test = load_split(DATA / "test.safetensors")
+    before, _ = shares(probabilities(whole, test, last), test.labels)
+    stored = probabilities(snn, test, last)
+    after, early = shares(stored, test.labels)
+    steps = stdb.first_confident(stored, CONFIDENCE, last).double().mean()
+    leaving = f"early exit at a probability of {CONFIDENCE:g}, {steps:.2f} time steps on average"
+    rows = [[f"T = {t}", f"{share:.2%}"] for t, share in enumerate(after, 1)]
+    rows += [[leaving, f"{early:.2%}"], ["its ANN", f"{results.ann.accuracy.test:.2%}"]]
+    gain = after[-1] - before[-1]
     changed = ", with changes" if tags["git.dirty"] == "true" else ""
     weights = sum(p.numel() for p in snn.net.parameters() if p.dim() > 1)
     return f"""# {name}
@@ -87,7 +83,7 @@ A spiking network for images of {len(about["classes"])} classes: {", ".join(abou
 
     python -m pipeline.predict --network {name} photo.jpg
 
-| | {after.shape[1]:,} test images |
+| | {len(test):,} test images |
 | --- | ---: |
 {chr(10).join(markdown_table(["", ""], rows).splitlines()[2:])}
 
@@ -106,25 +102,21 @@ their central square and resized to {about["network"]["image_size"]} pixels.
 
 
 @torch.no_grad()
-def decided(
-    snn: stdb.SpikingNetwork, timesteps: int, confidence: float | None
-) -> tuple[Any, float]:
-    """Right or wrong of the test images after each step (T, N); left early, the share and steps."""
-    split = load_split(DATA / "test.safetensors")
-    right, steps, count = [], 0.0, 0
-    for part in torch.arange(len(split)).split(BATCH):
-        batch = split.take(part)
-        decision = stdb.decide(snn.eval(), batch.pixels(), timesteps, sample_ids=batch.ids)
-        chosen = decision.probabilities.argmax(2) == batch.labels
-        if confidence is not None:
-            left = stdb.first_confident(decision.probabilities, confidence, timesteps)
-            chosen = chosen[left - 1, torch.arange(len(part))]
-            steps += float(left.double().sum())
-        right.append(chosen)
-        count += len(part)
-    if confidence is None:
-        return torch.cat(right, 1), 0.0
-    return torch.cat(right).double().mean().item(), steps / count
+def probabilities(snn: stdb.SpikingNetwork, images: Samples, timesteps: int) -> Tensor:
+    """Of the classes after each step, (T, N, classes)."""
+    parts = [images.take(part) for part in torch.arange(len(images)).split(BATCH)]
+    decisions = (
+        stdb.decide(snn.eval(), part.pixels(), timesteps, sample_ids=part.ids) for part in parts
+    )
+    return torch.cat([decision.probabilities for decision in decisions], 1)
+
+
+def shares(after_steps: Tensor, labels: Tensor) -> tuple[list[float], float]:
+    """Accuracy after each step, and where images leave early, from (T, N, classes)."""
+    right = (after_steps.argmax(2) == labels).double()  # (T, N)
+    left = stdb.first_confident(after_steps, CONFIDENCE, len(after_steps))
+    early = right.gather(0, left[None] - 1)
+    return right.mean(1).tolist(), early.mean().item()
 
 
 if __name__ == "__main__":
