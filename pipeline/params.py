@@ -366,6 +366,20 @@ class Params(Section):
     stdb: StdbParams
     cluster: ClusterParams
 
+    @model_validator(mode="after")
+    def _every_worker_has_an_image(self) -> "Params":
+        workers = self.cluster.workers
+        most = workers[1] if isinstance(workers, list) else workers
+        for name, size in (
+            ("train_ann", self.train_ann.batch_size), ("stdb", self.stdb.batch_size)
+        ):  # fmt: skip
+            if most != "auto" and size < most:
+                raise ValueError(
+                    f"{name}.batch_size is {size} with cluster.workers: {workers}; allowed: at "
+                    f"least an image for each worker, {most} or more"
+                )
+        return self
+
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and check params.yaml.

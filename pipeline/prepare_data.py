@@ -76,7 +76,7 @@ def split(
             ids, drawn = _draw(ids, labels, params.test_fraction, params.seed)
             parts["test"] = images[drawn], labels[drawn], drawn
         if params.train_limit is not None and params.train_limit < len(ids):
-            ids, _ = _draw(ids, labels, len(ids) - params.train_limit, params.seed)
+            ids = _limited(ids, labels, params.train_limit, params.seed)
         if "validation" not in parts:
             ids, drawn = _draw(ids, labels, params.validation_fraction, params.seed)
             parts["validation"] = images[drawn], labels[drawn], drawn
@@ -142,13 +142,34 @@ def _split(
 def _draw(
     ids: np.ndarray, labels: np.ndarray, size: float | int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Split ids into the rest and ``size`` of them, equal by class."""
+    """Split ids into the rest and ``size`` of them, equal by class.
+
+    A rare class, of which that would be no image, gives one beyond ``size`` where it has another.
+    """
     from sklearn.model_selection import train_test_split
 
     rest, drawn = train_test_split(
         ids, test_size=size, stratify=labels[ids], random_state=seed, shuffle=True
     )
-    return np.asarray(rest), np.asarray(drawn)
+    rest, drawn = np.asarray(rest), np.asarray(drawn)
+    for rare in np.setdiff1d(labels[rest], labels[drawn]):
+        one, *others = np.flatnonzero(labels[rest] == rare)
+        if others:
+            rest, drawn = np.delete(rest, one), np.append(drawn, rest[one])
+    return rest, drawn
+
+
+def _limited(ids: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """So many of the ids, equal by class."""
+    from sklearn.model_selection import train_test_split
+
+    classes = len(np.unique(labels[ids]))
+    if len(ids) - count < classes:  # not one of each class goes: too few to be drawn by class
+        return np.random.default_rng(seed).permutation(ids)[:count]
+    kept, _ = train_test_split(
+        ids, test_size=len(ids) - count, stratify=labels[ids], random_state=seed, shuffle=True
+    )
+    return np.asarray(kept)
 
 
 def _to_size(images: np.ndarray, params: DataParams) -> np.ndarray:

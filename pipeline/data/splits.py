@@ -100,7 +100,9 @@ class Files(Dataset[Tensor]):
 
     def take(self, index: Tensor) -> Split:
         """The samples with these positions, read now."""
-        images = torch.stack([self[int(k)] for k in index])
+        images = torch.empty((len(index), *self.shape), dtype=torch.uint8)
+        for image, k in zip(images, index.tolist(), strict=True):
+            image[:] = self[k]
         return self._batch(images, index)
 
     def to(self, _: torch.device) -> "Files":
@@ -182,7 +184,7 @@ def load_split(path: Path, readers: int = 0) -> Samples:
         if c not in (1, 3) or h < 1 or w < 1:
             raise DataError(f"its images are {c}×{h}×{w}; allowed: 1 or 3 channels")
         preparation.normalisation.check_channels(c, "its images have")
-        root = Path(os.environ.get("DVC_ROOT") or path.resolve().parents[2])
+        root = Path(os.environ.get("DVC_ROOT") or path.absolute().parents[2])
         names = np.array([str(root / os.fsdecode(n)) for n in kept.numpy().tobytes().split(b"\0")])
         _check(names, labels, ids, classes)
         return Files(names, labels, ids, classes, (c, h, w), readers, preparation)

@@ -86,8 +86,8 @@ def fine_tune(
         if tuned and params.threshold_scale is None and not snn.has_units:
             lower_thresholds(worker, snn, validation, at_t.timesteps)
         use_surrogate(snn, at_t)
-        available = free_memory(worker.device, worker.world)
-        chunk = fitting_chunk(worker, snn, train.shape, at_t, available)
+        available = least(worker, free_memory(worker.device, worker.world))
+        chunk = fitting_chunk(worker, snn, train.shape, at_t, available, begun.get("chunk"))
         task = Task(
             snn.net,
             model,
@@ -105,7 +105,7 @@ def fine_tune(
             snn.constrain,
             losses=losses,
         )
-        state = fit(worker, task, train, at_t, begun | {"tuned": tuned})
+        state = fit(worker, task, train, at_t, begun | {"tuned": tuned, "chunk": chunk})
         best = {"network": state["best_network"], "epoch": state["best_epoch"]}
         kept = {"best": state["best"], "history": state["history"]}
         tuned = [*tuned, {"timesteps": at_t.timesteps, **best, **kept}]
@@ -281,18 +281,29 @@ def free_memory(device: torch.device, world: int) -> int:
     return int(psutil.virtual_memory().available // world)
 
 
+def least(worker: Worker, available: int) -> int:
+    """Of what all workers have, so that they compute alike."""
+    return -int(worker.all_reduce(torch.tensor(-available, device=worker.device), "max"))
+
+
 def fitting_chunk(
     worker: Worker,
     snn: stdb.SpikingNetwork,
     shape: tuple[int, int, int],
     params: StdbAtT,
     available: int,
+    begun: int | None = None,
 ) -> int:
-    """The chunk of the parameters, or one with which a training step fits; says where none does."""
+    """The chunk of the parameters, or one with which a training step fits; says where none does.
+
+    Sums over time are rounded by chunks: a training that goes on keeps the one that it has
+    ``begun`` with, while it fits.
+    """
     images = min(params.micro_batch or params.batch_size, -(-params.batch_size // worker.world))
     steps = min(params.truncate or params.timesteps, params.timesteps)
     settings, continued = (snn, shape, steps, images), steps < params.timesteps
-    chunk = params.chunk or stdb.largest_chunk(*settings, available, continued=continued) or 1
+    largest = stdb.largest_chunk(*settings, available, continued=continued) or 1
+    chunk = params.chunk or min(begun or largest, largest)
     needed = stdb.training_memory(*settings, chunk, continued=continued)
     if params.chunk is None and chunk < (stdb.largest_chunk(*settings, sys.maxsize) or 1):
         snn.chunk = chunk  # the evaluations between epochs find as little room

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.data import Samples, Split, augment, cut_out, trivial_augment
-from pipeline.errors import DivergenceError
+from pipeline.errors import DivergenceError, StageError
 from pipeline.jobs.worker import Row, State, Worker
 from pipeline.learning.norms import GroupStatistics, group_sizes, has_norms
 from pipeline.learning.schedules import learning_rate
@@ -101,10 +101,12 @@ def fit(
 
     Raises:
         DivergenceError: loss or gradient is not finite; names epoch and step.
+        StageError: there is not an image for each worker in a batch.
     """
     if min(params.batch_size, len(train)) < worker.world:
-        raise ValueError(
-            f"{worker.stage}.batch_size is {params.batch_size}; allowed: at least one image for "
+        section = "train_ann" if worker.stage == "train_ann" else "stdb"
+        raise StageError(
+            f"{section}.batch_size is {params.batch_size}; allowed: at least one image for "
             f"each of the {worker.world} workers, of {len(train)} training images"
         )
     return _Fit(worker, task, train, params, worker.resume() if start is None else start).run()
@@ -121,6 +123,11 @@ class _Fit:
         self.norms: GroupStatistics | None = None
         if has_norms(task.network):
             sizes = group_sizes(min(params.batch_size, len(train)), task.norm_images)
+            if sizes == [1]:
+                raise StageError(
+                    "a batch has one image, of which a batch norm finds no variance; allowed: "
+                    "train_ann.batch_size of 2 or more, and as many training images"
+                )
             self.norms = GroupStatistics(task.network, worker, sizes)
         beginning: State = {"epoch": 0, "best": -1.0, "history": []}
         self.state = beginning | (start or {})

@@ -23,8 +23,11 @@ def has_norms(network: nn.Module) -> bool:
 
 
 def group_sizes(count: int, images: int) -> list[int]:
-    """How many of a batch's images each group has: about ``images``, as equal as can be."""
-    groups = -(-count // images)
+    """How many of a batch's images each group has: about ``images``, as equal as can be.
+
+    One image has no variance, so that no group has one, unless that is all there is.
+    """
+    groups = min(-(-count // images), max(1, count // 2))
     least, more = divmod(count, groups)
     return [least + 1] * more + [least] * (groups - more)
 
@@ -78,6 +81,9 @@ class GroupStatistics:
     def apply(self) -> None:
         """Change the running statistics by all groups of a step, in their order."""
         norms = [norm for norm, _, _ in self.found[0]]
+        if not norms:  # a network's own train() leaves them all as in evaluation
+            self.found = []
+            return
         rows = [torch.cat([t for _, *pair in group for t in pair]) for group in self.found]
         every = rows[0].new_zeros(len(self.sizes), len(rows[0]))
         if not self.idle:

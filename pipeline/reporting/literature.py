@@ -63,16 +63,19 @@ def literature() -> Literature:
     return load(FILE, Literature)
 
 
-def rows_for(classes: Iterable[str]) -> list[Row]:
-    """What was published on the data set with these classes, by method and T; else nothing.
-
-    It is known by the names, also as a folder of class folders.
-    """
+def data_set_of(classes: Iterable[str]) -> DataSet | None:
+    """The data set with these classes: known by their names, also as a folder of class folders."""
     wanted = {_plain(name) for name in classes}
-    for data_set in literature().data_sets:
-        if {_plain(name) for name in data_set.classes} == wanted:
-            return sorted(data_set.rows, key=lambda row: (row.paper, row.timesteps))
-    return []
+    known = literature().data_sets
+    return next((one for one in known if {_plain(name) for name in one.classes} == wanted), None)
+
+
+def rows_for(classes: Iterable[str]) -> list[Row]:
+    """What was published on the data set with these classes, by method and T; else nothing."""
+    data_set = data_set_of(classes)
+    if data_set is None:
+        return []
+    return sorted(data_set.rows, key=lambda row: (row.paper, row.timesteps))
 
 
 def _plain(name: str) -> str:

@@ -189,7 +189,7 @@ def table(params: Params, results: Results) -> str:
     converted, tuned = results.converted, results.finetuned
     long, reduced = converted.long, converted.reduced
     test = results.data.test.images
-    row, network = nearest(params.network, params.data), params.network
+    row, network = nearest(params.network, results.data.classes), params.network
     accuracies = [
         with_interval(value, test)
         for value in (results.ann.accuracy.test, long.accuracy, reduced.accuracy)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from pipeline.params import DataParams, NetworkParams
+from pipeline.params import NetworkParams
+from pipeline.reporting.literature import data_set_of
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,7 @@ class PaperRow:
 
     Attributes:
         architecture: of ``stdb.build``.
-        source: ``data.source``, or ``imagenet``.
+        source: the data set, as its torchvision class is called in lower case.
         ann: of the ANN.
         converted: ANN–SNN conversion, T = 2500.
         reduced: the conversion at the reduced T.
@@ -40,11 +41,23 @@ TABLE_1 = [
 ]
 
 
-def nearest(network: NetworkParams, data: DataParams) -> PaperRow:
-    """The paper's row of the same architecture and data, else of the most alike."""
+IMAGENET = 1000  # classes
+
+
+def nearest(network: NetworkParams, classes: list[str]) -> PaperRow:
+    """The paper's row of the same architecture and data, else of the most alike.
+
+    Args:
+        network: of the run.
+        classes: their names, by which a data set is known from wherever it was read.
+    """
+    known = data_set_of(classes)
+    source = known.name.lower().replace("-", "") if known else ""
+    if len(classes) == IMAGENET:
+        source = "imagenet"
 
     def likeness(row: PaperRow) -> tuple[bool, bool, bool]:
         family = row.architecture[:3] == network.architecture[:3]
-        return row.architecture == network.architecture, family, row.source == data.source
+        return row.architecture == network.architecture, family, row.source == source
 
     return max(TABLE_1, key=likeness)

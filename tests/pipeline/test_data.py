@@ -304,6 +304,46 @@ def assert_same(a, b):
     assert a.classes == b.classes
 
 
+def test_no_images_are_none_wherever_they_are(streamed):
+    """What a worker takes that has no share."""
+    for part in (splits["train"] for splits in streamed):
+        taken = part.take(torch.arange(0))
+        assert (taken.images.shape, taken.images.dtype) == ((0, 3, 8, 8), torch.uint8)
+        assert len(taken.labels) == len(taken.ids) == 0
+
+
+def test_names_of_files_are_of_the_repository_that_a_split_is_linked_into(streamed, tmp_path):
+    """As DVC does where its cache is a folder of its own."""
+    path = tmp_path / "data/prepared/train.safetensors"
+    kept = tmp_path / "cache/files/md5/12/34"
+    kept.parent.mkdir(parents=True)
+    path.rename(kept)
+    path.symlink_to(kept)
+    assert np.array_equal(load_split(path).names, streamed[1]["train"].names)
+
+
+def test_every_split_has_an_image_of_a_rare_class(tmp_path):
+    """Three are enough, as docs/images.md says, whatever the shares; others stay as drawn."""
+    make_folder(tmp_path, ("a",), 300)
+    make_folder(tmp_path, ("b",), 3)
+    shares = {"test_fraction": 0.1, "validation_fraction": 0.1, "image_size": 8}
+    for seed in range(3):
+        parts = prepare(source="folder", path=str(tmp_path), seed=seed, **shares)
+        ids = torch.cat([part.ids for part in parts.values()])
+        assert sorted(ids.tolist()) == list(range(303))
+        assert [int((part.labels == 1).sum()) for part in parts.values()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("limit", [1346, 1340, 1337, 1336, 1000])
+def test_any_number_of_training_images_may_be_kept(limit):
+    """Also where so few go that they cannot be of every class; the test split is the same."""
+    parts, whole = prepare(train_limit=limit), prepare()
+    assert len(parts["train"]) + len(parts["validation"]) == limit
+    assert torch.equal(parts["test"].ids, whole["test"].ids)
+    used = torch.cat([part.ids for part in parts.values()])
+    assert len(used.unique()) == len(used)
+
+
 def test_a_streamed_split_has_the_images_of_one_in_memory(streamed):
     """Pixel by pixel, in every split; only the names of the files are kept."""
     memory, files = streamed

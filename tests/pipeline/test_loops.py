@@ -416,7 +416,9 @@ def test_a_training_that_will_not_fit_is_said_before_it_starts(files, capsys):
     assert fitting_chunk(one, snn, shape, at_t, 1 << 40) == 10  # about 256 images at once
     assert "a training step takes about 0.1 GB of 1099.5 GB free" in capsys.readouterr().out
     little = stdb.training_memory(snn, shape, 100, 24, 4)
-    assert fitting_chunk(one, snn, shape, at_t, little) in (2, 4, 5)
+    assert (fitting := fitting_chunk(one, snn, shape, at_t, little)) in (2, 4, 5)
+    assert fitting_chunk(one, snn, shape, at_t, 1 << 40, fitting) == fitting  # as it began
+    assert fitting_chunk(one, snn, shape, at_t, little, 10) == fitting  # which does not fit here
     assert "warning" not in capsys.readouterr().out
     assert fitting_chunk(one, snn, shape, at_t, 1000) == 1
     assert "warning: a training step takes about" in capsys.readouterr().out

@@ -52,7 +52,7 @@ def step(network, statistics, images) -> None:
 @pytest.mark.parametrize(
     ("count", "images", "sizes"),
     [(64, 32, [32, 32]), (65, 32, [22, 22, 21]), (33, 32, [17, 16]), (12, 32, [12]),
-     (993, 32, [32] + [31] * 31), (5, 2, [2, 2, 1]), (4, 2, [2, 2])],
+     (993, 32, [32] + [31] * 31), (5, 2, [3, 2]), (4, 2, [2, 2]), (3, 2, [3]), (1, 2, [1])],
 )  # fmt: skip
 def test_groups_are_as_equal_as_can_be(count, images, sizes):
     """No group is a remainder of a few images, whose statistics would say nothing."""
@@ -88,6 +88,20 @@ def test_evaluation_and_frozen_norms_change_no_statistics(tmp_path):
     before = copy.deepcopy(network.state_dict())
     network.eval()(batches()[0])
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_a_network_whose_own_train_freezes_all_norms_is_trained(tmp_path):
+    """The usual way of fine-tuning: none of them finds anything, and they stay as they are."""
+    network = normed().train()
+    for k in (1, 4, 6):
+        network[k].eval()
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    statistics = GroupStatistics(network, alone(tmp_path), [7, 6])
+    for images in batches():
+        step(network, statistics, statistics.share(images))
+        statistics.apply()
+    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+    assert statistics.found == []
 
 
 def test_a_network_is_left_as_it_was(tmp_path):

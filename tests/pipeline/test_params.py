@@ -66,6 +66,12 @@ def test_the_defaults_are_valid_and_complete():
         ),
         ("label_smoothing: 0.0", "label_smoothing: 1", "train_ann.label_smoothing is 1; allowed: "),
         ("compile: auto", "compile: fast", "train_ann.compile is 'fast'; allowed: true, false or"),
+        (
+            "workers: auto ",
+            "workers: [2, 32] ",
+            "stdb.batch_size is 16 with cluster.workers: [2, 32]; allowed: at least an image for "
+            "each worker, 32 or more",
+        ),
         ("augment: false ", "augment: more ", "train_ann.augment is 'more'; allowed: true, "),
         ("cutout: 0 ", "cutout: -1 ", "train_ann.cutout is -1; allowed: greater than or equal to"),
         ("norm_images: 32", "norm_images: 1", "train_ann.norm_images is 1; allowed: greater than"),

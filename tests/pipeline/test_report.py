@@ -25,6 +25,8 @@ from pipeline.reporting.results import (
 from pipeline.reporting.tables import by_timestep, each_t, markdown_table, sources, with_interval
 from tests.pipeline.support import ROOT
 
+CIFAR10, CIFAR100 = (one.classes for one in literature().data_sets)
+
 FIGURES = [
     "accuracy_by_timestep",
     "confusion",
@@ -255,20 +257,22 @@ def test_an_interval_is_wilsons():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "source", "expected"),
+    ("architecture", "classes", "expected"),
     [
-        ("vgg16", "cifar10", ("vgg16", "cifar10")),
-        ("vgg16", "folder", ("vgg16", "cifar10")),
-        ("vgg11", "cifar10", ("vgg11", "cifar100")),
-        ("resnet12", "digits", ("resnet8", "cifar10")),
-        ("resnet34", "folder", ("resnet34", "imagenet")),
+        ("vgg16", CIFAR10, ("vgg16", "cifar10")),
+        ("vgg16", ["hot", "cold"], ("vgg16", "cifar10")),
+        ("vgg16", [f"n{k:08}" for k in range(1000)], ("vgg16", "imagenet")),
+        ("vgg11", CIFAR10, ("vgg11", "cifar100")),
+        ("vgg13", [name.title() for name in CIFAR100], ("vgg11", "cifar100")),
+        ("resnet12", list("0123456789"), ("resnet8", "cifar10")),
+        ("resnet34", ["hot", "cold"], ("resnet34", "imagenet")),
     ],
+    ids=lambda value: str(value[:2]),
 )
-def test_the_papers_row_is_the_one_most_alike(architecture, source, expected):
-    """Same network first, then the same family and data."""
-    params = load_params(ROOT / "params.yaml")
-    network = params.network.model_copy(update={"architecture": architecture})
-    row = nearest(network, params.data.model_copy(update={"source": source}))
+def test_the_papers_row_is_the_one_most_alike(architecture, classes, expected):
+    """Same network first, then the same family and data, which are known by their classes."""
+    network = load_params(ROOT / "params.yaml").network
+    row = nearest(network.model_copy(update={"architecture": architecture}), classes)
     assert (row.architecture, row.source) == expected
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.data import Files, Split, augment, cut_out, trivial_augment
-from pipeline.errors import DivergenceError
+from pipeline.errors import DivergenceError, StageError
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.worker import Worker
 from pipeline.learning.dropout import SampleDropout
@@ -274,6 +274,12 @@ def test_training_sees_the_images_of_its_order_with_their_ids(job):
         assert torch.equal(pixels, split.take(batch).pixels())
 
 
+def test_a_batch_norm_is_not_trained_on_single_images(job):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3))
+    with pytest.raises(StageError, match="of which a batch norm finds no variance; allowed: "):
+        train(job, network, schedule(batch_size=1))
+
+
 def test_augmentation_reaches_the_training(job):
     """With augment the images are those of augment() for this seed and epoch."""
     split, network, seen = images(), tiny(), []
@@ -427,10 +433,13 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(job, micro_batch
         assert a["accuracy/train"] == b["accuracy/train"]
 
 
-def test_fewer_images_in_a_batch_than_workers_is_refused(tmp_path):
+@pytest.mark.parametrize(("stage", "section"), [("train_ann", "train_ann"), ("trial 3", "stdb")])
+def test_fewer_images_in_a_batch_than_workers_is_refused(tmp_path, stage, section):
     """A worker without an image would have no gradient; the message names key and value."""
     job = Job(tmp_path, world=9)
-    with pytest.raises(ValueError, match=r"a_stage\.batch_size is 8; allowed: .*the 9 workers"):
+    job.stage = stage
+    told = rf"^{section}\.batch_size is 8; allowed: .*the 9 workers"
+    with pytest.raises(StageError, match=told):
         train(job, tiny(), schedule())
     assert job.reports == []
 
