@@ -245,7 +245,8 @@ PEERS = ("step-by-step", "snntorch", "spikingjelly", "spikingjelly-memopt")  # t
 def products(workload: Workload, batch: int, train: bool, device: Device = "cpu") -> Work:
     """The layers' bare products over T·B images, in pieces of 256, on random dense inputs.
 
-    Those of an analogue input are the same at every step, so they are made once.
+    Those of an analogue input are the same at every step, and the last layer's input sums over
+    time, so that they are made once, over B.
     """
     ann, timesteps = plain(workload).to(device), workload.timesteps
     inputs: list[tuple[nn.Module, Tensor]] = []
@@ -259,23 +260,24 @@ def products(workload: Workload, batch: int, train: bool, device: Device = "cpu"
         ann.eval()(images(count).to(device, memory_format=torch.channels_last))
     for hook in hooks:
         hook.remove()
-    rounds = timesteps * batch / count
     ann.to(workload.lowered)
-    inputs = [(module, x.to(workload.lowered)) for module, x in inputs]
+    work: list[tuple[int, nn.Module, Tensor]] = []
+    for k, (module, x) in enumerate(inputs):
+        once = k == len(inputs) - 1 or (k == 0 and workload.few)
+        whole, rest = divmod(batch if once else timesteps * batch, count)
+        pieces = [x] * whole + [x[:rest]] * (rest > 0)
+        work += [(k, module, piece.to(workload.lowered)) for piece in pieces]
 
     def run() -> None:
-        for k, (module, x) in enumerate(inputs):
-            once = k == len(inputs) - 1  # its input sums over time, so it is one product a step
-            once = once or (k == 0 and workload.few)
-            for _ in range(1 if once else round(rounds)):
-                if train:
-                    x.requires_grad_(k > 0)
-                    out = module(x)
-                    out.backward(torch.ones_like(out))
-                    x.grad = None
-                else:
-                    with torch.no_grad():
-                        module(x)
+        for k, module, piece in work:
+            x = piece.detach()
+            if train:
+                x.requires_grad_(k > 0)
+                out = module(x)
+                out.backward(torch.ones_like(out))
+            else:
+                with torch.no_grad():
+                    module(x)
 
     return run
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from pipeline import balance_thresholds, evaluate_converted, finetune_stdb, train_ann
-from pipeline.data import save_split
+from pipeline.data import Files, save_split
 from pipeline.data.sources import read_source
 from pipeline.errors import DataError, ParamsError, StageError
 from pipeline.files import (
@@ -38,6 +38,8 @@ from pipeline.files import (
     writing,
 )
 from pipeline.jobs.checkpoints import Checkpoints
+from pipeline.jobs.choices import with_choices
+from pipeline.jobs.run import use_precision
 from pipeline.jobs.worker import State, Worker
 from pipeline.learning.balanced import save_balanced
 from pipeline.learning.networks import save_weights
@@ -128,6 +130,8 @@ class Row:
         state_file = StateFile(self.folder / f"{name}.pt")
         params = self.params.model_copy(update=sections)
         worker = TimedWorker(params, name, state_file, self.folder, device=device)
+        worker = with_choices(worker)
+        use_precision(worker)
         worker.end, worker.saved = self.end, time.monotonic()
         loop(worker)
         state = state_file.load()
@@ -139,6 +143,11 @@ class Row:
     def prepare(self) -> dict[str, int]:
         """Splits, as prepare_data makes them."""
         parts = split(self.params.data, *read_source(self.params.data))
+        if any(isinstance(part, Files) for part in parts.values()):
+            raise StageError(
+                "the images are too many for the memory: they stay in their files, "
+                "which a row does not read; allowed: a smaller data.image_size"
+            )
         (self.folder / DATA).mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
             save_split(part, self.folder / DATA / f"{name}.safetensors")
@@ -169,12 +178,12 @@ class Row:
         write_json(self.folder / CONVERSION, {"timesteps": timesteps, "scale": state["scale"]})
         return {name: state[name] for name in ("scale", "long", "reduced")}
 
-    def tune(self, seed: int) -> dict[str, Any]:
-        """The fine-tuned network on the test split."""
+    def tune(self, seed: int) -> list[dict[str, Any]]:
+        """The fine-tuned network of each T on the test split."""
         stdb_params = self.params.stdb.model_copy(update={"seed": seed})
         name = f"finetune_stdb-{seed}"
-        test: dict[str, Any] = self.loop(name, finetune_stdb.train_loop, stdb=stdb_params)["test"]
-        return test
+        tuned = self.loop(name, finetune_stdb.train_loop, stdb=stdb_params)["tuned"]
+        return [{"timesteps": one["timesteps"], **one["test"]} for one in tuned]
 
     def run(self) -> str:
         """Everything, each step once; the table."""
@@ -183,13 +192,15 @@ class Row:
         thresholds = self.once("balance_thresholds", self.balance)
         converted = self.once("evaluate_converted", self.convert)
         tuned = [self.once(f"stdb {seed}", partial(self.tune, seed)) for seed in range(self.seeds)]
-        final = [100 * one["accuracy"][-1] for one in tuned]
-        spread = f" ± {stdev(final):.2f}" if len(final) > 1 else ""
         long, reduced = converted["long"]["accuracy"], converted["reduced"]["accuracy"]
-        cells = [100 * ann, 100 * long[-1], 100 * reduced[-1], mean(final)]
-        head = ["ANN, %", f"converted, T = {len(long)}", f"T = {len(reduced)}", "STDB"]
-        lines = [head, ["---:"] * 4, [f"{cell:.2f}" for cell in cells]]
-        lines[2][3] += spread
+        head = ["ANN, %", f"converted, T = {len(long)}", f"T = {len(reduced)}"]
+        cells = [f"{100 * share:.2f}" for share in (ann, long[-1], reduced[-1])]
+        for of in zip(*tuned, strict=True):  # one T, all seeds
+            head.append(f"STDB, T = {of[0]['timesteps']}")
+            final = [100 * one["accuracy"][-1] for one in of]
+            spread = f" ± {stdev(final):.2f}" if len(final) > 1 else ""
+            cells.append(f"{mean(final):.2f}{spread}")
+        lines = [head, ["---:"] * len(head), cells]
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         seconds = ", ".join(f"{step} {value:.0f} s" for step, value in self.done["seconds"].items())
         about = f"{device}, torch {torch.__version__}, {self.seeds} seeds; {seconds}"
@@ -242,6 +253,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.images.exists():
         parser.error(f"{options.images} does not exist")
+    if options.seeds < 1:
+        parser.error(f"--seeds is {options.seeds}; allowed: 1 or more")
     os.environ.pop("DVC_ROOT", None)  # files are those of the row's folder
     folder = (options.out or Path(f"row-{options.preset}")).resolve()
     try:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from .architectures import ResidualBlock
 from .correction import Present
+from .encoding import check_images, check_timesteps
 from .evaluation import all_images
 from .few_steps import Balance, Progress, calibrate, set_initial_membranes, settle
 from .fronts import release, remember
 from .kernels.layout import to_matrix
 from .layerwise import LayerwiseRun, Room, present_layerwise
-from .network import SpikingNetwork, check_timesteps
+from .network import SpikingNetwork
 from .workers import Reduce, Workers
 
 NOT_FINITE = 0x7F800000  # infinity's bits; NaN's are above
@@ -92,9 +93,11 @@ def balance_thresholds(  # noqa: PLR0913 (each with a default, by keyword)
     """
     check_timesteps(timesteps)
     plan = settle(snn, method, per, initial_membrane, bias_correction, percentile)
-    images = all_images(images).to(next(snn.parameters()).device)
+    images, like = all_images(images), next(snn.net.parameters())
     if len(images) < 1 and reduce is None:
         raise ValueError("no calibration images")
+    check_images(images, snn.encoder, snn.dimensions())
+    images = images.to(like.device, like.dtype)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed: 1 or more")
     keep_at_one = set() if residual_blocks else residual_layers(snn)

@@ -68,6 +68,7 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
             first whose value on the example is not the ANN's.
     """
     _check_parameters(ann)
+    _check_settings(encoder, surrogate, example)
     ann = inner(ann)
     try:
         net = unwrapped(copy.deepcopy(ann, inner_copies(ann)))
@@ -90,6 +91,7 @@ def convert(  # noqa: PLR0913 (each with a default, by keyword)
             net.set_submodule(name, nn.Identity())
     if limits is not None:
         change_unit(graph, net, INPUT, torch.tensor(limits, dtype=torch.float64))
+    _freeze_unused(net, graph)
     snn = SpikingNetwork(net, graph, encoder, chunk, dropout_seed, precision)
     snn.rewrites = tuple(rewriting.rewrites)
     snn.train(ann.training)
@@ -105,10 +107,15 @@ def _check_parameters(ann: object) -> None:
         hint = "; build the network and load the state dict" if isinstance(ann, Mapping) else ""
         raise ConversionError(f"ann is a {type(ann).__name__}; allowed: an nn.Module{hint}")
     for name, module in ann.named_modules():
+        called = f"layer {name}" if name else "the network"
         if isinstance(module, torch.jit.ScriptModule):
             raise ConversionError(
-                f"{f'layer {name}' if name else 'the network'} is scripted by torch.jit; allowed: "
-                "the nn.Module that it was made from"
+                f"{called} is scripted by torch.jit; allowed: the nn.Module that it was made from"
+            )
+        if type(module) is nn.Module:
+            raise ConversionError(
+                f"{called} is a bare nn.Module, as those of an exported program are; allowed: the "
+                "network that was exported"
             )
     for name, parameter in ann.named_parameters():
         if isinstance(parameter, UninitializedParameter):
@@ -117,6 +124,41 @@ def _check_parameters(ann: object) -> None:
             raise ConversionError(f"{name} is on the meta device; load the weights first")
         if parameter.layout != torch.strided:
             raise ConversionError(f"{name} is {parameter.layout}; allowed: dense, to_dense()")
+
+
+def _check_settings(encoder: object, surrogate: object, example: object) -> None:
+    """Refuse what would fail at the first images."""
+    if isinstance(encoder, type) or not callable(encoder):
+        raise ValueError(
+            f"encoder is {encoder!r}; allowed: DirectEncoder(), PoissonEncoder(seed), "
+            "SpikeTrain(), or a function of your own"
+        )
+    if not isinstance(surrogate, Surrogate):
+        raise ValueError(
+            f"surrogate is {surrogate!r}; allowed: STDB(), Linear(), Exponential(), Rectangle(), "
+            "or surrogate_of(name, T)"
+        )
+    if example is not None and not (isinstance(example, Tensor) and example.dim() and len(example)):
+        shape = f" of {tuple(example.shape)}" if isinstance(example, Tensor) else ""
+        raise ConversionError(
+            f"example is a {type(example).__name__}{shape}; allowed: images as one tensor, a batch"
+        )
+
+
+def _freeze_unused(net: nn.Module, graph: Graph) -> None:
+    """What no node computes with learns nothing: norms that were folded, heads that are not read.
+
+    Left to learn, it would keep DistributedDataParallel waiting for a gradient.
+    """
+    used = {
+        id(parameter)
+        for node in graph.nodes
+        if node.path is not None
+        for parameter in net.get_submodule(node.path).parameters()
+    }
+    for parameter in net.parameters():
+        if id(parameter) not in used:
+            parameter.requires_grad_(False)
 
 
 def spiking_graph(nodes: list[Node], result: int | None) -> Graph:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .network import SpikingNetwork, check_timesteps
+from .encoding import check_timesteps
+from .network import SpikingNetwork
 
 STEPS_AT_ONCE = 4  # after so many steps it is looked whether all are decided
 

@@ -11,6 +11,7 @@ network's, and their gradient goes through it by autograd.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,12 @@ Encoder = Callable[[Tensor, int, int, Tensor], Tensor]
 
 SHAPES = {4: "(B, C, H, W)", 3: "(B, C, L)", 2: "(B, n)"}  # of images, signals and vectors
 ROUNDING = 1e-5  # by which the largest pixel of a normalisation may be over its limit
+
+
+def check_timesteps(timesteps: int) -> None:
+    """Refuse what is no number of steps."""
+    if not isinstance(timesteps, Integral) or timesteps < 1:
+        raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more, a whole number")
 
 
 def check_images(images: Tensor, encoder: Encoder, dimensions: int | None = None) -> None:

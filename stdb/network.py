@@ -6,17 +6,16 @@ crosses time is in a presentation; nothing is left on the modules.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .backward import Steps
-from .encoding import Encoder, check_images, limits_of, parameters_of
+from .encoding import Encoder, check_images, check_timesteps, limits_of, parameters_of
 from .graph import Graph
 from .kernels.densities import density_limit
-from .neuron import SpikingNeuron
+from .neuron import SpikingNeuron, make_room
 from .operators import Value
 from .operators.shaping import Flatten
 from .operators.table import dimensions_of
@@ -32,12 +31,6 @@ Observer = Callable[[Presentation, str, Value], None]
 REALS = (torch.float32, torch.float64)  # types that the kernels know
 PRECISIONS = (None, torch.bfloat16, *REALS)  # of products
 SMALLEST_THRESHOLD, SMALLEST_LEAK = 0.01, 0.01  # of what is learned
-
-
-def check_timesteps(timesteps: int) -> None:
-    """Refuse what is no number of steps."""
-    if not isinstance(timesteps, Integral) or timesteps < 1:
-        raise ValueError(f"timesteps is {timesteps}; allowed: 1 or more, a whole number")
 
 
 class SpikingNetwork(nn.Module):
@@ -103,6 +96,10 @@ class SpikingNetwork(nn.Module):
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *more: Any) -> None:
+        make_room(self, state, prefix, ("output_correction",))
+        super()._load_from_state_dict(state, prefix, *more)
+
     # -- presenting ----------------------------------------------------------------------------
 
     def present(
@@ -129,7 +126,7 @@ class SpikingNetwork(nn.Module):
             ValueError: pixels out of range, a threshold that is not a positive number.
         """
         self.check()
-        check_images(images, self.encoder, self._dimensions())
+        check_images(images, self.encoder, self.dimensions())
         if limits_of(self.encoder) != self.limits:
             raise ValueError(
                 f"the encoder has the limits {limits_of(self.encoder)}, and the first weights hold "
@@ -223,7 +220,7 @@ class SpikingNetwork(nn.Module):
             values.append(node.operator.plain(self.module(i), *below))
         return [value.shape[1:] for value in values]
 
-    def _dimensions(self) -> int | None:
+    def dimensions(self) -> int | None:
         """How many dimensions a batch has, by the first layers; None where they take any."""
         same = {0}
         for i, node in enumerate(self.graph.nodes):

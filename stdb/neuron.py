@@ -6,12 +6,30 @@ r"""The spiking neuron of Eq. 2.
 O_{t−1} is not stored, it is U_{t−1} > V. How a layer of them runs is in :mod:`stdb.kernels`.
 """
 
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from . import kernels
 from .kernels import bits
 from .surrogate import STDB, Surrogate
+
+EXTRA = "_extra_state"  # torch's name of it in a state dict
+
+
+def make_room(
+    module: nn.Module, state: Mapping[str, Tensor], prefix: str, names: Sequence[str]
+) -> None:
+    """Buffers as long as they are in a state dict that is about to be loaded, or none."""
+    if not any(key.startswith(prefix) for key in state):
+        return
+    like = next(module.parameters())
+    for name in names:
+        given = state.get(f"{prefix}{name}")
+        module.register_buffer(name, None if given is None else like.new_zeros(given.shape))
 
 
 class SpikingNeuron(nn.Module):
@@ -79,6 +97,29 @@ class SpikingNeuron(nn.Module):
         like, some = self.threshold.detach(), channels > 0
         self.register_buffer("amplitude", like.new_ones(channels) if some else None)
         self.register_buffer("correction", like.new_zeros(channels) if some else None)
+
+    def get_extra_state(self) -> Tensor:
+        """What ``state_dict`` has besides tensors: U_0/V, and what a spike stands for."""
+        return torch.tensor([self.initial_membrane, self.unit], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take it up."""
+        self.initial_membrane, self.unit = state.tolist()
+
+    def _load_from_state_dict(
+        self,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        *more: Any,
+    ) -> None:
+        """As a module does; each calibration keeps other channels, and 0.1.0 no extra state."""
+        make_room(self, state, prefix, ("amplitude", "correction"))
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, *more)
+        with contextlib.suppress(ValueError):
+            missing.remove(f"{prefix}{EXTRA}")
 
     @property
     def initial_membrane(self) -> float:

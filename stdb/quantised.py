@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .checking import activations
-from .encoding import mean_input
-from .network import SpikingNetwork, check_timesteps
+from .encoding import check_timesteps, mean_input
+from .network import SpikingNetwork
 from .randomness import sample_keys
 
 

@@ -28,6 +28,9 @@ from .tracing import TracingError, place, trace
 Rule = Callable[[Rewriting, fx.Node], Node | int]
 
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, fx.GraphModule)
+
+
 def rewrite(net: nn.Module, example: Tensor | None = None, *, limited: bool = False) -> Rewriting:
     """The graph of a module tree, shapes and identities left out.
 
@@ -53,6 +56,8 @@ def rewrite(net: nn.Module, example: Tensor | None = None, *, limited: bool = Fa
         elif call.op != "get_attr":
             made.append((call, _kind(net, call), len(rewriting.nodes)))
             _rewrite_one(rewriting, call)
+    if result in rewriting.waiting:
+        rewriting.note(_no_shape(rewriting, result))
     rewriting.refuse()
     if result is None:
         return rewriting
@@ -83,8 +88,7 @@ def _rewrite_one(rewriting: Rewriting, call: fx.Node) -> None:
         _check_shapes(rewriting, call)
         rewriting.add(call, _rewrite_call(rewriting, call))
     except ConversionError as error:
-        if str(error) not in rewriting.problems:
-            rewriting.problems.append(str(error))
+        rewriting.note(error)
         rewriting.add(call, next(iter(rewriting.sources(call)), 0))
 
 
@@ -147,12 +151,16 @@ def _check_shapes(rewriting: Rewriting, call: fx.Node) -> None:
     """Refuse what is done to a shape that no image has, such as within a channel shuffle."""
     for source in call.all_input_nodes:
         if source in rewriting.waiting and CALLS.get(call.target) not in SHAPES:
-            made, of = (n.meta["value"] for n in (source, rewriting.waiting[source]))
-            shape = shape_of(made.shape) if isinstance(made, Tensor) else "parts"
-            raise ConversionError(
-                f"{where(source)} makes {shape} of {shape_of(of.shape)}; allowed: all but the "
-                "batch flat, as torch.flatten(x, 1), or channels in another order"
-            )
+            raise _no_shape(rewriting, source)
+
+
+def _no_shape(rewriting: Rewriting, source: fx.Node) -> ConversionError:
+    made, of = (n.meta["value"] for n in (source, rewriting.waiting[source]))
+    shape = shape_of(made.shape) if isinstance(made, Tensor) else "parts"
+    return ConversionError(
+        f"{where(source)} makes {shape} of {shape_of(of.shape)}; allowed: all but the "
+        "batch flat, as torch.flatten(x, 1), or channels in another order"
+    )
 
 
 def _alive(rewriting: Rewriting) -> dict[int, int]:
@@ -178,8 +186,11 @@ def _rewrite_call(rewriting: Rewriting, call: fx.Node) -> Node | int:
         rule = CALLS[call.target]
         given = [n for n in call.all_input_nodes if n.op == "get_attr" or n not in rewriting.index]
         if given and rule not in TAKE_PARAMETERS:
+            name = place(given[0])
+            what = "constant tensor" if name.startswith("_tensor_constant") else "parameter"
             raise ConversionError(
-                f"{place(given[0])} is a parameter used outside a layer; allowed: {_allowed()}"
+                f"{where(call)}: {name} is a {what} used outside a layer; allowed: numbers, "
+                f"{_allowed()}"
             )
         return rule(rewriting, call)
     name = getattr(call.target, "__name__", str(call.target))
@@ -198,7 +209,7 @@ def _refused_modules(net: nn.Module) -> list[str]:
     for name, module in net.named_modules():
         kind = kind_of(module)
         of_torch = kind.__module__.partition(".")[0] == "torch"
-        if of_torch and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        if name and of_torch and not isinstance(module, CONTAINERS):
             try:
                 if kind not in MODULES:
                     _operator_of(name, module)

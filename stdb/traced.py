@@ -134,7 +134,10 @@ class Rewriting:
             return {id(module), *map(id, module.parameters())}
         given = [node for node in call.all_input_nodes if node.op == "get_attr"]
         paths = [place(node).rpartition(".") for node in given]
-        return {id(getattr(self.net.get_submodule(path), name)) for path, _, name in paths}
+        found = (getattr(self.net.get_submodule(path), name, None) for path, _, name in paths)
+        return {
+            id(tensor) for tensor in found
+        }  # the network has none that its forward method makes
 
     def put(
         self, call: fx.Node, module: nn.Module, inputs: tuple[int, ...], suffix: str = ""
@@ -148,6 +151,11 @@ class Rewriting:
         operator = operator_for(kind_of(module))
         assert operator is not None
         return Node(name, operator, inputs, path=name)
+
+    def note(self, problem: ConversionError) -> None:
+        """What has no spiking form, once."""
+        if str(problem) not in self.problems:
+            self.problems.append(str(problem))
 
     def refuse(self) -> None:
         """Say all problems at once, where there are any."""

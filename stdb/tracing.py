@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
+from torch.optim.swa_utils import AveragedModel
 
 from .architectures import ResidualBlock
 from .operators.table import is_operation, kind_of
@@ -26,6 +27,7 @@ SIZES = (32, 28, 224, 64, 8, 16, 96, 128, 48, 256, 299, *range(1, 225))  # tried
 
 LENGTHS = (128, 1024, 256, 512, 1000, 2048, 4096, 8000, 16000, *range(1, 513))  # of signals
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 ONE_AT_A_TIME = threading.Lock()  # torch.fx changes nn.Module while it traces
 ROOT = "net."  # the network's place in what is traced
 
@@ -131,7 +133,7 @@ def images_for(net: nn.Module, twin: nn.Module, example: Tensor | None) -> Tenso
     several = f" and {len(shapes) - 1} other sizes" if len(shapes) > 1 else ""
     raise TracingError(
         f"the forward method of {type(net).__name__} cannot be traced: it fails on images of "
-        f"{tried}{several} ({causes[0]}){_hint(causes[0])}"
+        f"{tried}{several} ({causes[0]}){_hint(causes[0], example)}"
     )
 
 
@@ -157,9 +159,12 @@ def _shapes(net: nn.Module) -> Iterator[tuple[int, ...]]:
     yield 1, 28, 28
 
 
-def _hint(cause: str) -> str:
-    pixels = "; write it without control flow that depends on the data"
-    return pixels if "meta tensors" in cause else "; give a batch of images: example="
+def _hint(cause: str, example: Tensor | None) -> str:
+    if "meta tensors" in cause:
+        return "; write it without control flow that depends on the data"
+    if "device meta" in cause:
+        return "; keep tensors of its own as buffers, register_buffer(), or write them as numbers"
+    return "" if example is not None else "; give a batch of images: example="
 
 
 def first_line(error: Exception) -> str:
@@ -230,11 +235,11 @@ class _Tracer(fx.Tracer):
         self.called: Callable[..., Any] = lambda: None  # the module that is called
         self.running = False  # what is inside of an operation is not traced
 
-    def is_leaf_module(self, module: nn.Module, _: str) -> bool:
-        """Whether what a module does is one operation."""
-        if isinstance(module, nn.Sequential | ResidualBlock | Entry):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        """Whether what a module does is one operation; the whole network is none."""
+        if isinstance(module, nn.Sequential | ResidualBlock | Entry | fx.GraphModule):
             return False
-        return is_operation(kind_of(module))
+        return f"{name}." != ROOT and is_operation(kind_of(module))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -366,9 +371,9 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """The module inside what DataParallel, DDP and torch.compile make of it."""
+    """The module inside what DataParallel, DDP, AveragedModel and torch.compile make of it."""
     while True:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(module, WRAPPERS):
             module = module.module
         elif isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
             module = original

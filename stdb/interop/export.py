@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..encoding import DirectEncoder, PoissonEncoder, SpikeTrain
-from ..network import SpikingNetwork, check_timesteps
+from ..encoding import DirectEncoder, PoissonEncoder, SpikeTrain, check_timesteps
+from ..network import SpikingNetwork
 from ..randomness import sample_keys
 from ..weights import plain_copy
 

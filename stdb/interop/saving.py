@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from ..architectures import ARCHITECTURES, ResidualBlock, build
 from ..conversion import convert, spiking_graph
-from ..encoding import ENCODERS
+from ..encoding import ENCODERS, check_timesteps
 from ..graph import Node
-from ..network import SpikingNetwork, check_timesteps
-from ..neuron import SpikingNeuron
+from ..network import SpikingNetwork
+from ..neuron import EXTRA, SpikingNeuron
 from ..normalisation import Normalisation, normalisation_of
 from ..operators.table import OPERATORS, kind_of, kinds, operator_for
 from ..surrogate import SURROGATES
@@ -277,6 +277,8 @@ def _tensors(
             continue
         own = tree.get_submodule(path).state_dict(keep_vars=True, prefix=f"{path}." if path else "")
         for name, tensor in own.items():
+            if name.endswith(EXTRA):  # a module's settings have it
+                continue
             if id(tensor) in first:
                 tied[name] = first[id(tensor)]
             else:

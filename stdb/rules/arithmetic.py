@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from ..graph import OF_UNIT, Graph, Node
 from ..operators.diagonal import Diagonal
 from ..operators.shaping import Sum
-from ..traced import ConversionError, Rewriting, where
+from ..traced import ConversionError, Rewriting, shape_of, where
 from ..units import INPUT, origins
 
 
@@ -51,6 +51,12 @@ def _sum(rewriting: Rewriting, call: fx.Node, sign: float) -> Node:
                 "branches, a number, a bias of a layer"
             )
         first, second = one, other
+        shapes = [n.meta["value"].shape for n in (first, second)]
+        if shapes[0] != shapes[1]:
+            raise ConversionError(
+                f"{where(call)} adds {shape_of(shapes[0])} and {shape_of(shapes[1])}; allowed: "
+                "branches of one shape"
+            )
         sources = [in_unit_one(rewriting, call, first), in_unit_one(rewriting, call, second)]
         if sign < 0:
             node = _diagonal(rewriting, call, second, -1.0, None, "_negative")

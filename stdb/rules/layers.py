@@ -25,6 +25,8 @@ def batch_norm(rewriting: Rewriting, call: fx.Node) -> Node | int:
         raise ConversionError(
             f"layer {name} keeps no running statistics; train it with track_running_stats=True"
         )
+    if norm.running_var is None or not bool((norm.running_var >= 0).all()):
+        raise ConversionError(f"{name}.running_var holds NaN, or less than 0; allowed: variances")
     diagonal = fold_norm(
         rewriting, call, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
     )

@@ -152,5 +152,11 @@ def softmax(rewriting: Rewriting, call: fx.Node) -> int:
             f"{where(call)} is a softmax inside; leave it out: the membrane potential of the "
             "output layer is the logit"
         )
+    if call.op == "call_module":
+        dim = getattr(rewriting.net.get_submodule(place(call)), "dim", None)
+    else:
+        dim = settings_of(call, "dim").get("dim")
+    if dim is not None and dim % call.meta["value"].dim() == 0:
+        raise ConversionError(f"{where(call)} is a softmax over the batch; allowed: dim=1, or none")
     rewriting.left_out.append(call)
     return rewriting.source(call)

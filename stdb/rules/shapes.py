@@ -24,10 +24,13 @@ def rearrange(rewriting: Rewriting, call: fx.Node) -> Node | int:
     source, value = call.all_input_nodes[0], call.meta["value"]
     base = rewriting.waiting.get(source, source)
     given = base.meta["value"]
-    if not isinstance(given, Tensor) or given.shape[:1] != (BATCH,):  # of what was refused
+    images = isinstance(given, Tensor) and given.dim() > 1 and len(given) == BATCH
+    if not images:  # of what was refused
         return rewriting.index[base]
     places = _run(rewriting, call, base)
     if isinstance(value, Tensor) and isinstance(places, Tensor):
+        if places.dim() == value.dim() - 1:  # squeeze() took the batch, which is one image here
+            places = places[None]
         before = base.meta["value"].shape[1:]
         whole = torch.arange(before.numel()).view(1, *before)
         if places.shape == whole.shape and bool((places == whole).all()):
@@ -35,7 +38,8 @@ def rearrange(rewriting: Rewriting, call: fx.Node) -> Node | int:
         flat = whole.flatten(1)
         if places.shape == flat.shape and bool((places == flat).all()):
             return Node(call.name, Flatten(), (rewriting.index[base],))
-        if places.shape[2:] == whole.shape[2:] and len(value) == BATCH:
+        behind = places.dim() > 2 and places.shape[2:] == whole.shape[2:]
+        if behind and len(value) == BATCH:
             pixels = before[1:].numel()
             order = places.flatten(2)[0, :, 0] // pixels
             if bool((places == whole[:, order]).all()):
