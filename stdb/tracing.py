@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
-from torch.optim.swa_utils import AveragedModel
 
 from .architectures import ResidualBlock
 from .operators.table import is_operation, kind_of
@@ -27,7 +26,7 @@ SIZES = (32, 28, 224, 64, 8, 16, 96, 128, 48, 256, 299, *range(1, 225))  # tried
 
 LENGTHS = (128, 1024, 256, 512, 1000, 2048, 4096, 8000, 16000, *range(1, 513))  # of signals
 
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "AveragedModel")  # torch's, of a module
 ONE_AT_A_TIME = threading.Lock()  # torch.fx changes nn.Module while it traces
 ROOT = "net."  # the network's place in what is traced
 
@@ -373,8 +372,8 @@ def unwrapped(net: nn.Module) -> nn.Module:
 def inner(module: nn.Module) -> nn.Module:
     """The module inside what DataParallel, DDP, AveragedModel and torch.compile make of it."""
     while True:
-        if isinstance(module, WRAPPERS):
-            module = module.module
+        if any(kind.__name__ in WRAPPERS for kind in type(module).__mro__):
+            module = module.get_submodule("module")
         elif isinstance(original := getattr(module, "_orig_mod", None), nn.Module):
             module = original
         else:

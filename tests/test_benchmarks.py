@@ -123,7 +123,7 @@ def test_a_row_goes_on_where_it_was_stopped(images, tmp_path):
     assert whole == parts
     assert len(whole["tuned"]) == 2
     head = (tmp_path / "whole/table.md").read_text().splitlines()[0]
-    assert head == "| ANN, % | converted, T = 6 | T = 4 | STDB |"
+    assert head == "| ANN, % | converted, T = 6 | T = 4 | STDB, T = 4 |"
 
 
 def test_every_parameter_reaches_a_row(images, tmp_path):

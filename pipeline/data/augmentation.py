@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from stdb import derive, sample_keys, uniform
 
@@ -16,33 +16,41 @@ PHOTOGRAPH = 128  # pixels, from which on a network and its augmentation are Ima
 AREA, ASPECT = (0.08, 1.0), 4 / 3  # of a random crop of a photograph; the ratio is 1/ASPECT to that
 
 
-def _moved(
-    image: Tensor, across: float = 0, down: float = 0, shear: tuple[float, float] = (0, 0)
-) -> Tensor:
-    degrees = [math.degrees(math.atan(number)) for number in shear]
-    centre = [0.0, 0.0] if any(shear) else None
-    moved: Tensor = transforms.affine(image, 0, [int(across), int(down)], 1, degrees, center=centre)
-    return moved
-
-
 Operation = Callable[[Tensor, float], Tensor]  # of an image and a magnitude of either sign
-OPERATIONS: dict[str, tuple[Operation, float, float]] = {  # and the first and last magnitude
-    "Identity": (lambda image, _: image, 0, 0),
-    "ShearX": (lambda image, m: _moved(image, shear=(m, 0)), 0, 0.99),
-    "ShearY": (lambda image, m: _moved(image, shear=(0, m)), 0, 0.99),
-    "TranslateX": (lambda image, m: _moved(image, across=m), 0, 32),
-    "TranslateY": (lambda image, m: _moved(image, down=m), 0, 32),
-    "Rotate": (lambda image, m: transforms.rotate(image, m), 0, 135),
-    "Brightness": (lambda image, m: transforms.adjust_brightness(image, 1 + m), 0, 0.99),
-    "Color": (lambda image, m: transforms.adjust_saturation(image, 1 + m), 0, 0.99),
-    "Contrast": (lambda image, m: transforms.adjust_contrast(image, 1 + m), 0, 0.99),
-    "Sharpness": (lambda image, m: transforms.adjust_sharpness(image, 1 + m), 0, 0.99),
-    "Posterize": (lambda image, m: transforms.posterize(image, round(abs(m))), 8, 2),
-    "Solarize": (lambda image, m: transforms.solarize(image, 255 * abs(m)), 1, 0),
-    "AutoContrast": (lambda image, _: transforms.autocontrast(image), 0, 0),
-    "Equalize": (lambda image, _: transforms.equalize(image), 0, 0),
-}
 MAGNITUDES = 31  # of every operation, evenly from the first to the last
+
+
+@cache
+def operations() -> dict[str, tuple[Operation, float, float]]:
+    """Those of TrivialAugment, torchvision's, each with its first and its last magnitude."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    def moved(
+        image: Tensor, across: float = 0, down: float = 0, shear: tuple[float, float] = (0, 0)
+    ) -> Tensor:
+        degrees = [math.degrees(math.atan(number)) for number in shear]
+        centre = [0.0, 0.0] if any(shear) else None
+        found: Tensor = transforms.affine(
+            image, 0, [int(across), int(down)], 1, degrees, center=centre
+        )
+        return found
+
+    return {
+        "Identity": (lambda image, _: image, 0, 0),
+        "ShearX": (lambda image, m: moved(image, shear=(m, 0)), 0, 0.99),
+        "ShearY": (lambda image, m: moved(image, shear=(0, m)), 0, 0.99),
+        "TranslateX": (lambda image, m: moved(image, across=m), 0, 32),
+        "TranslateY": (lambda image, m: moved(image, down=m), 0, 32),
+        "Rotate": (lambda image, m: transforms.rotate(image, m), 0, 135),
+        "Brightness": (lambda image, m: transforms.adjust_brightness(image, 1 + m), 0, 0.99),
+        "Color": (lambda image, m: transforms.adjust_saturation(image, 1 + m), 0, 0.99),
+        "Contrast": (lambda image, m: transforms.adjust_contrast(image, 1 + m), 0, 0.99),
+        "Sharpness": (lambda image, m: transforms.adjust_sharpness(image, 1 + m), 0, 0.99),
+        "Posterize": (lambda image, m: transforms.posterize(image, round(abs(m))), 8, 2),
+        "Solarize": (lambda image, m: transforms.solarize(image, 255 * abs(m)), 1, 0),
+        "AutoContrast": (lambda image, _: transforms.autocontrast(image), 0, 0),
+        "Equalize": (lambda image, _: transforms.equalize(image), 0, 0),
+    }
 
 
 def augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tensor:
@@ -78,11 +86,11 @@ def trivial_augment(images: Tensor, ids: Tensor, seed: int, epoch: int) -> Tenso
         epoch: of the training.
     """
     keys = derive(derive(sample_keys(ids, epoch), seed), TRIVIAL_STREAM)
-    choices = uniform(keys, 3) * torch.tensor([len(OPERATIONS), MAGNITUDES, 2], device=keys.device)
-    operations = list(OPERATIONS.values())
+    known = list(operations().values())
+    choices = uniform(keys, 3) * torch.tensor([len(known), MAGNITUDES, 2], device=keys.device)
     changed = []
     for image, (number, step, sign) in zip(images, choices.long().tolist(), strict=True):
-        operate, first, last = operations[number]
+        operate, first, last = known[number]
         magnitude = float(torch.linspace(first, last, MAGNITUDES)[step])
         changed.append(operate(image, -magnitude if sign else magnitude))
     return torch.stack(changed)

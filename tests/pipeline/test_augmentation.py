@@ -118,8 +118,9 @@ def test_trivial_augment_draws_operations_magnitudes_and_signs_evenly(monkeypatc
     def note(name):
         return lambda image, magnitude: drawn.append((name, magnitude)) or image
 
-    names = list(augmentation.OPERATIONS)
-    monkeypatch.setattr(augmentation, "OPERATIONS", {name: (note(name), 1, 31) for name in names})
+    names = list(augmentation.operations())
+    noted = {name: (note(name), 1, 31) for name in names}
+    monkeypatch.setattr(augmentation, "operations", lambda: noted)
     count = 14 * 31 * 20
     trivial_augment(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.arange(count), 0, 1)
     operations = [sum(name == of for of, _ in drawn) for name in names]

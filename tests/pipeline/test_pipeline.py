@@ -146,7 +146,7 @@ def test_diverging_training_is_an_error(changed):
 
 def test_more_workers_than_cores_is_an_error(changed):
     """The message says how many there are."""
-    changed.set(cluster={"workers": 99})
+    changed.set(cluster={"workers": 99}, train_ann={"batch_size": 128}, stdb={"batch_size": 128})
     result = changed.run("python", "-m", "pipeline.balance_thresholds", check=False)
     assert result.returncode == 1
     assert "cluster.workers is 99" in result.stderr
