@@ -185,6 +185,23 @@ def balanced(ann: nn.Module, train: Tensor, keep: dict[str, float] | None = None
     return [found[name] for name in relus(ann)]
 
 
+# -- a small network with a batch norm and max-pooling, and images for it --------------------------
+
+
+def batch(seed: int = 0) -> Tensor:
+    """Six images of 3 × 12 × 12 pixels in [−1, 1]."""
+    return torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def small_cnn() -> nn.Sequential:
+    """Of five classes, always the same."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(216, 5),
+    ).eval()  # fmt: skip
+
+
 # -- golden vectors of our own: biases, initial membranes, max-pooling -----------------------------
 
 

@@ -7,17 +7,9 @@ from torch import fx, nn
 from torch.optim.swa_utils import AveragedModel
 
 import stdb
+from tests.stdb.support import batch, small_cnn
 
-GENERATOR = torch.Generator().manual_seed(0)
-IMAGES = torch.rand(6, 3, 12, 12, generator=GENERATOR) * 2 - 1
-
-
-def cnn() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(216, 5),
-    ).eval()  # fmt: skip
+IMAGES = batch()
 
 
 class Written(nn.Module):
@@ -41,8 +33,8 @@ class Written(nn.Module):
 @pytest.mark.parametrize("example", [None, IMAGES], ids=["blind", "example"])
 def test_a_network_is_found_in_its_wrapper(wrap, example):
     """The average of weights, a traced module: converted like what they are of."""
-    found = stdb.convert(wrap(cnn()), stdb.DirectEncoder(), example=example)
-    plain = stdb.convert(cnn(), stdb.DirectEncoder())
+    found = stdb.convert(wrap(small_cnn()), stdb.DirectEncoder(), example=example)
+    plain = stdb.convert(small_cnn(), stdb.DirectEncoder())
     assert torch.equal(found(IMAGES, 4), plain(IMAGES, 4))
 
 
@@ -116,13 +108,13 @@ def test_a_tensor_of_the_forward_method_is_asked_for_as_a_buffer():
 @pytest.mark.parametrize("encoder", ["direct", None, stdb.DirectEncoder], ids=str)
 def test_an_encoder_is_asked_for(encoder):
     with pytest.raises(ValueError, match=r"^encoder is .*; allowed: DirectEncoder\(\), "):
-        stdb.convert(cnn(), encoder)
+        stdb.convert(small_cnn(), encoder)
 
 
 @pytest.mark.parametrize("surrogate", ["linear", None, stdb.Linear], ids=str)
 def test_a_surrogate_is_asked_for(surrogate):
     with pytest.raises(ValueError, match=r"^surrogate is .*; allowed: STDB\(\), "):
-        stdb.convert(cnn(), stdb.DirectEncoder(), surrogate)
+        stdb.convert(small_cnn(), stdb.DirectEncoder(), surrogate)
 
 
 @pytest.mark.parametrize(
@@ -136,11 +128,11 @@ def test_a_surrogate_is_asked_for(surrogate):
 )
 def test_an_example_is_a_batch_of_images(example, told):
     with pytest.raises(stdb.ConversionError, match=told + " allowed: images as one tensor"):
-        stdb.convert(cnn(), stdb.DirectEncoder(), example=example)
+        stdb.convert(small_cnn(), stdb.DirectEncoder(), example=example)
 
 
 def test_an_exported_program_is_asked_for_as_what_it_was_exported_from():
-    program = torch.export.export(cnn(), (IMAGES,))
+    program = torch.export.export(small_cnn(), (IMAGES,))
     with pytest.raises(
         stdb.ConversionError, match=r"ann is a ExportedProgram; allowed: an nn.Module"
     ):
@@ -152,7 +144,7 @@ def test_an_exported_program_is_asked_for_as_what_it_was_exported_from():
 @pytest.mark.parametrize("value", [float("nan"), -3.0])
 def test_statistics_that_are_none_are_named(value):
     """Before they are folded into the weights of another layer."""
-    ann = cnn()
+    ann = small_cnn()
     ann[1].running_var[0] = value
     with pytest.raises(stdb.ConversionError, match=r"^1.running_var holds NaN, or less than 0"):
         stdb.convert(ann, stdb.DirectEncoder())
@@ -165,7 +157,7 @@ def test_images_of_any_real_type_calibrate(method, dtype):
     rounded = IMAGES.to(torch.bfloat16)
     found = []
     for images in (rounded.to(dtype), rounded.float()):
-        snn = stdb.convert(cnn(), stdb.DirectEncoder())
+        snn = stdb.convert(small_cnn(), stdb.DirectEncoder())
         found.append(stdb.balance_thresholds(snn, images, 8, method=method))
     assert found[0] == found[1]
 
@@ -173,6 +165,6 @@ def test_images_of_any_real_type_calibrate(method, dtype):
 @pytest.mark.parametrize("method", ["mse", "maximum"])
 @pytest.mark.parametrize("images", [(IMAGES * 127).byte(), IMAGES[0]], ids=["bytes", "an image"])
 def test_what_is_no_batch_of_images_does_not_calibrate(method, images):
-    snn = stdb.convert(cnn(), stdb.DirectEncoder())
+    snn = stdb.convert(small_cnn(), stdb.DirectEncoder())
     with pytest.raises(ValueError, match=r"^images are .*; allowed: a floating-point batch"):
         stdb.balance_thresholds(snn, images, 8, method=method)

@@ -8,27 +8,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import stdb
+from tests.stdb.support import batch, small_cnn
 
-GENERATOR = torch.Generator().manual_seed(0)
-IMAGES = torch.rand(6, 3, 12, 12, generator=GENERATOR) * 2 - 1
-
-
-def cnn() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(216, 5),
-    ).eval()  # fmt: skip
+IMAGES = batch()
 
 
 def fresh() -> stdb.SpikingNetwork:
-    return stdb.convert(cnn(), stdb.DirectEncoder())
+    return stdb.convert(small_cnn(), stdb.DirectEncoder())
 
 
 def calibrated(seed: int, **settings) -> stdb.SpikingNetwork:
     snn = fresh()
-    images = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    stdb.balance_thresholds(snn, images, 4, **settings)
+    stdb.balance_thresholds(snn, batch(seed), 4, **settings)
     return snn.eval()
 
 
@@ -74,13 +65,13 @@ class TwoHeads(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.other = cnn(), nn.Linear(216, 3)
+        self.body, self.other = small_cnn(), nn.Linear(216, 3)
 
     def forward(self, x):
         return self.body(x)
 
 
-@pytest.mark.parametrize("make", [cnn, TwoHeads], ids=["folded", "two-heads"])
+@pytest.mark.parametrize("make", [small_cnn, TwoHeads], ids=["folded", "two-heads"])
 def test_all_that_learns_has_a_gradient(make, tmp_path):
     """So that DistributedDataParallel does not wait for one: norms that were folded have none."""
     surrogate = stdb.surrogate_of("rectangle", 4)
