@@ -190,9 +190,9 @@ def table(groups: dict[str, list[Kept]], data: Any) -> str:
 
 
 def percent(shares: Sequence[float]) -> str:
-    """Accuracies in %; of those that differ their mean and standard deviation."""
+    """Accuracies in %; of several their mean and standard deviation."""
     found = f"{100 * mean(shares):.2f}"
-    return found if len(set(shares)) == 1 else f"{found} ± {100 * stdev(shares):.2f}"
+    return found if len(shares) == 1 else f"{found} ± {100 * stdev(shares):.2f}"
 
 
 if __name__ == "__main__":

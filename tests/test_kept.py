@@ -52,7 +52,7 @@ def test_runs_of_several_seeds_are_a_row(here):
     assert "old" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert rows[2] == (
-        "| **few** | resnet11 ×0.5 | 1.94 M | 4 | 92.50 ± 0.71 | 93.00 | 92.50 "
+        "| **few** | resnet11 ×0.5 | 1.94 M | 4 | 92.50 ± 0.71 | 93.00 ± 0.00 | 92.50 ± 0.00 "
         "| 0.50 | 25% | 75% | 7.0 | 1.5 |"
     )
     assert rows[3].startswith("| **other** | resnet11 ×0.5 | 1.94 M | 4 | 90.00 | 93.00 | 92.50 |")
