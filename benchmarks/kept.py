@@ -178,8 +178,8 @@ def table(groups: dict[str, list[Kept]], data: Any) -> str:
             rows.append([
                 f"**{name}**", of[0]["network"], f"{of[0]['weights'] / 1e6:.2f} M",
                 tuned["timesteps"], percent([t["test"] for t in each]),
-                percent(distinct(of, [a["test"] for a in ann])),
-                percent(distinct(of, levels)) if None not in levels else "",
+                percent(by_ann(of, [a["test"] for a in ann])),
+                percent(by_ann(of, levels)) if None not in levels else "",
                 f"{mean(t['spikes'] for t in each):.2f}", *(f"{s:.0%}" for s in shares),
                 f"{mean(t['latency_ms'] for t in each):.1f}",
                 f"{mean(sum(run['seconds'].values()) for run in of) / 3600:.1f}",
@@ -189,10 +189,12 @@ def table(groups: dict[str, list[Kept]], data: Any) -> str:
     return markdown_table(head, rows, text=3)
 
 
-def distinct(of: Sequence[Kept], shares: Sequence[float]) -> list[float]:
-    """What was measured of the runs' ANNs: once for an ANN that several runs fine-tuned."""
-    seeds = [(run["seeds"]["data"], run["seeds"]["ann"]) for run in of]
-    return [share for _, share in dict.fromkeys(zip(seeds, shares, strict=True))]
+def by_ann(of: Sequence[Kept], shares: Sequence[float]) -> list[float]:
+    """One value for an ANN: the mean over the runs that fine-tuned it."""
+    anns: dict[tuple[int, int], list[float]] = {}
+    for run, share in zip(of, shares, strict=True):
+        anns.setdefault((run["seeds"]["data"], run["seeds"]["ann"]), []).append(share)
+    return [mean(of_one) for of_one in anns.values()]
 
 
 def percent(shares: Sequence[float]) -> str:
