@@ -146,12 +146,7 @@ def _draw(
 
     A rare class, of which that would be no image, gives one beyond ``size`` where it has another.
     """
-    from sklearn.model_selection import train_test_split
-
-    rest, drawn = train_test_split(
-        ids, test_size=size, stratify=labels[ids], random_state=seed, shuffle=True
-    )
-    rest, drawn = np.asarray(rest), np.asarray(drawn)
+    rest, drawn = _by_class(ids, labels, size, seed)
     for rare in np.setdiff1d(labels[rest], labels[drawn]):
         one, *others = np.flatnonzero(labels[rest] == rare)
         if others:
@@ -161,15 +156,22 @@ def _draw(
 
 def _limited(ids: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """So many of the ids, equal by class."""
-    from sklearn.model_selection import train_test_split
-
     classes = len(np.unique(labels[ids]))
     if len(ids) - count < classes:  # not one of each class goes: too few to be drawn by class
         return np.random.default_rng(seed).permutation(ids)[:count]
-    kept, _ = train_test_split(
-        ids, test_size=len(ids) - count, stratify=labels[ids], random_state=seed, shuffle=True
+    return _by_class(ids, labels, len(ids) - count, seed)[0]
+
+
+def _by_class(
+    ids: np.ndarray, labels: np.ndarray, size: float | int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split ids into the rest and ``size`` of them, with a class's share in both."""
+    from sklearn.model_selection import train_test_split
+
+    rest, drawn = train_test_split(
+        ids, test_size=size, stratify=labels[ids], random_state=seed, shuffle=True
     )
-    return np.asarray(kept)
+    return np.asarray(rest), np.asarray(drawn)
 
 
 def _to_size(images: np.ndarray, params: DataParams) -> np.ndarray:

@@ -11,13 +11,15 @@ from pipeline.params import ClusterParams
 class Plan(NamedTuple):
     """The workers of a job: how many, whether each has a GPU, and the cores of each.
 
-    On a cluster an elastic job has from ``least`` to ``workers`` of them.
+    On a cluster an elastic job has from ``least`` to ``workers`` of them. ``sharing`` jobs, this
+    one counted, run at once on the memory that each of them finds free.
     """
 
     workers: int
     least: int
     use_gpu: bool
     cpus: int
+    sharing: int = 1
 
     def __str__(self) -> str:
         several = f"{self.least} to {self.workers}" if self.elastic else str(self.workers)

@@ -85,6 +85,7 @@ class Job:
                 ray.train.torch.get_device() if self.plan.use_gpu else torch.device("cpu"),
                 self.readers,
                 self.report_every,
+                sharing=self.plan.sharing,
                 send=send,
             )
         )

@@ -43,6 +43,7 @@ class Worker:
         readers: processes that read image files for it.
         report_every: seconds between two reports where epochs are short.
         choices: what ``auto`` stands for in this job; its checkpoints keep it.
+        sharing: jobs that run at once on this memory, this one counted.
         send: takes the metrics of epochs, a row each, for whoever watches the job.
     """
 
@@ -56,6 +57,7 @@ class Worker:
     readers: int = 0
     report_every: float = 0.0
     choices: dict[str, str] = field(default_factory=dict)
+    sharing: int = 1
     send: Callable[[list[Row]], None] = lambda _: None
     _said: float = field(default_factory=time.monotonic)
 

@@ -86,7 +86,7 @@ def fine_tune(
         if tuned and params.threshold_scale is None and not snn.has_units:
             lower_thresholds(worker, snn, validation, at_t.timesteps)
         use_surrogate(snn, at_t)
-        available = least(worker, free_memory(worker.device, worker.world))
+        available = least(worker, free_memory(worker))
         chunk = fitting_chunk(worker, snn, train.shape, at_t, available, begun.get("chunk"))
         task = Task(
             snn.net,
@@ -273,12 +273,13 @@ def balance_random(snn: stdb.SpikingNetwork, train: Samples, params: StdbParams)
         raise StageError(f"stdb.from_scratch: {error}") from error
 
 
-def free_memory(device: torch.device, world: int) -> int:
-    """Bytes that are free for a worker: on its GPU, or its share of the machine's."""
-    if device.type == "cuda":  # what torch keeps for later is free, too
+def free_memory(worker: Worker) -> int:
+    """Bytes that are free for a worker: its share of its GPU's, or of the machine's."""
+    if worker.device.type == "cuda":  # what torch keeps for later is free, too
+        device = worker.device
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    return int(psutil.virtual_memory().available // world)
+        return torch.cuda.mem_get_info(device)[0] // worker.sharing + kept
+    return int(psutil.virtual_memory().available // (worker.world * worker.sharing))
 
 
 def least(worker: Worker, available: int) -> int:

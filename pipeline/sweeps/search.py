@@ -34,11 +34,13 @@ class Room:
     Attributes:
         parallel: how many run at once.
         use_gpu: whether on GPUs.
+        sharing: how many at once find the same memory free: on one GPU, or in the machine.
         needed: what Tune reserves for each.
     """
 
     parallel: int
     use_gpu: bool
+    sharing: int
     needed: Any
 
 
@@ -56,7 +58,7 @@ def room_for_trials(stage: Stage, resources: ResourceParams) -> Iterator[Room]:
         plan_trials(resources, *machine())  # refuses before Ray starts
     several = resources.workers > 1
     with ray_cluster(address, stage.say, dashboard=several, logs=False) as there:
-        yield Room(*plan_trials(resources, *there))
+        yield plan_trials(resources, *there)
 
 
 def search(
@@ -89,7 +91,7 @@ def search(
         base.model_copy(update={"stdb": of_trials}),
         Path.cwd(),
         str(work / "states"),
-        Plan(resources.workers, resources.workers, room.use_gpu, cpus),
+        Plan(resources.workers, resources.workers, room.use_gpu, cpus, room.sharing),
         sweep.train_images,
         sweep.seed,
         scales or {},
@@ -102,8 +104,8 @@ def search(
     return tables(results, sweep, base, work)
 
 
-def plan_trials(resources: ResourceParams, cpus: int, gpus: int) -> tuple[int, bool, Any]:
-    """How many trials run at once, whether on GPUs, and what Tune reserves for each.
+def plan_trials(resources: ResourceParams, cpus: int, gpus: int) -> Room:
+    """What trials have of so many CPUs and GPUs.
 
     A trial of several workers reserves next to nothing for itself: its workers need the rest.
 
@@ -122,9 +124,10 @@ def plan_trials(resources: ResourceParams, cpus: int, gpus: int) -> tuple[int, b
             )
         room = min(room, there // (workers * asked)) if asked else room
     parallel = int(room) if resources.parallel == "auto" else min(int(room), resources.parallel)
+    sharing = min(parallel, max(1, int(1 / each))) if each else parallel
     if workers > 1:
-        return parallel, each > 0, tune.PlacementGroupFactory([{HEAD: 0.001}])
-    return parallel, each > 0, {"CPU": resources.cpus, "GPU": each}
+        return Room(parallel, each > 0, sharing, tune.PlacementGroupFactory([{HEAD: 0.001}]))
+    return Room(parallel, each > 0, sharing, {"CPU": resources.cpus, "GPU": each})
 
 
 def tables(results: Any, sweep: SweepParams, base: Params, work: Path) -> Tables:

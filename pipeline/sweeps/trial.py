@@ -102,8 +102,17 @@ def run_trial(sample: dict[str, Any], common: Common) -> None:
             ray.tune.report(row)
 
     device = torch.device("cuda" if common.plan.use_gpu else "cpu")
-    worker = Worker(params, "trial", checkpoints, common.root, device=device, send=send)
-    worker = with_choices(worker)
+    worker = with_choices(
+        Worker(
+            params,
+            "trial",
+            checkpoints,
+            common.root,
+            device=device,
+            sharing=common.plan.sharing,
+            send=send,
+        )
+    )
     use_precision(worker)
     loop(worker)
 

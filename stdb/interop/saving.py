@@ -14,6 +14,7 @@ where none was). The metadata are one JSON object under the key ``config``:
 ``correction``      what calibration has added to the output's bias, where it has
 ``tied``            name of a tensor → that of the one it shares its values with
 ``encoder``, ``surrogate``, ``temporal_gradient``
+``products``        the type that products are made in, where it is not that of the weights
 ``timesteps``       T it was made for
 ``classes``         their names
 ``normalisation``   mean and std by channel (:mod:`stdb.normalisation`); x/127.5 − 1 has none
@@ -24,7 +25,7 @@ plain there.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from ..architectures import ARCHITECTURES, ResidualBlock, build
 from ..conversion import convert, spiking_graph
 from ..encoding import ENCODERS, check_timesteps
 from ..graph import Node
-from ..network import SpikingNetwork
+from ..network import PRECISIONS, REALS, SpikingNetwork
 from ..neuron import EXTRA, SpikingNeuron
 from ..normalisation import Normalisation, normalisation_of
 from ..operators.table import OPERATORS, kind_of, kinds, operator_for
@@ -50,7 +51,7 @@ CONTAINERS: dict[str, type[nn.Module]] = {
 }
 EMPTY = "Identity"  # what no node has
 STORED_FROM = "stored_from"  # in the metadata: the type of weights that are kept in another one
-WEIGHTS = {"float32": torch.float32, "float64": torch.float64}  # types by their names there
+PRODUCTS = "products"  # in the metadata: the type that they are made in
 
 
 def save(
@@ -111,10 +112,12 @@ def save(
     }
     if kept := normalisation.settings():
         config["normalisation"] = kept
+    if snn.precision is not None:
+        config[PRODUCTS] = _name(snn.precision)
     if storage is not None:
         if not storage.is_floating_point:
             raise ValueError(f"storage is {storage}; allowed: a floating-point type, or None")
-        config[STORED_FROM] = str(next(snn.parameters()).dtype).removeprefix("torch.")
+        config[STORED_FROM] = _name(next(snn.parameters()).dtype)
         tensors = {n: x.to(storage) if x.dim() > 1 else x for n, x in tensors.items()}
         for name, stored in tensors.items():
             if not stored.isfinite().all():
@@ -122,6 +125,11 @@ def save(
                     f"{name} is too large for {storage}; allowed: torch.bfloat16, or None"
                 )
     save_file(tensors, path, {"config": json.dumps(config)})  # of several keys none orders them
+
+
+def _name(kind: torch.dtype) -> str:
+    """Of a type, in the metadata."""
+    return str(kind).removeprefix("torch.")
 
 
 def _correction(snn: SpikingNetwork) -> dict[str, Any]:
@@ -141,6 +149,8 @@ def load(
     """The network that :func:`save` wrote, in evaluation mode, and its metadata.
 
     ``normalisation`` among them is a :class:`stdb.Normalisation`, also of a file without one.
+    Products are made in the precision that they were made in when it was saved: in another, some
+    neurons that are close to their thresholds fire otherwise. ``snn.precision`` sets it.
 
     Args:
         path: of the file.
@@ -176,22 +186,29 @@ def load(
         raise ValueError(f"{path}: {error}") from error
     if written == 1 and network is None:
         network = _named(path, config)
-    tensors = _as_weights(path, config.pop(STORED_FROM, None), tensors)
+    weights = _type(path, config, STORED_FROM, REALS)
+    products = _type(path, config, PRODUCTS, PRECISIONS)
+    if weights is not None:
+        tensors = {name: x.to(weights) if x.dim() > 1 else x for name, x in tensors.items()}
     try:
         check_timesteps(config["timesteps"])
         snn = _of_version_1(network, config, tensors) if network else _of_graph(config, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} does not describe its own weights: {error}") from error
+    snn.precision = products
     return snn.eval(), config
 
 
-def _as_weights(path: str | Path, kept: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in the type that they had before they were stored in another one."""
+def _type(
+    path: str | Path, config: dict[str, Any], key: str, allowed: Sequence[torch.dtype | None]
+) -> torch.dtype | None:
+    """The type that is taken out of the metadata; None where it is not there."""
+    kept, named = config.pop(key, None), {_name(kind): kind for kind in allowed if kind}
     if kept is None:
-        return tensors
-    if not isinstance(kept, str) or kept not in WEIGHTS:
-        raise ValueError(f"{path}: {STORED_FROM} is {kept!r}; allowed: {', '.join(WEIGHTS)}")
-    return {name: x.to(WEIGHTS[kept]) if x.dim() > 1 else x for name, x in tensors.items()}
+        return None
+    if not isinstance(kept, str) or kept not in named:
+        raise ValueError(f"{path}: {key} is {kept!r}; allowed: {', '.join(named)}")
+    return named[kept]
 
 
 def _rules(config: dict[str, Any]) -> dict[str, Any]:

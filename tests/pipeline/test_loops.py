@@ -6,7 +6,9 @@ import os
 import pty
 import shutil
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,11 +24,19 @@ from pipeline.learning.evaluation import (
     fitting_logit_scale,
     levels_of,
 )
-from pipeline.learning.finetuning import fitting_chunk
+from pipeline.learning.finetuning import fitting_chunk, free_memory
 from pipeline.learning.fit import order
 from pipeline.learning.networks import build_ann, load_weights, save_weights, surrogate_of
 from pipeline.params import DistilParams, StdbParams
-from tests.pipeline.support import NETWORK, PARAMS, STDB, make_files, starting, worker
+from tests.pipeline.support import (
+    NETWORK,
+    PARAMS,
+    STDB,
+    KeptWorker,
+    make_files,
+    starting,
+    worker,
+)
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +415,15 @@ def test_the_anns_energy_is_a_multiply_accumulate_at_every_synapse(files):
     ann.add_module("fc2", torch.nn.Linear(12, 10, bias=False))
     each = stdb.statistics.MULTIPLY_ACCUMULATE_PJ
     assert stdb.ann_energy(ann, images.shape) == pytest.approx(each * (64 * 12 + 12 * 10))
+
+
+def test_trials_at_once_share_the_free_memory(files, monkeypatch):
+    """Each counts on its share alone; workers of a trial share that."""
+    there = SimpleNamespace(available=1200)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+    assert free_memory(worker(files[0])) == 1200
+    assert free_memory(KeptWorker(PARAMS, files[0], sharing=3)) == 400
+    assert free_memory(KeptWorker(PARAMS, files[0], world=2, sharing=3)) == 200
 
 
 def test_a_training_that_will_not_fit_is_said_before_it_starts(files, capsys):

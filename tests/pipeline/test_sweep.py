@@ -498,23 +498,24 @@ RESOURCES = {"parallel": "auto", "workers": 1, "cpus": 1.0, "gpus": "auto"}
 
 
 @pytest.mark.parametrize(
-    ("change", "there", "parallel", "use_gpu"),
+    ("change", "there", "parallel", "use_gpu", "sharing"),
     [
-        ({}, (2, 0), 2, False),
-        ({"cpus": 2.0}, (2, 0), 1, False),
-        ({"cpus": 0.5}, (2, 0), 4, False),
-        ({"parallel": 3}, (8, 0), 3, False),
-        ({"parallel": 3}, (2, 0), 2, False),
-        ({"workers": 2}, (5, 0), 2, False),
-        ({}, (16, 2), 2, True),
-        ({"gpus": 0.25}, (16, 2), 8, True),
-        ({"gpus": 0.0}, (16, 2), 16, False),
+        ({}, (2, 0), 2, False, 2),
+        ({"cpus": 2.0}, (2, 0), 1, False, 1),
+        ({"cpus": 0.5}, (2, 0), 4, False, 4),
+        ({"parallel": 3}, (8, 0), 3, False, 3),
+        ({"parallel": 3}, (2, 0), 2, False, 2),
+        ({"workers": 2}, (5, 0), 2, False, 2),
+        ({}, (16, 2), 2, True, 1),
+        ({"gpus": 0.25}, (16, 2), 8, True, 4),
+        ({"gpus": 0.25, "parallel": 3}, (16, 2), 3, True, 3),
+        ({"gpus": 0.0}, (16, 2), 16, False, 16),
     ],
 )
-def test_as_many_trials_run_at_once_as_there_is_room_for(change, there, parallel, use_gpu):
-    """Cores, GPUs and fractions of them."""
-    found = plan_trials(ResourceParams(**(RESOURCES | change)), *there)
-    assert found[:2] == (parallel, use_gpu)
+def test_as_many_trials_run_at_once_as_there_is_room_for(change, there, parallel, use_gpu, sharing):
+    """Cores, GPUs and fractions of them; those of one GPU, or all on CPUs, share its memory."""
+    room = plan_trials(ResourceParams(**(RESOURCES | change)), *there)
+    assert (room.parallel, room.use_gpu, room.sharing) == (parallel, use_gpu, sharing)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def network(**options):
         {},
         {"leak": 0.9, "surrogate": stdb.STDB(0.3, 0.02, over_threshold=True)},
         {"encoder": stdb.DirectEncoder(), "temporal_gradient": False},
+        {"encoder": stdb.DirectEncoder(), "precision": torch.bfloat16},
     ],
 )
 def test_what_comes_back_is_what_was_written(tmp_path, options):
@@ -42,6 +43,7 @@ def test_what_comes_back_is_what_was_written(tmp_path, options):
     images = torch.rand(3, 1, 8, 8) * 2 - 1
     with torch.no_grad():
         assert torch.equal(again(images, 5), snn(images, 5))
+    assert again.precision == snn.precision
     assert again.thresholds == snn.thresholds
     ours, theirs = next(iter(snn.neurons.values())), next(iter(again.neurons.values()))
     assert theirs.surrogate == ours.surrogate
@@ -279,6 +281,7 @@ def rewrite(path, change):
         (lambda c, t: c.update(modules=[]), "describe its own"),
         (lambda c, t: c["encoder"].update(name="os:system"), "'os:system'"),
         (lambda c, t: c["surrogate"].update(alpha="x"), "describe its own"),
+        (lambda c, t: c.update(products="int4"), "products is 'int4'; allowed: bfloat16, float32"),
         (lambda c, t: c.update(timesteps=0), "timesteps is 0; allowed"),
         (lambda c, t: c.update(classes="abcd"), "classes are 'abcd'; allowed: a list"),
         (lambda c, t: c.update(tied={"fc2.weight": "nowhere"}), "'nowhere'"),
