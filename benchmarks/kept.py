@@ -17,6 +17,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+from torch import nn
 
 import stdb
 from pipeline import energy
@@ -24,10 +25,10 @@ from pipeline.command import command, parser
 from pipeline.data import Samples, load_split, subset
 from pipeline.errors import StageError
 from pipeline.files import ANN, DATA, read_json, write_json, write_text
-from pipeline.handed_on import read_runs
+from pipeline.handed_on import DataSummary, read_runs
 from pipeline.learning.networks import build_ann
 from pipeline.learning.weights import load_weights
-from pipeline.params import load_params
+from pipeline.params import Params, load_params
 from pipeline.reading import read_text
 from pipeline.reporting.literature import literature
 from pipeline.reporting.page import machine
@@ -54,43 +55,39 @@ def main(arguments: Sequence[str]) -> None:
     if given.what == "table":
         write_table()
         return
-    if not re.fullmatch(r"[a-z0-9][\w.-]*", given.name):
-        raise StageError(f"NAME is {given.name!r}; allowed: letters, digits, dots and dashes")
-    path = RESULTS / f"{given.name}.json"
-    RESULTS.mkdir(exist_ok=True)
+    path = place(given.name)
     write_json(path, kept())
     print(f"{path} is written; python -m benchmarks.kept table puts it into {PAGE}")
 
 
+def place(name: str) -> Path:
+    """Where a run's figures are kept."""
+    if not re.fullmatch(r"[a-z0-9][\w.-]*", name):
+        raise StageError(f"NAME is {name!r}; allowed: letters, digits, dots and dashes")
+    RESULTS.mkdir(exist_ok=True)
+    return RESULTS / f"{name}.json"
+
+
 def kept() -> Kept:
     """The figures of the run that ended here."""
-    params, results, tags = load_params(), read_results(), provenance()
+    params, results = load_params(), read_results()
     few = subset(load_split(DATA / "validation.safetensors"), IMAGES, params.data.seed)
     ann = build_ann(params.network, few)
     load_weights(ann, ANN)
-    dense = stdb.ann_costs(ann.eval(), few.shape)
     scale = results.converted.reduced.threshold_scale
     costs = dict(cost_of(path, few) for path in energy.network_files())
     levels = at_scale(results.plots.converted_quantised, scale)
     converted = at_scale(results.plots.converted_accuracy, scale)
     return {
-        "data": results.data.classes,
-        "images": results.data.test.images,
-        "network": f"{params.network.architecture} ×{params.network.width:g}",
-        "weights": sum(p.numel() for p in ann.parameters()),
-        "encoder": params.stdb.encoder,
-        "commit": tags["git.commit"],
-        "changed": tags["git.dirty"] == "true",
-        "machine": machine(),
-        "seeds": {"data": params.data.seed, "ann": params.train_ann.seed, "stdb": params.stdb.seed},
+        **origin_of(params, ann, results.data),
         "seconds": {name: round(run.seconds) for name, run in read_runs().items()},
         "ann": {
             **results.ann.accuracy.model_dump(),
-            "energy": {name: sum(map(model, dense)) for name, model in energy.MODELS.items()},
+            "energy": dense_energy(ann, few),
             "levels": {row.timesteps: row.accuracy for row in levels},
         },
         "converted": {row.timesteps: row.accuracy for row in converted},
-        "tuned": [
+        "networks": [
             {
                 "timesteps": one.timesteps,
                 **one.accuracy.model_dump(),
@@ -100,6 +97,28 @@ def kept() -> Kept:
             for _, one in stdb_rows(results)
         ],
     }
+
+
+def origin_of(params: Params, ann: nn.Module, data: DataSummary) -> Kept:
+    """What network on what data, and where it was computed."""
+    tags = provenance()
+    return {
+        "data": data.classes,
+        "images": data.test.images,
+        "network": f"{params.network.architecture} ×{params.network.width:g}",
+        "weights": sum(p.numel() for p in ann.parameters()),
+        "encoder": params.stdb.encoder,
+        "commit": tags["git.commit"],
+        "changed": tags["git.dirty"] == "true",
+        "machine": machine(),
+        "seeds": {"data": params.data.seed, "ann": params.train_ann.seed, "stdb": params.stdb.seed},
+    }
+
+
+def dense_energy(ann: nn.Module, images: Samples) -> dict[str, float]:
+    """Picojoules an image of the ANN, in each model."""
+    costs = stdb.ann_costs(ann.eval(), images.shape)
+    return {name: sum(map(model, costs)) for name, model in energy.MODELS.items()}
 
 
 def cost_of(path: Path, images: Samples) -> tuple[int, Kept]:
@@ -168,16 +187,16 @@ def table(groups: dict[str, list[Kept]], data: Any) -> str:
     head += ["ms an image", "hours"]
     rows: list[list[Any]] = []
     for name, of in groups.items():
-        for k, tuned in enumerate(of[0]["tuned"]):
-            each, ann = [run["tuned"][k] for run in of], [run["ann"] for run in of]
+        for k, snn in enumerate(of[0]["networks"]):
+            each, ann = [run["networks"][k] for run in of], [run["ann"] for run in of]
             shares = [
                 mean(t["energy"][m] / a["energy"][m] for t, a in zip(each, ann, strict=True))
                 for m in models[:2]
             ]
-            levels = [a["levels"].get(str(tuned["timesteps"])) for a in ann]
+            levels = [a["levels"].get(str(snn["timesteps"])) for a in ann]
             rows.append([
                 f"**{name}**", of[0]["network"], f"{of[0]['weights'] / 1e6:.2f} M",
-                tuned["timesteps"], percent([t["test"] for t in each]),
+                snn["timesteps"], percent([t["test"] for t in each]),
                 percent(by_ann(of, [a["test"] for a in ann])),
                 percent(by_ann(of, levels)) if None not in levels else "",
                 f"{mean(t['spikes'] for t in each):.2f}", *(f"{s:.0%}" for s in shares),

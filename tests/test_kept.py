@@ -21,7 +21,7 @@ def run(test=0.92, seconds=3600, classes=CIFAR10, ann=0, ann_test=0.93):
             "validation": 0.94, "test": ann_test, "energy": energy, "levels": {"1": 0.8, "4": 0.925}
         },
         "converted": {"4": 0.9},
-        "tuned": [{
+        "networks": [{
             "timesteps": 4, "validation": 0.93, "test": test, "spikes": 0.5, "latency_ms": 7.0,
             "energy": {"operations, float32": 100.0, "with memory, 32 bits": 1500.0},
         }],
