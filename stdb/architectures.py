@@ -8,9 +8,10 @@ that learns are options, which the paper does without.
 """
 
 import importlib
+import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -45,6 +46,7 @@ CIFAR: dict[str, list[int]] = {  # He et al.'s first layer for small images, a g
 }
 ARCHITECTURES = [*VGG, *RESNET, *CIFAR, *RESIDUAL]
 NORMALISATIONS = ("none", "batch")
+GIVEN = ("in_channels", "image_size", "num_classes")  # to functions of someone's own
 POOLINGS: dict[str, type[nn.Module]] = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
 
 
@@ -178,7 +180,9 @@ def _check_name(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def build_network(architecture: str, **arguments: Any) -> nn.Module:
-    """``stdb.build``, or a function of your own, ``module:function``, of the same first arguments.
+    """``stdb.build``, or a function of your own, ``module:function``.
+
+    That is given those of ``in_channels``, ``image_size`` and ``num_classes`` that it takes.
 
     Raises:
         ValueError: there is no such module or function.
@@ -190,9 +194,24 @@ def build_network(architecture: str, **arguments: Any) -> nn.Module:
         own = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"architecture is {architecture!r}: {error}") from error
-    names = ("in_channels", "image_size", "num_classes")
-    network: nn.Module = own(**{name: arguments[name] for name in names})
+    known = {name: arguments[name] for name in GIVEN}
+    network: nn.Module = own(**accepted(own, known, GIVEN))
     return network
+
+
+def accepted(
+    function: Callable[..., Any], known: Mapping[str, Any], by_any_name: Sequence[str]
+) -> dict[str, Any]:
+    """Those of the arguments that are known which a function takes.
+
+    Args:
+        function: of someone's own.
+        known: name → value.
+        by_any_name: of which names, where it takes any, ``**options``.
+    """
+    takes = inspect.signature(function).parameters
+    any_name = any(str(parameter).startswith("**") for parameter in takes.values())
+    return {n: v for n, v in known.items() if n in takes or (any_name and n in by_any_name)}
 
 
 def initialise(network: nn.Module) -> None:

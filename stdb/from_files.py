@@ -1,7 +1,6 @@
 """From files to a file: a CNN by its weights, its function and a folder of images, converted."""
 
 import importlib
-import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .architectures import accepted
 from .balancing import balance_thresholds
 from .calibration import logit_scale, scaled_losses
 from .conversion import convert
@@ -278,20 +278,13 @@ def built(asked: Asked, size: tuple[int, int], classes: int) -> nn.Module:
         if not colon:
             raise ValueError("it has no colon")
         function = getattr(importlib.import_module(module), name)
-        takes = inspect.signature(function).parameters
-        given = {
+        known: dict[str, Any] = {
             "in_channels": 1 if asked.grayscale else 3,
             "image_size": size[0] if size[0] == size[1] else size,
-            "num_classes": classes,
         }
-        any_name = any(str(argument).startswith("**") for argument in takes.values())
-        network = function(
-            **{
-                key: value
-                for key, value in given.items()
-                if value and (key in takes or (any_name and key == "num_classes"))
-            }
-        )
+        if classes:
+            known["num_classes"] = classes
+        network = function(**accepted(function, known, ["num_classes"]))
     except (Exception, SystemExit) as error:  # of a script that reads its own command line
         raise ValueError(
             f"--network {asked.network}: {type(error).__name__}: {error}; allowed: "

@@ -33,6 +33,12 @@ def build(in_channels, image_size, num_classes):
 def fails(in_channels, image_size, num_classes):
     network = nn.Flatten()
     raise KeyError("mine")
+def fixed():
+    return Mine(10)
+def by_name(num_classes=5, norm=True):
+    return Mine(num_classes if norm else 0)
+def by_any_name(**options):
+    return Mine(len(options) * 10 // 3)
 """
 
 
@@ -74,6 +80,13 @@ def test_a_network_of_ones_own_is_called_once_on_two_images(module):
     assert network.training
     assert network.norm.num_batches_tracked == 0
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("function", ["fixed", "by_name", "by_any_name"])
+def test_a_function_is_called_with_those_arguments_that_it_takes(module, function):
+    """As strangers' are, resnet20() say; one that takes any name is told everything."""
+    network = build_own(ARGUMENTS | {"architecture": f"{module}:{function}"}, (1, 8, 8))
+    assert network.classes == 10
 
 
 def test_its_own_exception_is_named_with_its_line(module):
