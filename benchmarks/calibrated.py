@@ -4,12 +4,12 @@
     python -m benchmarks.calibrated plot FILE.png NAME...            # accuracy over the steps
 
 Calibrates as ``balance_thresholds`` says, from training images alone; the test split is read once
-for each T, and what is found is written before the next. ``python -m benchmarks.kept table`` puts
-it into the table of RESULTS.md.
+for each T, and what is found is written before the next, beside the network,
+models/calibrated/tT.safetensors. ``python -m benchmarks.kept table`` puts it into the table of
+RESULTS.md.
 """
 
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from benchmarks.kept import IMAGES, RESULTS, Kept, cost_of, dense_energy, origin
 from pipeline.command import command, parser
 from pipeline.data import subset
 from pipeline.errors import StageError
-from pipeline.files import ANN, read_json, write_json, writing
+from pipeline.files import ANN, SNNS, read_json, write_json, writing
 from pipeline.handed_on import read_ann_results, read_data_summary
 from pipeline.jobs.checkpoints import Checkpoints
 from pipeline.jobs.choices import with_choices
@@ -35,6 +35,7 @@ from pipeline.learning.weights import load_weights
 from pipeline.params import load_params
 
 STEPS = [4, 8, 16, 32]
+NETWORKS = SNNS.parent / "calibrated"
 
 
 @command
@@ -83,10 +84,10 @@ def measure(path: Path, timesteps: Sequence[int]) -> None:
         of_steps = worker.params.stdb.model_copy(update={"timesteps": steps})
         one = replace(worker, params=worker.params.model_copy(update={"stdb": of_steps}))
         snn = calibrate(one, ann, train).snn.eval()
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "snn.safetensors"
-            write_network(snn, one.params, train, file, steps)
-            _, costs = cost_of(file, few)
+        file = NETWORKS / f"t{steps}.safetensors"
+        with writing(file) as temporary:
+            write_network(snn, one.params, train, temporary, steps)
+        _, costs = cost_of(file, few)
         chosen = evaluate_snn(one, snn, validation, steps, batch)
         found = evaluate_snn(one, snn, test, steps, batch)
         levels |= evaluate_quantised(one, snn, test, [steps], batch)

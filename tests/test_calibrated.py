@@ -5,6 +5,7 @@ import json
 import pytest
 
 import benchmarks.calibrated
+import stdb
 from benchmarks.calibrated import main
 from pipeline.files import METRICS
 from pipeline.learning.calibration import calibrate
@@ -54,6 +55,7 @@ def test_a_network_is_measured_at_each_t(here, capsys):
         assert one["over_time"] == pytest.approx(shares, abs=1e-12)
         assert one["test"] == one["over_time"][-1]
         assert one["latency_ms"] > 0
+        assert stdb.load(f"models/calibrated/t{one['timesteps']}.safetensors")[0].has_units
     assert main(["plot", "curves.png", "own"]) == 0
     assert (folder / "curves.png").stat().st_size > 5000
 
