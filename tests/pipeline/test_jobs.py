@@ -19,7 +19,9 @@ CLUSTER = load_params(ROOT / "params.yaml").cluster
 
 def plan(cpus, gpus, elastic=False, **changes):
     cluster = ClusterParams(**(CLUSTER.model_dump() | changes))
-    return tuple(plan_workers(cluster, cpus, gpus, elastic=elastic))
+    *workers, sharing = plan_workers(cluster, cpus, gpus, elastic=elastic)
+    assert sharing == 1  # a stage's job has the memory to itself
+    return tuple(workers)
 
 
 @pytest.mark.parametrize(

@@ -296,9 +296,9 @@ def test_a_run_that_ended_can_be_kept(finished):
     finished.run(*command, "add", "digits")
     kept = json.loads((finished.root / "results/digits.json").read_text())
     tuned = measured(finished, "finetune_stdb")
-    assert [one["test"] for one in kept["tuned"]] == [tuned["accuracy"]["test"]]
-    assert kept["tuned"][0]["latency_ms"] > 0
-    energy, dense = kept["tuned"][0]["energy"], kept["ann"]["energy"]
+    assert [one["test"] for one in kept["networks"]] == [tuned["accuracy"]["test"]]
+    assert kept["networks"][0]["latency_ms"] > 0
+    energy, dense = kept["networks"][0]["energy"], kept["ann"]["energy"]
     assert dense["operations, float32"] == pytest.approx(
         measured(finished, "evaluate_converted")["ann"]["energy_pj"]
     )
