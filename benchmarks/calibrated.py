@@ -5,8 +5,8 @@
 
 Calibrates as ``balance_thresholds`` says, from training images alone; the test split is read once
 for each T, and what is found is written before the next, beside the network,
-models/calibrated/tT.safetensors. ``python -m benchmarks.kept table`` puts it into the table of
-RESULTS.md.
+models/calibrated/tT.safetensors; T that are there, of the same commit and machine, stay.
+``python -m benchmarks.kept table`` puts it into the table of RESULTS.md.
 """
 
 import sys
@@ -71,15 +71,12 @@ def measure(path: Path, timesteps: Sequence[int]) -> None:
     ann = build_ann(params.network, train)
     load_weights(ann, ANN)
     use_threads(worker, ann, test, batch)
-    levels: dict[int, float] = {}
-    of_ann = {**read_ann_results().accuracy.model_dump(), "energy": dense_energy(ann, few)}
-    kept: Kept = {
-        **origin_of(params, ann, data),
-        "seconds": {},
-        "ann": of_ann | {"levels": levels},
-        "networks": [],
-    }
-    for steps in timesteps:
+    origin = origin_of(params, ann, data)
+    kept: Kept = read_json(path) if path.exists() else {}
+    if {name: kept.get(name) for name in origin} != origin:
+        of_ann = {**read_ann_results().accuracy.model_dump(), "energy": dense_energy(ann, few)}
+        kept = {**origin, "seconds": {}, "ann": of_ann | {"levels": {}}, "networks": []}
+    for steps in sorted({*timesteps} - {one["timesteps"] for one in kept["networks"]}):
         began = time.perf_counter()
         of_steps = worker.params.stdb.model_copy(update={"timesteps": steps})
         one = replace(worker, params=worker.params.model_copy(update={"stdb": of_steps}))
@@ -90,7 +87,8 @@ def measure(path: Path, timesteps: Sequence[int]) -> None:
         _, costs = cost_of(file, few)
         chosen = evaluate_snn(one, snn, validation, steps, batch)
         found = evaluate_snn(one, snn, test, steps, batch)
-        levels |= evaluate_quantised(one, snn, test, [steps], batch)
+        levels = evaluate_quantised(one, snn, test, [steps], batch)[steps]
+        kept["ann"]["levels"][str(steps)] = levels
         kept["seconds"][f"T = {steps}"] = round(time.perf_counter() - began)
         kept["networks"].append(
             {
@@ -102,10 +100,11 @@ def measure(path: Path, timesteps: Sequence[int]) -> None:
                 **costs,
             }
         )
+        kept["networks"].sort(key=lambda one: one["timesteps"])
         write_json(path, kept)
         worker.say(
-            f"T = {steps}: test {found.accuracy[-1]:.2%}, ANN {of_ann['test']:.2%}, with {steps} "
-            f"levels {levels[steps]:.2%}; {path} is written"
+            f"T = {steps}: test {found.accuracy[-1]:.2%}, ANN {kept['ann']['test']:.2%}, with "
+            f"{steps} levels {levels:.2%}; {path} is written"
         )
 
 

@@ -56,6 +56,13 @@ def test_a_network_is_measured_at_each_t(here, capsys):
         assert one["test"] == one["over_time"][-1]
         assert one["latency_ms"] > 0
         assert stdb.load(f"models/calibrated/t{one['timesteps']}.safetensors")[0].has_units
+    capsys.readouterr()
+    assert main(["add", "own", "--timesteps", "4", "3"]) == 0
+    assert "T = 3" not in capsys.readouterr().out
+    more = json.loads((folder / "results/own.json").read_text())
+    assert [one["timesteps"] for one in more["networks"]] == [3, 4, 5]
+    assert more["networks"][::2] == found["networks"]
+    assert set(more["ann"]["levels"]) == {"3", "4", "5"}
     assert main(["plot", "curves.png", "own"]) == 0
     assert (folder / "curves.png").stat().st_size > 5000
 
