@@ -112,7 +112,7 @@ def draw(runs: dict[str, Kept]) -> Any:
     """Accuracy after each step of the networks of each T; a panel for each run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(runs), 3.9), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(runs), 4.6), layout="constrained")
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axes, (name, run) in zip(panels, runs.items(), strict=True):
         ann = 100 * run["ann"]["test"]
@@ -126,7 +126,9 @@ def draw(runs: dict[str, Kept]) -> Any:
         axes.set_xscale("log", base=2)
         axes.set_xticks([1, 2, *steps], [str(t) for t in [1, 2, *steps]])
         axes.set(title=name, xlabel="time steps")
-        axes.legend(frameon=False, loc="lower right", fontsize=8)
+        axes.legend(
+            frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8
+        )
     panels[0].set_ylabel("test accuracy (%)")
     return figure
 
