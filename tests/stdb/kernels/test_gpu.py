@@ -87,8 +87,9 @@ def backward_forms():
 
 @pytest.fixture(scope="module")
 def processes():
-    """One for each core: what compiles keeps Python's lock."""
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    """What compiles keeps Python's lock; each of them imports torch, so they are few."""
+    count = min(4, os.cpu_count() or 1)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         yield pool
 
 
