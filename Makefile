@@ -91,7 +91,7 @@ lock: | $(if $(FOUND_UV),,.uv/.ready) ## Pin anew in requirements.lock (ARGS=--u
 ui: $(READY) ## Show all runs in MLflow's pages on this machine (PORT=5000)
 	@$(IN_ENV) python -m pipeline.ui $(PORT)
 
-screenshots: $(READY) ## Take the README's pictures of MLflow's pages anew; needs chromium and two runs
+screenshots: $(READY) ## Take docs/compare.md's pictures of MLflow's pages anew; needs chromium and two runs
 	@$(IN_ENV) python -m tests.screenshots
 
 clean: ## Remove caches of Python and of the checkers, nothing that took long to make

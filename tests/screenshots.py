@@ -1,4 +1,4 @@
-"""`make screenshots`: the README's pictures of MLflow's pages, from the latest two runs here.
+"""`make screenshots`: docs/compare.md's pictures of MLflow's pages, from the latest two runs here.
 
 python -m tests.screenshots
 """
